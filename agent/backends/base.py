@@ -1,0 +1,169 @@
+"""What a kind of volume must be able to do.
+
+A backend owns one replica's data on one node: the live copy, the snapshots with their records, stages and preserved
+copies. It decides nothing about epochs, terms or who is primary (`agent/replica.py` does); it promises that
+
+* a snapshot's data and record appear in one step, and never change afterwards;
+* the live copy's path shows a whole old image or a whole new one at every instant, also after a kill;
+* nothing is replaced that was not kept, and nothing is replaced while somebody has it open.
+
+Every method blocks and is called from a worker thread. Methods of one backend are never called concurrently, except
+`delta_map`, `open_reader` and the methods of an open stage. Errors are those of `resilver.errors`; an OSError from
+the disk becomes `Damaged("IO_ERROR")` or `Refused("NO_SPACE")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from agent.delta import DeltaMap, DeltaRange
+from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
+from resilver.volume import Grant, LiveCopy, PreservedCopy, Presence, VolumeRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What is there, by looking: nothing is remembered between two calls but what stands on the disk.
+
+    `file_system_id` names the file system (its UUID, or what comes nearest), so that an absent disk is told from
+    an empty one. `record` and `grant` are the copies that stand beside the snapshots.
+    """
+
+    presence: Presence
+    volume_id: str
+    lineage: Lineage
+    live: LiveCopy
+    record: VolumeRecord | None
+    grant: Grant | None
+    preserved: tuple[PreservedCopy, ...]
+    free_bytes: int
+    reserve_bytes: int
+    reflink: bool
+    file_system_id: str
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NewSnapshot:
+    """What the caller decides of a snapshot that is to be taken; size and consistency are the backend's to fill in.
+
+    `volume_id` is written beside the record, and stamps a replica that had none.
+    """
+
+    id: str
+    volume_id: str
+    cp: ConsistencyPoint
+    parent: str
+    epoch_id: str
+    create_time_ms: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitOrder:
+    """What a finished stage is to become.
+
+    `lineage` is the new lineage, tip (the target) first, as the source told it. `expected_tip` is compared and set:
+    another tip is TARGET_CHANGED, and one that is the target already is done. Own snapshots that are off the new
+    lineage are moved among the preserved copies only if `replace_own_data`; a replica that shares no record with the
+    new lineage, or of another volume_id, is replaced (after preserving) only if `replace_unrelated`. Writes to the
+    live copy since its tip are always found and preserved.
+    """
+
+    resync_id: str
+    volume_id: str
+    lineage: Lineage
+    expected_tip: str
+    replace_own_data: bool = False
+    replace_unrelated: bool = False
+
+
+class SnapshotReader(Protocol):
+    """An open snapshot; usable from several threads."""
+
+    size_bytes: int
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fills the view from that offset; Damaged("IO_ERROR") if the disk does not give it all."""
+
+    def announce(self, ranges: Sequence[DeltaRange]) -> None:
+        """Tells the kernel what will be read soon."""
+
+    def close(self) -> None: ...
+
+
+class Stage(Protocol):
+    """A writable clone of the base (or nothing) that is becoming the target; survives restarts, keyed (base, target).
+
+    `directory` is where a transfer may keep its journal; it goes when the stage does.
+    """
+
+    base: str
+    target: str
+    size_bytes: int
+    directory: Path
+    resumed: bool
+
+    def write(self, offset: int, data: memoryview) -> None: ...
+
+    def zero(self, offset: int, length: int) -> None:
+        """Makes a hole."""
+
+    def sync(self) -> None:
+        """Returns when everything written so far is on the disk."""
+
+    def drop_cache(self) -> None:
+        """Makes the next reads come from the disk."""
+
+    def read_into(self, offset: int, view: memoryview) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """One replica's data on one node."""
+
+    kind: str
+
+    def recover(self) -> None:
+        """At start: thaws what was left frozen, finishes or undoes an interrupted commit, sweeps debris."""
+
+    def examine(self, *, compare_live: bool = True) -> Examined:
+        """Looks. Without `compare_live` the live copy's state may be UNKNOWN (cheap, for heartbeats)."""
+
+    def save_record(self, record: VolumeRecord) -> None:
+        """Writes the volume record beside the snapshots, atomically; an EMPTY replica gets its directory."""
+
+    def save_grant(self, grant: Grant | None) -> None: ...
+
+    def take_snapshot(self, new: NewSnapshot) -> Snapshot:
+        """Takes a CP of the live copy. SNAPSHOT_NOT_ATOMIC where it cannot be one, NO_SPACE below the reserve."""
+
+    def delta_map(self, base: str, target: str) -> DeltaMap:
+        """The ranges that differ; base empty: what is allocated in the target. BASE_GONE, TARGET_GONE."""
+
+    def open_reader(self, snapshot_id: str) -> SnapshotReader: ...
+
+    def check_space(self, delta: DeltaMap, *, resumed_bytes: int = 0) -> int:
+        """The bytes that receiving the delta needs; NO_SPACE if they are not free above the reserve."""
+
+    def open_stage(self, base: str, target: str, size_bytes: int) -> Stage:
+        """The stage of (base, target), made if it is not there; stages of another pair are discarded first."""
+
+    def discard_stage(self) -> None: ...
+
+    def commit(self, stage: Stage, order: CommitOrder) -> tuple[PreservedCopy, ...]:
+        """Makes the stage a snapshot and the live copy its clone; answers what was preserved.
+
+        IN_USE names who has the live copy open, TARGET_CHANGED the tip that was found: then nothing has changed
+        and the stage is kept.
+        """
+
+    def drop(self, snapshot_id: str) -> int:
+        """Lets a snapshot's or a preserved copy's data go; its record stays. Bytes freed (an estimate)."""
+
+    def export(self, snapshot_id: str, path: Path, *, writable: bool) -> int:
+        """Copies a snapshot or preserved copy to a path that does not exist yet; its size in bytes."""

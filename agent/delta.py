@@ -1,0 +1,76 @@
+"""Delta maps: the blocks that differ between two snapshots, without the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class DeltaRange(NamedTuple):
+    """A stretch of the target, in bytes. `zero`: it reads as zero, and no data travels."""
+
+    offset: int
+    length: int
+    zero: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaMap:
+    """Ordered, non-overlapping ranges over a target of `capacity_bytes`; a million of them take 17 MB.
+
+    `offsets` and `lengths` are int64 arrays in bytes, `zeros` a bool array, all of one length. Beyond the base's end
+    a range that the map does not name reads as zero.
+    """
+
+    capacity_bytes: int
+    offsets: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    zeros: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, capacity_bytes: int, ranges: Iterable[DeltaRange]) -> DeltaMap:
+        """Builds a map from ranges in order; raises ValueError if they overlap, are empty or leave the capacity."""
+        rows = list(ranges)
+        made = cls(
+            capacity_bytes,
+            np.fromiter((row.offset for row in rows), dtype=np.int64, count=len(rows)),
+            np.fromiter((row.length for row in rows), dtype=np.int64, count=len(rows)),
+            np.fromiter((row.zero for row in rows), dtype=np.bool_, count=len(rows)),
+        )
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Raises ValueError unless the ranges are ordered, non-empty, disjoint and within the capacity."""
+        if not len(self.offsets):
+            return
+        ends = self.offsets + self.lengths
+        if bool((self.lengths <= 0).any()) or bool((self.offsets < 0).any()) or int(ends[-1]) > self.capacity_bytes:
+            raise ValueError("a delta map has an empty range or one outside the volume")
+        if bool((ends[:-1] > self.offsets[1:]).any()):
+            raise ValueError("the ranges of a delta map overlap or are out of order")
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __iter__(self) -> Iterator[DeltaRange]:
+        for offset, length, zero in zip(self.offsets, self.lengths, self.zeros, strict=True):
+            yield DeltaRange(int(offset), int(length), bool(zero))
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes that travel."""
+        return int(self.lengths[~self.zeros].sum())
+
+    @property
+    def zero_bytes(self) -> int:
+        return int(self.lengths[self.zeros].sum())
+
+    def starting_at(self, offset: int) -> DeltaMap:
+        """The ranges whose offset is at or after the one given."""
+        first = int(np.searchsorted(self.offsets, offset))
+        return DeltaMap(self.capacity_bytes, self.offsets[first:], self.lengths[first:], self.zeros[first:])
