@@ -46,9 +46,7 @@ class ResyncState(Enum):
         return self in FINAL_RESYNC_STATES
 
 
-FINAL_RESYNC_STATES = frozenset(
-    {ResyncState.SUCCEEDED, ResyncState.FAILED, ResyncState.CANCELLED, ResyncState.BLOCKED}
-)
+FINAL_RESYNC_STATES = frozenset({ResyncState.SUCCEEDED, ResyncState.FAILED, ResyncState.CANCELLED, ResyncState.BLOCKED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +115,7 @@ class ReplicaReport:
     grant: Grant | None = None
     backend: str = ""
     priority: int = 0
+    keep_last: int = 16
     free_bytes: int = 0
     reserve_bytes: int = 0
     reflink: bool = False

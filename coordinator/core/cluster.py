@@ -70,7 +70,8 @@ class VolumeEntry:
     """A volume as the store holds it (`volumes/<volume>`).
 
     `opening`: the epoch is written, its opening CP is not recorded yet. `recovering`: the store knew less than a
-    report, so the next election wants every known member. `removed` are tombstones of nodes.
+    report, so the next election wants every known member. `removed` are tombstones of nodes. `bases` are, for each
+    member, the newest snapshot that it was seen to have in common with the primary: pinned also while it is away.
     """
 
     record: VolumeRecord
@@ -79,6 +80,7 @@ class VolumeEntry:
     recovering: bool = False
     removed: tuple[str, ...] = ()
     pause: Pause | None = None
+    bases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
