@@ -1,0 +1,177 @@
+"""Small files that survive a crash: JSON values, an append-only log, and the syncing of directories.
+
+* `write_json` replaces a file in one step: a private temporary file beside it, fsync, rename, fsync of the directory.
+  A crash leaves the old value or the new one. One writer at a time for each path.
+* Every file names its format and carries a BLAKE3 digest of its value, so that a damaged one is told from an old one:
+  `read_json` raises `Damaged("IO_ERROR")` with the path, and answers None only if there is no file.
+* `append_log` adds one checksummed line and returns when it is on the disk. Only the last line can be torn, by a
+  crash during its own append: it is ignored, and cut off by the next append. A bad line before it is damage.
+
+Files are made 0600 and directories 0700: what stands in them concerns other people's disks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import blake3
+
+from resilver.errors import Damaged, Refused, ResilverError
+
+Json = dict[str, Any]
+
+FORMAT: Final = 1
+FILE_MODE: Final = 0o600
+DIR_MODE: Final = 0o700
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def disk_error(error: OSError, path: Path | str) -> ResilverError:
+    """What an OSError from the disk is to the rest of the program: NO_SPACE or IO_ERROR, with the path."""
+    what = error.strerror or str(error)
+    if error.errno in _FULL:
+        return Refused("NO_SPACE", f"{path}: {what.lower()}; free some space there and try again", path=str(path))
+    return Damaged("IO_ERROR", f"{path}: {what}", path=str(path))
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """Turns an OSError raised inside into `disk_error`; the path of the error itself goes first."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, error.filename or path) from error
+
+
+def fsync_dir(path: Path) -> None:
+    """Returns when the names in a directory are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_dir(path: Path) -> None:
+    """Makes a directory and its missing parents, private, each on the disk before the next."""
+    if path.is_dir():
+        return
+    make_dir(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=DIR_MODE)
+    fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Replaces a file by a value, atomically and durably. NO_SPACE or IO_ERROR leave the old file as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    body = {"format": FORMAT, "blake3": _digest(value), "value": value}
+    with disk_errors(path):
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
+            with os.fdopen(fd, "wb") as file:
+                file.write(json.dumps(body, indent=1, sort_keys=True).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        fsync_dir(path.parent)
+
+
+def read_json(path: Path) -> Json | None:
+    """The value in a file, None if there is no such file; `Damaged("IO_ERROR")` if it cannot be trusted."""
+    with disk_errors(path):
+        try:
+            raw = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    value = _checked(raw)
+    if value is None:
+        raise Damaged("IO_ERROR", f"{path} is damaged: its content does not match its digest", path=str(path))
+    return value
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file durably; one that is not there is no error."""
+    with disk_errors(path):
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return
+        fsync_dir(path.parent)
+
+
+def append_log(path: Path, value: Json) -> None:
+    """Adds a value to a log and returns when it is on the disk; a torn last line is cut off first."""
+    line = json.dumps({"format": FORMAT, "blake3": _digest(value), "value": value}, sort_keys=True).encode() + b"\n"
+    with disk_errors(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
+        try:
+            end = _sound_length(fd, path)
+            os.ftruncate(fd, end)
+            view = memoryview(line)
+            while view:
+                written = os.pwrite(fd, view, end)
+                view, end = view[written:], end + written
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        fsync_dir(path.parent)
+
+
+def read_log(path: Path) -> list[Json]:
+    """The values in a log, oldest first; empty if there is no file. `Damaged("IO_ERROR")` for a bad line within."""
+    with disk_errors(path):
+        try:
+            raw = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    return [value for value, _end in _lines(raw, path)]
+
+
+def _lines(raw: bytes, path: Path) -> Iterator[tuple[Json, int]]:
+    """Each sound line's value and where it ends; a bad last line ends the log."""
+    start = 0
+    while start < len(raw):
+        newline = raw.find(b"\n", start)
+        end = len(raw) if newline < 0 else newline + 1
+        value = _checked(raw[start:end]) if newline >= 0 else None
+        if value is None:
+            if end == len(raw):
+                return
+            raise Damaged("IO_ERROR", f"{path} is damaged at byte {start}", path=str(path))
+        yield value, end
+        start = end
+
+
+def _sound_length(fd: int, path: Path) -> int:
+    """Where the next line is to stand. The whole log is read: an append is rare, and must not hide damage."""
+    with os.fdopen(os.dup(fd), "rb") as file:
+        end = 0
+        for _value, end in _lines(file.read(), path):  # noqa: B007  # the last end is what is wanted
+            pass
+        return end
+
+
+def _checked(raw: bytes) -> Json | None:
+    try:
+        body = json.loads(raw)
+    except ValueError:
+        return None
+    if not isinstance(body, dict) or body.get("format") != FORMAT or not isinstance(body.get("value"), dict):
+        return None
+    value: Json = body["value"]
+    return value if body.get("blake3") == _digest(value) else None
+
+
+def _digest(value: Json) -> str:
+    return blake3.blake3(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
