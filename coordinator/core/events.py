@@ -6,6 +6,7 @@ are answered by `Answer`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coordinator.core.cluster import (
@@ -460,3 +461,15 @@ class RaiseTerm:
 
 
 Action = Persist | SendExamine | SendRecord | RefuseAgent | GiveOrder | Answer | Tell | Changed | RaiseTerm
+
+# ---------------------------------------------------------------- what a reign begins with
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Everything that the store holds, as read at take-over. Elections are newest first; resyncs are by id."""
+
+    volumes: Mapping[str, VolumeEntry]
+    elections: Mapping[str, tuple[ElectionRecord, ...]]
+    resyncs: Mapping[str, Resync]
+    nodes: Mapping[str, NodeView]
