@@ -1,0 +1,217 @@
+"""What the leader remembers, as the store keeps it: keys and JSON.
+
+The rules:
+
+* Keys are readable (`volumes/vm1`, `elections/vm1/001795401600000`, `resyncs/vm1/<id>`, `nodes/a`), and the decisions
+  about a volume sort by their time.
+* Values are the frozen classes field by field, a CP as `"3-42"`; a field that a newer version added is passed over.
+* A record that is of no known kind, or cannot be read whole, stops the take-over with its key: a leader that passed
+  over a record would forget what it was told to remember.
+* A decision stays under 64 KiB: its evidence is shortened first, then its list of candidates, and a note says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from coordinator.core.cluster import Candidate, ElectionRecord, NodeView, Resync, VolumeEntry
+from coordinator.core.events import DeletedNode, Forgotten, Kept, Loaded, Volume
+from coordinator.store.base import Json, Stored
+from resilver.errors import Damaged
+from resilver.lineage import ConsistencyPoint
+
+RECORD_BYTES_MAX: Final = 64 << 10
+EVIDENCE_RECORDS_MAX: Final = 32
+TEXT_CHARS_MAX: Final = 2048
+NOTE_KEY: Final = "(note)"
+"""Where the evidence says what was left out: no node can have this name."""
+
+_TIME_DIGITS: Final = 15
+_FREE_FORM: Final = frozenset({"bases", "evidence"})
+"""Fields whose keys are names of nodes, and not of fields."""
+
+T = TypeVar("T")
+
+
+def key_of(kept: Kept) -> str:
+    """Where a record stands in the store."""
+    match kept:
+        case Volume(name=name):
+            return f"volumes/{name}"
+        case ElectionRecord(volume=volume, create_time_ms=time_ms):
+            return f"elections/{volume}/{time_ms:0{_TIME_DIGITS}d}"
+        case Resync(volume=volume, id=resync_id):
+            return f"resyncs/{volume}/{resync_id}"
+        case NodeView(name=name) | DeletedNode(name=name):
+            return f"nodes/{name}"
+        case Forgotten(record=record):
+            return key_of(record)
+
+
+def to_json(kept: Kept) -> Json | None:
+    """What stands there; None for what is to be deleted."""
+    match kept:
+        case DeletedNode() | Forgotten():
+            return None
+        case Volume(entry=entry):
+            return None if entry is None else _plain(entry)
+        case ElectionRecord():
+            return _plain(bounded_election(kept))
+        case Resync():
+            return _plain(bounded_resync(kept))
+        case NodeView():
+            return _plain(kept)
+
+
+def load(stored: Mapping[str, Stored]) -> Loaded:
+    """Everything that the store held. Raises `Damaged("IO_ERROR")` that names the first key that cannot be read."""
+    volumes: dict[str, VolumeEntry] = {}
+    elections: dict[str, list[ElectionRecord]] = {}
+    resyncs: dict[str, Resync] = {}
+    nodes: dict[str, NodeView] = {}
+    for key in sorted(stored):
+        value = stored[key].value
+        match key.split("/"):
+            case ["volumes", _]:
+                entry = _typed(key, value, VolumeEntry)
+                _agrees(key, Volume(entry.record.volume, entry))
+                volumes[entry.record.volume] = entry
+            case ["elections", volume, _]:
+                election = _typed(key, value, ElectionRecord)
+                _agrees(key, election)
+                elections.setdefault(volume, []).append(election)
+            case ["resyncs", _, resync_id]:
+                resync = _typed(key, value, Resync)
+                _agrees(key, resync)
+                resyncs[resync_id] = resync
+            case ["nodes", name]:
+                node = _typed(key, value, NodeView)
+                _agrees(key, node)
+                # Nobody is connected to a coordinator that has just begun.
+                nodes[name] = replace(node, connected=False, duplicate=False)
+            case _:
+                raise _unreadable(key, "it is no kind of record that this version knows")
+    newest_first = {volume: tuple(reversed(records)) for volume, records in elections.items()}
+    return Loaded(volumes, newest_first, resyncs, nodes)
+
+
+def bounded_election(election: ElectionRecord) -> ElectionRecord:
+    """The decision in less than 64 KiB."""
+    kept, records = election, EVIDENCE_RECORDS_MAX
+    kept = _with_evidence(election, records)
+    while _bytes(kept) > RECORD_BYTES_MAX and records > 1:
+        records //= 2
+        kept = _with_evidence(election, records)
+    candidates = election.candidates
+    while _bytes(kept) > RECORD_BYTES_MAX and candidates:
+        candidates = _first_to_keep(election, len(candidates) // 2)
+        kept = _without_candidates(election, candidates)
+    return kept
+
+
+def bounded_resync(resync: Resync) -> Resync:
+    """The resync in less than 64 KiB: long lists in what the target told are cut at their end."""
+    progress = resync.progress
+    if progress is None or _bytes(resync) <= RECORD_BYTES_MAX:
+        return resync
+    shorter = replace(
+        progress,
+        message=progress.message[:TEXT_CHARS_MAX],
+        preserved=progress.preserved[:64],
+        sources=progress.sources[:16],
+    )
+    return replace(resync, progress=shorter)
+
+
+def _with_evidence(election: ElectionRecord, records_max: int) -> ElectionRecord:
+    shorter = {node: _shortened(lines, records_max) for node, lines in election.evidence.items()}
+    return replace(election, evidence=shorter)
+
+
+def _shortened(lines: tuple[str, ...], records_max: int) -> tuple[str, ...]:
+    if len(lines) <= records_max:
+        return lines
+    return (*lines[:records_max], f"and {len(lines) - records_max} older ones")
+
+
+def _first_to_keep(election: ElectionRecord, count: int) -> tuple[Candidate, ...]:
+    """The winner and the previous primary before all others, in the order that they were listed."""
+    first = {election.winner, election.previous_primary}
+    ranked = sorted(election.candidates, key=lambda candidate: candidate.node not in first)
+    chosen = {candidate.node for candidate in ranked[:count]}
+    return tuple(candidate for candidate in election.candidates if candidate.node in chosen)
+
+
+def _without_candidates(election: ElectionRecord, candidates: tuple[Candidate, ...]) -> ElectionRecord:
+    named = {candidate.node for candidate in candidates}
+    evidence = {node: lines[:1] for node, lines in election.evidence.items() if node in named}
+    left_out = len(election.candidates) - len(candidates)
+    evidence[NOTE_KEY] = (f"{left_out} of {len(election.candidates)} candidates are left out: the record has a bound",)
+    return replace(election, candidates=candidates, evidence=evidence)
+
+
+def _bytes(record: ElectionRecord | Resync) -> int:
+    return len(msgspec.json.encode(_plain(record)))
+
+
+def _plain(record: VolumeEntry | ElectionRecord | Resync | NodeView) -> Json:
+    plain = msgspec.to_builtins(record, enc_hook=_plain_mapping)
+    _write_cps(plain)
+    return dict(plain)
+
+
+def _plain_mapping(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a record holds {value!r}, which has no form in the store")
+
+
+def _typed(key: str, value: Json, kind: type[T]) -> T:
+    try:
+        return msgspec.convert(_read_cps(value), kind)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise _unreadable(key, str(error)) from error
+
+
+def _agrees(key: str, kept: Kept) -> None:
+    if key_of(kept) != key:
+        raise _unreadable(key, f"what stands there belongs at {key_of(kept)}")
+
+
+def _unreadable(key: str, why: str) -> Damaged:
+    return Damaged("IO_ERROR", f"the store's record {key} cannot be read: {why}", key=key)
+
+
+def _is_cp(field: str) -> bool:
+    return field == "cp" or field.endswith("_cp")
+
+
+def _write_cps(node: Any) -> None:
+    """Turns `{"epoch": 3, "sequence": 42}` to `"3-42"`, in place."""
+    if isinstance(node, dict):
+        for field, value in node.items():
+            if _is_cp(field) and isinstance(value, dict):
+                node[field] = str(ConsistencyPoint(value["epoch"], value["sequence"]))
+            elif field not in _FREE_FORM:
+                _write_cps(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            _write_cps(value)
+
+
+def _read_cps(node: Any, field: str = "") -> Any:
+    """The reverse, into a new value. Raises ValueError for a text that is no CP."""
+    if field in _FREE_FORM:
+        return node
+    if isinstance(node, dict):
+        return {name: _read_cps(value, name) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_read_cps(value) for value in node]
+    if _is_cp(field) and isinstance(node, str):
+        cp = ConsistencyPoint.parse(node)
+        return {"epoch": cp.epoch, "sequence": cp.sequence}
+    return node
