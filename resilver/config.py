@@ -1,0 +1,389 @@
+"""The two TOML files, as frozen classes.
+
+The file says what is true of this machine; the store says what is true of the volume. The rules:
+
+* Unknown keys are errors, and the nearest key is named. Every error names file and key and says what would be right.
+* What is loaded is whole: names, addresses, paths and ports have been checked against each other, `auto` and empty
+  values that depend on this file alone have been resolved. Nothing here opens a socket or creates a file.
+* Plaintext is for loopback, or for those who wrote `insecure = true`.
+* `RELOADABLE_*` lists what a running process takes on at SIGHUP; `reload_of` refuses every other change whole.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args
+
+import msgspec
+from msgspec import Meta, Struct
+
+from resilver.address import Address, parse_address
+from resilver.config_rules import (
+    AUTO,
+    NAME,
+    NAME_RULE,
+    Fault,
+    absolute_faults,
+    advertise_faults,
+    clash_faults,
+    clear_faults,
+    dial_faults,
+    name_faults,
+)
+from resilver.errors import Invalid
+from resilver.toml import convert, invalid, keys_of, read_toml
+
+__all__ = [
+    "AUTO",
+    "NAME",
+    "NAME_RULE",
+    "RELOADABLE_AGENT",
+    "RELOADABLE_COORDINATOR",
+    "Address",
+    "AgentConfig",
+    "CoordinatorConfig",
+    "EtcdConfig",
+    "Limits",
+    "Space",
+    "Tls",
+    "VolumeConfig",
+    "changed_keys",
+    "load_agent_config",
+    "load_coordinator_config",
+    "parse_address",
+    "parse_store",
+    "reload_of",
+]
+
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["auto", "json", "console"]
+
+Count = Annotated[int, Meta(ge=1, le=1024)]
+Bytes = Annotated[int, Meta(ge=0, le=1 << 62)]
+Seconds = Annotated[float, Meta(gt=0, le=3600)]
+
+
+class Tls(Struct, frozen=True, kw_only=True):
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """What mirroring may take of this machine; a rate of 0 is no limit."""
+
+    receive_max_bytes_s: Bytes = 0
+    send_max_bytes_s: Bytes = 0
+    receive_max_count: Count = 2
+    send_max_count: Count = 4
+    disk_threads: Count = 4
+
+
+class Space(Struct, frozen=True, kw_only=True):
+    """What stays free of a file system: the larger of the two."""
+
+    reserve_ratio: Annotated[float, Meta(ge=0, le=0.9)] = 0.05
+    reserve_min_bytes: Bytes = 1 << 30
+
+
+class VolumeConfig(Struct, frozen=True, kw_only=True):
+    """One volume as it lies on this node. `snapshot_dir` is absolute once loaded."""
+
+    name: str
+    backend: str
+    path: Path
+    priority: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)] = 0
+    snapshot_dir: Path = Path()
+    keep_last: Annotated[int, Meta(ge=1, le=10_000)] = 16
+
+
+class EtcdConfig(Struct, frozen=True, kw_only=True):
+    """How to reach etcd; TLS if `ca` is set."""
+
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    username: str = ""
+    password_file: str = ""
+    timeout_s: Annotated[float, Meta(ge=0.1, le=60)] = 2.0
+
+
+def _hostname() -> str:
+    return socket.gethostname()
+
+
+def _address(text: str) -> Any:
+    # Any, because a mutable-looking default needs a factory and msgspec types it as the field.
+    return msgspec.field(default_factory=lambda: parse_address(text))
+
+
+class AgentConfig(Struct, frozen=True, kw_only=True):
+    """agent.toml. `stated` holds the top-level keys that the file itself sets."""
+
+    node: str = msgspec.field(default_factory=_hostname)
+    cluster: str
+    coordinators: tuple[Address, ...]
+    listen: Address = _address("[::]:7401")
+    stream_listen: Address = _address("[::]:7402")
+    metrics_listen: Address = _address("127.0.0.1:7403")
+    advertise: str = AUTO
+    stream_advertise: str = AUTO
+    state_dir: Path = Path("/var/lib/resilver")
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "auto"
+    include: tuple[str, ...] = ("/etc/resilver/agent.d/*.toml",)
+    insecure: bool = False
+    limits: Limits = Limits()
+    space: Space = Space()
+    tls: Tls = Tls()
+    volumes: tuple[VolumeConfig, ...] = ()
+    stated: frozenset[str] = frozenset()
+
+
+class CoordinatorConfig(Struct, frozen=True, kw_only=True):
+    """coordinator.toml. `stated` holds the top-level keys that the file itself sets."""
+
+    name: str = msgspec.field(default_factory=_hostname)
+    cluster: str
+    listen: Address = _address("[::]:7400")
+    advertise: str = AUTO
+    metrics_listen: Address = _address("127.0.0.1:7404")
+    state_dir: Path = Path("/var/lib/resilver")
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "auto"
+    insecure: bool = False
+    store: str = "sqlite:///var/lib/resilver/store.db"
+    etcd: EtcdConfig = EtcdConfig()
+    tls: Tls = Tls()
+    lease_ttl_s: Annotated[int, Meta(ge=2, le=600)] = 10
+    heartbeat_s: Seconds = 2.0
+    node_timeout_s: Seconds = 10.0
+    examine_timeout_s: Seconds = 10.0
+    resyncs_max: Count = 16
+    stated: frozenset[str] = frozenset()
+
+    def advertised(self, port: int) -> Address:
+        """What agents and commands are told to dial, once the port is known.
+
+        Where `auto` meets every interface there is no better guess than this machine's name.
+        """
+        if self.advertise != AUTO:
+            return parse_address(self.advertise)
+        return Address(_hostname() if self.listen.every_interface else self.listen.host, port)
+
+
+# What a running process takes on at SIGHUP, by dotted key. Everything else names things, binds ports or opens files.
+RELOADABLE_AGENT: Final = frozenset(
+    {
+        "log_level",
+        "limits.receive_max_bytes_s",
+        "limits.send_max_bytes_s",
+        "limits.receive_max_count",
+        "limits.send_max_count",
+        "space.reserve_ratio",
+        "space.reserve_min_bytes",
+        "volumes.priority",
+        "volumes.keep_last",
+    }
+)
+RELOADABLE_COORDINATOR: Final = frozenset({"log_level", "node_timeout_s", "examine_timeout_s", "resyncs_max"})
+
+Config = TypeVar("Config", AgentConfig, CoordinatorConfig)
+
+_CHOICES: Final = {"log_level": get_args(LogLevel), "log_format": get_args(LogFormat)}
+_STORES: Final = "sqlite:///var/lib/resilver/store.db or etcd://h1:2379,h2:2379"
+_NO_TLS: Final = "TLS is not available yet: leave [tls] out, and use loopback or insecure = true on a trusted network"
+
+
+def load_agent_config(path: str | Path) -> AgentConfig:
+    """Reads agent.toml and the files it includes; raises `Invalid("CONFIG_INVALID")`."""
+    file = Path(path)
+    raw = read_toml(file)
+    config = convert(file, raw, AgentConfig, _decode, _CHOICES)
+    volumes = [*config.volumes, *_included(file, config.include)]
+    config = msgspec.structs.replace(
+        config, volumes=tuple(_resolved(volume) for volume in volumes), stated=frozenset(raw)
+    )
+    _refuse_first(file, _agent_faults(config))
+    return config
+
+
+def load_coordinator_config(path: str | Path) -> CoordinatorConfig:
+    """Reads coordinator.toml; raises `Invalid("CONFIG_INVALID")`."""
+    file = Path(path)
+    raw = read_toml(file)
+    config = convert(file, raw, CoordinatorConfig, _decode, _CHOICES)
+    config = msgspec.structs.replace(config, stated=frozenset(raw))
+    _refuse_first(file, _coordinator_faults(config))
+    return config
+
+
+def parse_store(url: str) -> Path | tuple[Address, ...]:
+    """`sqlite:///var/lib/resilver/store.db` -> the path; `etcd://h1:2379,h2` -> the endpoints; else ValueError."""
+    scheme, _, rest = url.partition("://")
+    if scheme == "sqlite":
+        path = Path(rest)
+        if not path.is_absolute() or len(path.parts) < 2:
+            raise ValueError(f"{url!r} names no absolute path: write sqlite:///var/lib/resilver/store.db")
+        return path
+    if scheme == "etcd" and rest.strip("/"):
+        endpoints = tuple(parse_address(part.strip(), default_port=2379) for part in rest.strip("/").split(","))
+        if not all(endpoint.host and endpoint.port for endpoint in endpoints):
+            raise ValueError(f"{url!r} does not name the host and port of each member: write {_STORES}")
+        return endpoints
+    raise ValueError(f"{url!r} is no store: write {_STORES}")
+
+
+def changed_keys(old: Config, new: Config) -> frozenset[str]:
+    """The dotted keys in which two configurations differ; `volumes` alone if volumes came or went."""
+    changed = set()
+    for key in old.__struct_fields__:
+        before, after = getattr(old, key), getattr(new, key)
+        if key == "stated" or before == after:
+            continue
+        if key == "volumes":
+            changed |= _changed_volumes(before, after)
+        elif isinstance(before, Struct):
+            changed |= {f"{key}.{name}" for name in _differing(before, after)}
+        else:
+            changed.add(key)
+    return frozenset(changed)
+
+
+def reload_of(old: Config, new: Config) -> frozenset[str]:
+    """What changes with `new`; raises Invalid if any of it needs a restart, so that a reload is taken whole or not."""
+    changed = changed_keys(old, new)
+    fixed = sorted(changed - (RELOADABLE_AGENT if isinstance(old, AgentConfig) else RELOADABLE_COORDINATOR))
+    if fixed:
+        raise Invalid(
+            "CONFIG_INVALID",
+            f"{', '.join(fixed)} cannot be changed while running: nothing was reloaded; undo it, or restart",
+            field=fixed[0],
+        )
+    return changed
+
+
+def _differing(before: Struct, after: Struct) -> set[str]:
+    return {name for name in before.__struct_fields__ if getattr(before, name) != getattr(after, name)}
+
+
+def _changed_volumes(before: tuple[VolumeConfig, ...], after: tuple[VolumeConfig, ...]) -> set[str]:
+    old = {volume.name: volume for volume in before}
+    new = {volume.name: volume for volume in after}
+    if old.keys() != new.keys():
+        return {"volumes"}
+    return {f"volumes.{key}" for name, volume in old.items() for key in _differing(volume, new[name])}
+
+
+def _decode(kind: type, value: Any) -> Any:
+    """The hook of msgspec for the types of our own; a ValueError comes back with the key's path."""
+    if not isinstance(value, str):
+        raise ValueError('should be a text in "quotes"')  # noqa: TRY004 - msgspec adds the path to a ValueError only
+    if kind is Address:
+        return parse_address(value)
+    if kind is Path:
+        return Path(value)
+    raise NotImplementedError(f"no decoder for {kind}")
+
+
+class _Included(Struct, frozen=True, kw_only=True):
+    """An included file adds volumes and nothing else."""
+
+    volumes: tuple[VolumeConfig, ...] = ()
+
+
+def _included(file: Path, patterns: Iterable[str]) -> Iterator[VolumeConfig]:
+    for pattern in patterns:
+        start = Path(Path(pattern).anchor) if Path(pattern).is_absolute() else file.absolute().parent
+        found = sorted(start.glob(str(Path(pattern).relative_to(start)) if Path(pattern).is_absolute() else pattern))
+        if not found and not set(pattern) & set("*?["):
+            raise invalid(
+                file, "include", f"{pattern!r} does not exist; take it out, or write a pattern such as *.toml"
+            )
+        for one in found:
+            yield from convert(one, read_toml(one), _Included, _decode, _CHOICES).volumes
+
+
+def _resolved(volume: VolumeConfig) -> VolumeConfig:
+    beside = volume.path.parent / ".resilver" / volume.name
+    unset = volume.snapshot_dir == Path()
+    return msgspec.structs.replace(volume, snapshot_dir=beside if unset else volume.snapshot_dir)
+
+
+def _refuse_first(file: Path, faults: Iterator[Fault]) -> None:
+    for field, message in faults:
+        raise invalid(file, field, message)
+
+
+def _agent_faults(config: AgentConfig) -> Iterator[Fault]:
+    yield from name_faults(node=config.node, cluster=config.cluster)
+    if not config.coordinators:
+        yield "coordinators", 'is empty: name at least one, such as ["127.0.0.1:7400"]'
+    for index, address in enumerate(config.coordinators):
+        yield from dial_faults(f"coordinators[{index}]", address)
+    yield from advertise_faults("advertise", config.advertise)
+    yield from advertise_faults("stream_advertise", config.stream_advertise)
+    yield from absolute_faults("state_dir", config.state_dir)
+    yield from clash_faults(
+        listen=config.listen, stream_listen=config.stream_listen, metrics_listen=config.metrics_listen
+    )
+    yield from _tls_faults(config.tls)
+    clear = {"listen": config.listen, "stream_listen": config.stream_listen}
+    clear |= {f"coordinators[{index}]": address for index, address in enumerate(config.coordinators)}
+    yield from clear_faults(clear, insecure=config.insecure)
+    yield from _volume_faults(config.volumes)
+
+
+def _coordinator_faults(config: CoordinatorConfig) -> Iterator[Fault]:
+    yield from name_faults(name=config.name, cluster=config.cluster)
+    yield from advertise_faults("advertise", config.advertise)
+    yield from absolute_faults("state_dir", config.state_dir)
+    yield from clash_faults(listen=config.listen, metrics_listen=config.metrics_listen)
+    yield from _tls_faults(config.tls)
+    yield from clear_faults({"listen": config.listen}, insecure=config.insecure)
+    if config.node_timeout_s <= config.heartbeat_s:
+        yield "node_timeout_s", f"should be longer than heartbeat_s, which is {config.heartbeat_s:g}"
+    try:
+        where = parse_store(config.store)
+    except ValueError as error:
+        yield "store", str(error)
+        return
+    if isinstance(where, Path):
+        return
+    if not config.etcd.ca:
+        for address in where:
+            yield from clear_faults({"store": address}, insecure=config.insecure)
+    if config.etcd.timeout_s >= config.lease_ttl_s:
+        yield "etcd.timeout_s", f"should be shorter than lease_ttl_s, which is {config.lease_ttl_s}"
+    if bool(config.etcd.username) != bool(config.etcd.password_file):
+        yield "etcd.password_file", "etcd wants username and password_file together, or neither"
+    if bool(config.etcd.cert) != bool(config.etcd.key) or (config.etcd.cert and not config.etcd.ca):
+        yield "etcd.cert", "etcd wants cert and key together, and ca with them"
+
+
+def _tls_faults(tls: Tls) -> Iterator[Fault]:
+    for field in keys_of(Tls):
+        if getattr(tls, field):
+            yield f"tls.{field}", _NO_TLS
+
+
+def _volume_faults(volumes: Iterable[VolumeConfig]) -> Iterator[Fault]:
+    names: set[str] = set()
+    taken: dict[str, str] = {}
+    for index, volume in enumerate(volumes):
+        at = f"volumes[{index}]"
+        yield from name_faults(**{f"{at}.name": volume.name, f"{at}.backend": volume.backend})
+        if volume.name in names:
+            yield f"{at}.name", f"{volume.name!r} is the name of another volume on this node: give each its own"
+        names.add(volume.name)
+        for key, path in (("path", volume.path), ("snapshot_dir", volume.snapshot_dir)):
+            yield from absolute_faults(f"{at}.{key}", path)
+            # Compared as the kernel would reach them: a symbolic link must not bring two volumes onto one file.
+            real = os.path.realpath(path)
+            if real in taken:
+                yield f"{at}.{key}", f"{str(path)!r} is the same place as {taken[real]}: give each its own"
+            taken[real] = f"the {key} of {volume.name!r}"
