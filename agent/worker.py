@@ -1,0 +1,85 @@
+"""One thread for one volume's disk work.
+
+Jobs run one after another in the order they came. A disk that hangs holds its own thread and nothing else: the queue
+is bounded, and a job that cannot be taken is refused with how long the disk has been silent. The thread is a daemon,
+because no one can end a thread that the kernel does not let go, and a process must be able to leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Final, TypeVar
+
+from resilver.errors import Unavailable
+
+T = TypeVar("T")
+
+JOBS_MAX: Final = 64
+
+_Job = tuple[Callable[[], Any], "Future[Any]"]
+
+
+class Worker:
+    """A queue and the thread that works it off."""
+
+    def __init__(self, name: str, *, jobs_max: int = JOBS_MAX) -> None:
+        self._name = name
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(jobs_max)
+        self._since: float | None = None
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def busy_s(self) -> float:
+        """How long the present job has been running; 0 if none is."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Puts a job in the queue; `Unavailable("DEADLINE")` if it is full."""
+        future: Future[T] = Future()
+        try:
+            self._jobs.put_nowait((job, future))
+        except queue.Full as error:
+            raise Unavailable(
+                "DEADLINE",
+                f"{self._name}: {self._jobs.maxsize} jobs are waiting for its disk, "
+                f"which has been at the present one for {self.busy_s:.0f} s",
+            ) from error
+        return future
+
+    async def run(self, job: Callable[[], T]) -> T:
+        """Waits for a job without blocking the event loop; a caller that goes away does not stop it."""
+        return await asyncio.wrap_future(self.submit(job))
+
+    def call(self, job: Callable[[], T]) -> T:
+        """Waits for a job, from another thread."""
+        return self.submit(job).result()
+
+    def close(self) -> None:
+        """Lets the thread end after what is in the queue; does not wait for it."""
+        try:
+            self._jobs.put_nowait(None)
+        except queue.Full:
+            return
+
+    def _work(self) -> None:
+        while (taken := self._jobs.get()) is not None:
+            job, future = taken
+            if not future.set_running_or_notify_cancel():
+                continue
+            self._since = time.monotonic()
+            try:
+                result = job()
+            except BaseException as error:  # noqa: BLE001 - whatever it was belongs to whoever waits for the job
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            finally:
+                self._since = None
+            del taken, job, future
