@@ -14,12 +14,12 @@ from coordinator.core.cluster import (
     ElectionRecord,
     NodeView,
     Pause,
+    Refusal,
     Resync,
     Size,
     VolumeEntry,
     VolumePlan,
 )
-from coordinator.core.cluster import Refusal as Refusal
 from resilver.errors import ResilverError
 from resilver.lineage import Snapshot
 from resilver.volume import Order, Progress, ReplicaReport, VolumeRecord

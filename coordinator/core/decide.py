@@ -1,0 +1,246 @@
+"""Examine, elect, open an epoch: how a volume gets its primary.
+
+The order in `_open` and `establish` is the one that loses nothing: the election and the new epoch are remembered before
+anybody is told; every reachable member is told, and drops grants and runs of lower epochs, before the winner gets the
+grant; nothing is copied from the winner before its opening CP is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from coordinator.core.cluster import (
+    Candidate,
+    Elected,
+    ElectionRecord,
+    NotElected,
+    Refusal,
+    ReplicaState,
+    VolumeEntry,
+    VolumeView,
+)
+from coordinator.core.context import Context, Examine
+from coordinator.core.election import elect, next_epoch, reconcile
+from coordinator.core.events import ElectRequest, OpenEpoch, SendExamine, TakeSnapshot, Volume
+from coordinator.core.tasks import Flow, Wait
+from resilver.errors import Conflict, Refused, ResilverError
+from resilver.lineage import NO_CP
+from resilver.volume import VolumeRecord
+
+EVIDENCE_RECORDS_MAX = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What the members answered; `fresh` are the nodes that did."""
+
+    view: VolumeView
+    fresh: frozenset[str]
+
+
+def examine(context: Context, volume: str) -> Flow[Examined]:
+    """Asks every connected member, and waits until all have answered or gone, or for the examine timeout.
+
+    One at a time for a volume: a caller that comes while one runs joins it.
+    """
+    running = context.examines.get(volume)
+    if running is None:
+        view = context.view(volume)
+        asked = {node for node in view.replicas if context.reachable(node)}
+        running = Examine(context.new_id(), asked, set())
+        context.examines[volume] = running
+        for node in sorted(asked):
+            context.emit(SendExamine(context.stream_of(node), running.id, (volume,)))
+    mine = running
+    yield Wait(
+        frozenset({f"examine:{mine.id}"}),
+        lambda: not mine.waiting,
+        context.now_ms + context.settings.examine_timeout_ms,
+    )
+    if context.examines.get(volume) is mine:
+        del context.examines[volume]
+    fresh = frozenset(mine.answered)
+    return Examined(context.view(volume, fresh), fresh)
+
+
+def learn(context: Context, volume: str, fresh: Iterable[str] | None) -> None:
+    """Takes on what reports know and the store does not: epochs and the newest known CP only ever go up."""
+    raised = reconcile(context.view(volume, fresh))
+    if raised is None:
+        return
+    context.persist(Volume(volume, raised))
+    context.tell(
+        "RECOVERING",
+        f"the store knew less of {volume} than its replicas: now epoch {raised.record.epoch}, newest known CP "
+        f"{raised.record.newest_cp}; the next election wants every known member",
+        volume=volume,
+    )
+
+
+def election(context: Context, request: ElectRequest) -> Flow[ElectionRecord]:
+    """Examines and decides, and opens the epoch if there is a new one. A refusal is a record too."""
+    examined = yield from examine(context, request.volume)
+    if not request.dry_run:
+        learn(context, request.volume, examined.fresh)
+    view = context.view(request.volume, examined.fresh)
+    decision = elect(view, accept_loss=request.accept_loss, choose=request.choose, now_ms=context.now_ms)
+    if request.dry_run:
+        return _record(context, view, decision, request.principal)
+    if isinstance(decision, NotElected):
+        return refuse(context, view, decision, request.principal)
+    if not decision.new_epoch:
+        settle(context, view)
+        record = _record(context, view, decision, request.principal)
+        context.persist(record)
+        return record
+    record = _open(context, view, decision, request.principal)
+    problem = yield from establish(context, request.volume)
+    if problem is not None:
+        context.tell("OPENING", f"{request.volume} stays OPENING: {problem.message}", volume=request.volume)
+    return record
+
+
+def refuse(context: Context, view: VolumeView, decision: NotElected, principal: str) -> ElectionRecord:
+    """Stores a refusal, so that `explain` can answer why not."""
+    record = _record(context, view, decision, principal)
+    context.persist(record)
+    context.tell(
+        "ELECTION_REFUSED",
+        decision.refusal.message,
+        volume=view.name,
+        reason=decision.refusal.reasons[0] if decision.refusal.reasons else "",
+        principal=principal,
+    )
+    return record
+
+
+def settle(context: Context, view: VolumeView) -> None:
+    """The primary stays and every member that was wanted has answered: nothing is left to recover."""
+    entry = view.entry
+    if entry is not None and entry.recovering:
+        context.persist(Volume(view.name, replace(entry, recovering=False)))
+
+
+def first_sight(context: Context, view: VolumeView, decision: Elected, principal: str) -> Flow[ResilverError | None]:
+    """Opens epoch 1 for a volume that has no primary yet."""
+    _open(context, view, decision, principal)
+    return (yield from establish(context, view.name))
+
+
+def _open(context: Context, view: VolumeView, decision: Elected, principal: str) -> ElectionRecord:
+    """Step 1: the election record and the new epoch, in one transaction."""
+    old = view.record
+    winner = view.replica(decision.winner)
+    fork = decision.fork
+    stamped = winner.report.volume_id if winner.report is not None else ""
+    record = VolumeRecord(
+        volume=view.name,
+        volume_id=old.volume_id or stamped or context.new_id(),
+        epoch=next_epoch(view),
+        epoch_id=context.new_id(),
+        primary=decision.winner,
+        members=tuple(sorted({*old.members, decision.winner})),
+        newest_cp=fork.cp if fork is not None else NO_CP,
+        newest_id=fork.id if fork is not None else "",
+    )
+    entry = replace(view.entry or VolumeEntry(record), record=record, opening=True, recovering=False)
+    made = replace(
+        _record(context, view, decision, principal), epoch=record.epoch, epoch_id=record.epoch_id, cp=record.newest_cp
+    )
+    context.persist(Volume(view.name, entry), made)
+    context.tell(
+        "ELECTED",
+        f"{decision.winner} is primary of {view.name} in epoch {record.epoch}: {decision.rule}",
+        volume=view.name,
+        node=decision.winner,
+        principal=principal,
+    )
+    return made
+
+
+def establish(context: Context, volume: str) -> Flow[ResilverError | None]:
+    """Steps 2 to 4: tells the members, grants, takes the opening CP and waits until it is recorded.
+
+    May be run again for the same epoch, also by a later leader: every order in it is idempotent.
+    """
+    record = context.entries[volume].record
+    others = [node for node in record.members if node != record.primary and context.reachable(node)]
+    told = yield from context.give({node: OpenEpoch(context.header(volume), record, grant=False) for node in others})
+    for node, answer in told.items():
+        if isinstance(answer, ResilverError) and answer.reason in ("STALE_EPOCH", "EPOCH_CONFLICT", "STALE_TERM"):
+            return answer
+        if isinstance(answer, ResilverError):
+            context.tell("MEMBER_NOT_TOLD", answer.message, volume=volume, node=node, reason=answer.reason)
+    winner = record.primary
+    granted = (yield from context.give({winner: OpenEpoch(context.header(volume), record, grant=True)}))[winner]
+    if isinstance(granted, ResilverError):
+        return granted
+    opening = TakeSnapshot(context.header(volume, record.newest_id), f"open-{record.epoch_id}", opening=True)
+    taken = (yield from context.give({winner: opening}))[winner]
+    if isinstance(taken, ResilverError):
+        return taken
+    recorded = yield Wait(
+        frozenset({f"volume:{volume}"}),
+        lambda: not context.entries[volume].opening or context.entries[volume].record.epoch != record.epoch,
+        context.now_ms + context.settings.opening_timeout_ms,
+    )
+    if not recorded:
+        return Refused("OPENING", f"{winner} took the opening CP of {volume}, but has not reported it yet")
+    if context.entries[volume].record.epoch != record.epoch:
+        return Conflict("LEADERSHIP_LOST", f"another epoch of {volume} was opened meanwhile")
+    return None
+
+
+def finish_opening(context: Context, volume: str) -> Flow[None]:
+    """Goes on with an opening that was interrupted: by a crash of the leader, or of the winner."""
+    if not (yield from context.lock(volume)):
+        return
+    try:
+        entry = context.entries.get(volume)
+        if entry is not None and entry.opening:
+            problem = yield from establish(context, volume)
+            if problem is not None:
+                context.tell("OPENING", problem.message, volume=volume, reason=problem.reason)
+    finally:
+        context.unlock(volume)
+
+
+def _record(context: Context, view: VolumeView, decision: Elected | NotElected, principal: str) -> ElectionRecord:
+    elected = isinstance(decision, Elected)
+    record = view.record
+    return ElectionRecord(
+        volume=view.name,
+        create_time_ms=context.now_ms,
+        epoch=record.epoch if elected else 0,
+        epoch_id=record.epoch_id if elected else "",
+        winner=decision.winner if isinstance(decision, Elected) else "",
+        previous_primary=record.primary,
+        cp=decision.fork.cp if isinstance(decision, Elected) and decision.fork is not None else NO_CP,
+        rule=decision.rule if isinstance(decision, Elected) else "",
+        candidates=decision.candidates,
+        refusal=None if isinstance(decision, Elected) else decision.refusal,
+        accepted=decision.accepted if isinstance(decision, Elected) else (),
+        principal=principal,
+        term=context.identity.term,
+        evidence={
+            node: tuple(f"{one.cp} {one.id}" for one in replica.lineage.records[:EVIDENCE_RECORDS_MAX])
+            for node, replica in view.replicas.items()
+        },
+    )
+
+
+def would_change(view: VolumeView, decision: Elected) -> NotElected:
+    """A resync never changes the primary by itself; it says which command would."""
+    message = f"the primary of {view.name} would change from {view.record.primary} to {decision.winner}"
+    refusal = Refusal(
+        ("PRIMARY_UNCLEAR",),
+        message,
+        candidates=tuple(one.node for one in decision.candidates if _has_data(one)),
+        next_command=f"resilver elect {view.name} --choose {decision.winner}",
+    )
+    return NotElected(refusal, decision.candidates, decision.winner)
+
+
+def _has_data(candidate: Candidate) -> bool:
+    return candidate.state not in (ReplicaState.EMPTY, ReplicaState.LOST, ReplicaState.UNKNOWN)

@@ -1,0 +1,304 @@
+"""The coordinator's decisions: `step(event, now)` takes one event and a time, and gives the actions to run, in order.
+
+The caller's whole loop is::
+
+    while reigning:
+        event = await next_event()
+        for action in engine.step(event, now()):
+            await run(action)          # a Persist that fails ends the reign, and this engine with it
+
+What must be remembered stands before what acts on it. The engine does no I/O, reads no clock and draws no lots;
+`new_id` is given. Only reports change what it believes of a replica: an order's answer tells that it was heard, and
+the report that follows tells what became of it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+from coordinator.core import decide, hearing, transfers, upkeep
+from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Refusal, Resync, Size, VolumeView
+from coordinator.core.context import Context, Identity, Settings
+from coordinator.core.events import (
+    Action,
+    AdoptStoreRequest,
+    AgentConnected,
+    AgentDisconnected,
+    AgentHeard,
+    Answer,
+    CancelRequest,
+    Done,
+    DropRequest,
+    ElectRequest,
+    Event,
+    ExportRequest,
+    Loaded,
+    OrderAnswered,
+    PauseRequest,
+    Planned,
+    PlanRequest,
+    ProgressReported,
+    PruneRequest,
+    RemoveRequest,
+    ReplicaReported,
+    Request,
+    Requested,
+    ResyncRequest,
+    ResyncsStarted,
+    SnapshotRequest,
+    SnapshotsTaken,
+    StopTransfer,
+    Ticked,
+    VolumeRefusal,
+)
+from coordinator.core.planner import plan_etag
+from coordinator.core.tasks import Flow, at_once, join
+from resilver.errors import Conflict, Invalid, NotFound, Refused, ResilverError
+from resilver.volume import ResyncState
+
+FLOW_MAX_MS: Final = 15 * 60 * 1000
+
+
+class Engine:
+    """One leader's mind for one reign; the next leader begins with what was stored."""
+
+    def __init__(
+        self, identity: Identity, settings: Settings, loaded: Loaded, now_ms: int, new_id: Callable[[], str]
+    ) -> None:
+        self._context = Context(identity, settings, new_id, now_ms)
+        context = self._context
+        context.event_sequence = identity.term << 32
+        context.entries.update(loaded.volumes)
+        context.elections.update({name: deque(records) for name, records in loaded.elections.items()})
+        context.resyncs.update(loaded.resyncs)
+        context.nodes.update(
+            {name: replace(node, connected=False, duplicate=False) for name, node in loaded.nodes.items()}
+        )
+        for resync in loaded.resyncs.values():
+            if not resync.state.final:
+                context.tasks.spawn(transfers.lead(context, resync.id))
+
+    # ------------------------------------------------------------ reading
+
+    @property
+    def identity(self) -> Identity:
+        return self._context.identity
+
+    def volume_names(self) -> tuple[str, ...]:
+        return self._context.names()
+
+    def view(self, volume: str) -> VolumeView:
+        """The volume as it is now: a report counts while its node is connected. Raises NotFound."""
+        self._context.require(volume)
+        return self._context.view(volume)
+
+    def nodes(self) -> Mapping[str, NodeView]:
+        return self._context.nodes
+
+    def resyncs(self) -> Mapping[str, Resync]:
+        return self._context.resyncs
+
+    def active_resync(self, volume: str, node: str) -> Resync | None:
+        return self._context.active_resync(volume, node)
+
+    def elections(self, volume: str) -> tuple[ElectionRecord, ...]:
+        """Newest first, refusals among them."""
+        return tuple(self._context.elections.get(volume, ()))
+
+    def events(self) -> tuple[ClusterEvent, ...]:
+        """Oldest first, at most as many as are kept."""
+        return tuple(self._context.events)
+
+    def size(self, volume: str, base: str, target: str) -> Size | None:
+        return self._context.sizes.get((volume, base, target))
+
+    def pinned_by(self, volume: str, node: str, snapshot_id: str) -> tuple[str, ...]:
+        """Why that node may not let the snapshot go."""
+        return upkeep.pinned_by(self._context.view(volume), self._context, node, snapshot_id)
+
+    # ------------------------------------------------------------ one step
+
+    def step(self, event: Event, now_ms: int) -> list[Action]:
+        """Takes on one event; the actions are to be run in order, before the next step."""
+        context = self._context
+        context.now_ms = now_ms
+        context.actions = []
+        match event:
+            case AgentConnected():
+                hearing.connected(context, event)
+            case AgentDisconnected():
+                hearing.disconnected(context, event.stream)
+            case AgentHeard():
+                hearing.heard_from(context, event.stream)
+            case ReplicaReported():
+                hearing.reported(context, event)
+            case ProgressReported():
+                hearing.progressed(context, event)
+            case OrderAnswered():
+                slot = context.orders.get(event.order_id)
+                if slot is not None:
+                    slot.answer = event.answer
+                    context.tasks.touch(f"order:{event.order_id}")
+            case Requested():
+                context.tasks.spawn(self._answer(event.key, event.request))
+            case Ticked():
+                hearing.tick(context)
+        context.tasks.settle(now_ms, deadlines=isinstance(event, Ticked))
+        return context.actions
+
+    # ------------------------------------------------------------ requests
+
+    def _answer(self, key: str, request: Request) -> Flow[None]:
+        """Runs one request's flow, and answers what it returns or raises."""
+        try:
+            answer: object = yield from self._serve(request)
+        except ResilverError as error:
+            answer = error
+        self._context.emit(Answer(key, answer))
+
+    def _serve(self, request: Request) -> Flow[object]:
+        handlers: dict[type, Callable[[Any], Flow[object]]] = {
+            ResyncRequest: self._resync,
+            PlanRequest: self._plan,
+            ElectRequest: self._elect,
+            SnapshotRequest: self._snapshot,
+            CancelRequest: self._cancel,
+            DropRequest: partial(upkeep.drop, self._context),
+            PruneRequest: partial(upkeep.prune, self._context),
+            ExportRequest: partial(upkeep.export, self._context),
+            PauseRequest: self._pause,
+            RemoveRequest: self._remove,
+            AdoptStoreRequest: self._adopt,
+        }
+        return (yield from handlers[type(request)](request))
+
+    def _names(self, volumes: tuple[str, ...]) -> tuple[str, ...]:
+        for volume in volumes:
+            self._context.require(volume)
+        return tuple(dict.fromkeys(volumes)) or self._context.names()
+
+    def _snapshot(self, request: SnapshotRequest) -> Flow[SnapshotsTaken]:
+        return (
+            yield from upkeep.snapshot_volumes(self._context, replace(request, volumes=self._names(request.volumes)))
+        )
+
+    def _pause(self, request: PauseRequest) -> Flow[Done]:
+        upkeep.pause(self._context, replace(request, volumes=self._names(request.volumes)))
+        yield from at_once()
+        return Done()
+
+    def _remove(self, request: RemoveRequest) -> Flow[Done]:
+        upkeep.remove(self._context, request)
+        yield from at_once()
+        return Done()
+
+    def _elect(self, request: ElectRequest) -> Flow[ElectionRecord]:
+        context = self._context
+        context.require(request.volume)
+        for node in sorted({*request.accept_loss, *([request.choose] if request.choose else [])}):
+            if node not in context.view(request.volume).replicas:
+                upkeep.require_node(context, node)
+        if not (yield from context.lock(request.volume)):
+            raise Refused(
+                "OPENING", f"another operation on {request.volume} has not ended", next_command="resilver status"
+            )
+        try:
+            return (yield from decide.election(context, request))
+        finally:
+            context.unlock(request.volume)
+
+    def _prepare_all(self, request: ResyncRequest | PlanRequest) -> Flow[tuple[transfers.Prepared, ...]]:
+        """Examines and plans every volume named; each one's lock is held until `_release`."""
+        context = self._context
+        for node in sorted({*request.nodes, *request.replace}):
+            upkeep.require_node(context, node)
+        tasks = [
+            context.tasks.spawn(transfers.prepare(context, name, request)) for name in self._names(request.volumes)
+        ]
+        yield from join(tasks, context.now_ms + FLOW_MAX_MS)
+        return tuple(task.result for task in tasks if task.finished)
+
+    def _release(self, prepared: tuple[transfers.Prepared, ...]) -> None:
+        for one in prepared:
+            if one.locked:
+                self._context.unlock(one.volume)
+
+    def _resync(self, request: ResyncRequest) -> Flow[ResyncsStarted]:
+        context = self._context
+        prepared = yield from self._prepare_all(request)
+        try:
+            found = plan_etag([one.plan for one in prepared])
+            if request.plan_etag and request.plan_etag != found:
+                raise Conflict(
+                    "PLAN_CHANGED",
+                    f"the plan is no longer {request.plan_etag} but {found}: a replica has changed since",
+                    next_command="resilver plan",
+                )
+            if request.validate_only:
+                return self._would_start(prepared)
+            tasks = [context.tasks.spawn(transfers.create(context, one, request)) for one in prepared]
+            yield from join(tasks, context.now_ms + FLOW_MAX_MS)
+        finally:
+            self._release(prepared)
+        resyncs: list[Resync] = []
+        refusals: list[VolumeRefusal] = []
+        for task in tasks:
+            if task.finished:
+                resyncs.extend(task.result[0])
+                refusals.extend(task.result[1])
+        return ResyncsStarted(tuple(resyncs), tuple(refusals))
+
+    def _would_start(self, prepared: tuple[transfers.Prepared, ...]) -> ResyncsStarted:
+        refusals = [VolumeRefusal(one.volume, one.plan.refusal) for one in prepared if one.plan.refusal is not None]
+        for one in prepared:
+            refusals.extend(
+                VolumeRefusal(one.volume, row.refusal, row.node) for row in one.plan.replicas if row.refusal is not None
+            )
+        return ResyncsStarted((), tuple(refusals))
+
+    def _plan(self, request: PlanRequest) -> Flow[Planned]:
+        context = self._context
+        prepared = yield from self._prepare_all(request)
+        try:
+            plans = [one.plan for one in prepared]
+            if request.take_snapshot:
+                plans = []
+                for one in prepared:
+                    plans.append((yield from transfers.plan_with_point(context, one, request)))
+            sized = [context.tasks.spawn(transfers.fill_sizes(context, plan)) for plan in plans]
+            yield from join(sized, context.now_ms + FLOW_MAX_MS)
+        finally:
+            self._release(prepared)
+        complete = tuple(task.result if task.finished else plan for task, plan in zip(sized, plans, strict=True))
+        return Planned(plan_etag(complete), context.now_ms, complete)
+
+    def _cancel(self, request: CancelRequest) -> Flow[Resync]:
+        context = self._context
+        resync = context.resyncs.get(request.resync_id)
+        if resync is None:
+            raise NotFound("RESYNC_NOT_FOUND", f"no resync has the id {request.resync_id!r}")
+        if resync.state.final:
+            return resync
+        order = StopTransfer(context.header(resync.volume), resync.id, request.discard_stage)
+        yield from context.give({resync.node: order})
+        resync = context.resyncs[request.resync_id]
+        if not resync.state.final:
+            said = Refusal(("CANCELLED",), f"cancelled by {request.principal or 'an operator'}")
+            transfers.finish(context, resync, ResyncState.CANCELLED, said)
+        return context.resyncs[request.resync_id]
+
+    def _adopt(self, request: AdoptStoreRequest) -> Flow[Done]:
+        context = self._context
+        if request.store_id != context.identity.store_id:
+            message = f"this is store {context.identity.store_id}, not {request.store_id!r}"
+            raise Invalid("INVALID_FIELD", message, field="store_id")
+        context.adopting = True
+        context.tell(
+            "STORE_ADOPTED", f"agents of another store take on {request.store_id}", principal=request.principal
+        )
+        yield from at_once()
+        return Done()

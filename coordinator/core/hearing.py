@@ -1,0 +1,298 @@
+"""What the coordinator makes of what agents say: who is there, what each replica is, which CPs count.
+
+A report is the only thing that changes what is believed of a replica. What it makes possible (an acknowledgement, the
+end of a resync, an opening that goes on, a prune, a blocked commit) follows at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from coordinator.core import decide, transfers, upkeep
+from coordinator.core.cluster import NodeView
+from coordinator.core.context import Context, Heard
+from coordinator.core.election import reconcile
+from coordinator.core.events import (
+    AgentConnected,
+    Forgotten,
+    ProgressReported,
+    RaiseTerm,
+    RefuseAgent,
+    ReplicaReported,
+    SendExamine,
+    SendRecord,
+    Volume,
+)
+from coordinator.core.status import status_of
+from coordinator.core.tasks import Flow
+from resilver.volume import Grant, Progress, ReplicaReport, ResyncState
+
+OPENING_AGAIN_MS: Final = 5_000
+RESYNCS_KEPT_MAX: Final = 200
+STAGE_LIFE_MS: Final = 24 * 3600 * 1000
+
+
+# ------------------------------------------------------------ agents come and go
+
+
+def connected(context: Context, event: AgentConnected) -> None:
+    node = event.node
+    if event.cluster != context.identity.cluster:
+        message = f"this is cluster {context.identity.cluster!r}, node {node.name} belongs to {event.cluster!r}"
+        context.emit(RefuseAgent(event.stream, "CLUSTER_MISMATCH", message))
+        return
+    if event.store_id and event.store_id != context.identity.store_id:
+        message = (
+            f"node {node.name} belongs to store {event.store_id}, this is store {context.identity.store_id}; if the "
+            f"store was replaced, run `resilver store adopt {context.identity.store_id}`"
+        )
+        context.emit(RefuseAgent(event.stream, "WRONG_STORE", message, adopt=context.adopting))
+        context.tell("AGENT_REFUSED", message, node=node.name, reason="WRONG_STORE")
+        return
+    if event.highest_term > context.identity.term:
+        context.emit(RaiseTerm(event.highest_term))
+    context.streams[event.stream] = (node.name, node.boot)
+    boots = {boot for name, boot in context.streams.values() if name == node.name}
+    known = context.nodes.get(node.name)
+    if len(boots) > 1:
+        duplicate = replace(known or node, connected=True, duplicate=True, last_heard_ms=context.now_ms)
+        context.nodes[node.name] = duplicate
+        message = f"two agents call themselves {node.name}: {(known or node).address} and {node.address}"
+        context.tell("DUPLICATE_NODE", message, node=node.name, reason="DUPLICATE_NODE")
+    else:
+        _introduce(context, known, node)
+    context.tasks.touch(f"node:{node.name}")
+    for volume in node.volumes:
+        context.changed(volume)
+
+
+def _introduce(context: Context, known: NodeView | None, node: NodeView) -> None:
+    made = replace(node, connected=True, duplicate=False, last_heard_ms=context.now_ms)
+    lasting = replace(made, boot="", last_heard_ms=0, connected=False)
+    if known is None or replace(known, boot="", last_heard_ms=0, connected=False, duplicate=False) != lasting:
+        context.persist(lasting)
+    context.nodes[node.name] = made
+    for volume, entry in context.entries.items():
+        if node.name in entry.removed and volume in node.volumes:
+            removed = tuple(one for one in entry.removed if one != node.name)
+            context.persist(Volume(volume, replace(entry, removed=removed)))
+
+
+def disconnected(context: Context, stream: str) -> None:
+    name, _ = context.streams.pop(stream, ("", ""))
+    known = context.nodes.get(name)
+    if known is None:
+        return
+    left = {boot for node, boot in context.streams.values() if node == name}
+    context.nodes[name] = replace(known, connected=bool(left), duplicate=len(left) > 1)
+    if len(left) == 1 and known.duplicate:
+        context.nodes[name] = replace(context.nodes[name], boot=next(iter(left)))
+    for examine in context.examines.values():
+        if name in examine.waiting and not left:
+            examine.waiting.discard(name)
+            context.tasks.touch(f"examine:{examine.id}")
+    context.tasks.touch(f"node:{name}")
+    for volume in known.volumes:
+        context.changed(volume)
+
+
+def heard_from(context: Context, stream: str) -> None:
+    name, _ = context.streams.get(stream, ("", ""))
+    known = context.nodes.get(name)
+    if known is not None:
+        context.nodes[name] = replace(known, last_heard_ms=context.now_ms)
+
+
+# ------------------------------------------------------------ reports
+
+
+def reported(context: Context, event: ReplicaReported) -> None:
+    heard_from(context, event.stream)
+    name, _ = context.streams.get(event.stream, ("", ""))
+    if not name:
+        return
+    volume = event.report.volume
+    heard = context.heard.setdefault(volume, {})
+    old = heard.get(name)
+    if old is not None and old.stream == event.stream and event.seq <= old.seq:
+        return
+    changed = old is None or not _same(old.report, event.report)
+    heard[name] = Heard(event.report, event.stream, event.seq, context.now_ms)
+    examine = context.examines.get(volume)
+    if examine is not None and event.examine_id == examine.id and context.reachable(name):
+        examine.answered.add(name)
+        examine.waiting.discard(name)
+        context.tasks.touch(f"examine:{examine.id}")
+    if not context.reachable(name):
+        return
+    if changed:
+        context.changed(volume)
+    _learn(context, volume, event.report)
+    _acknowledge(context, volume, name, event.report)
+    _tell_record(context, volume, name, event)
+    _close(context, volume, name, event.report)
+    _note_base(context, volume, name)
+    _go_on(context, volume, name, event.report)
+
+
+def _learn(context: Context, volume: str, report: ReplicaReport) -> None:
+    """A record that is higher than the store's is taken on at once; see `decide.learn`."""
+    entry = context.entries.get(volume)
+    if report.record is None or (entry is not None and report.record == entry.record):
+        return
+    if reconcile(context.view(volume)) is not None:
+        decide.learn(context, volume, None)
+
+
+def _acknowledge(context: Context, volume: str, node: str, report: ReplicaReport) -> None:
+    """A CP of the present epoch, on the primary that holds the grant, becomes the newest known one."""
+    entry = context.entries.get(volume)
+    tip = report.lineage.tip
+    if entry is None or tip is None or entry.record.primary != node or tip.id == entry.record.newest_id:
+        return
+    record = entry.record
+    if report.grant != Grant(record.volume_id, record.epoch, record.epoch_id) or tip.epoch_id != record.epoch_id:
+        return
+    if record.newest_id and report.lineage.find(record.newest_id) is None:
+        return
+    raised = replace(record, newest_cp=tip.cp, newest_id=tip.id)
+    context.put_record(volume, raised, newest_cp_time_ms=tip.create_time_ms, opening=False)
+    context.tell("CONSISTENCY_POINT", f"{volume} is at {tip.cp} on {node}", volume=volume, node=node)
+
+
+def _tell_record(context: Context, volume: str, node: str, event: ReplicaReported) -> None:
+    """A member that knows an older record is told the present one; a stranger's data is left alone."""
+    entry = context.entries.get(volume)
+    if entry is None or node not in entry.record.members or event.report.record == entry.record:
+        return
+    if event.report.volume_id in ("", entry.record.volume_id):
+        context.emit(SendRecord(event.stream, entry.record))
+
+
+def _close(context: Context, volume: str, node: str, report: ReplicaReport) -> None:
+    """The report that shows the goal in the replica's lineage ends its resync."""
+    resync = context.active_resync(volume, node)
+    if resync is None or report.lineage.find(resync.plan.target) is None:
+        return
+    said_done = resync.progress is not None and resync.progress.state is ResyncState.SUCCEEDED
+    if resync.held_before and not said_done:
+        return
+    progress = resync.progress or Progress(resync.id, volume, ResyncState.SUCCEEDED)
+    done = progress.done_bytes if progress.total_bytes is None else progress.total_bytes
+    ended = replace(resync, progress=replace(progress, state=ResyncState.SUCCEEDED, done_bytes=done))
+    transfers.finish(context, ended, ResyncState.SUCCEEDED, None)
+    _forget_old_resyncs(context, volume)
+    entry = context.entries.get(volume)
+    if entry is not None and node not in entry.record.members:
+        members = tuple(sorted({*entry.record.members, node}))
+        context.put_record(volume, replace(entry.record, members=members))
+
+
+def _forget_old_resyncs(context: Context, volume: str) -> None:
+    ended = sorted(
+        (one for one in context.resyncs.values() if one.volume == volume and one.state.final),
+        key=lambda one: one.end_time_ms,
+    )
+    for resync in ended[: max(0, len(ended) - RESYNCS_KEPT_MAX)]:
+        del context.resyncs[resync.id]
+        context.persist(Forgotten(resync))
+
+
+def _note_base(context: Context, volume: str, node: str) -> None:
+    """Remembers what each member has in common with the primary, so that it stays pinned while it is away."""
+    view = context.view(volume)
+    entry = view.entry
+    if entry is None or not (view.primary is not None and view.primary.fresh):
+        return
+    bases = dict(entry.bases)
+    for member in entry.record.members if node == entry.record.primary else (node,):
+        if member == entry.record.primary or member not in entry.record.members:
+            continue
+        status = status_of(view, member)
+        if view.replica(member).fresh and status.common is not None:
+            bases[member] = status.common.id
+    if bases != dict(entry.bases):
+        context.persist(Volume(volume, replace(entry, bases=bases)))
+
+
+def _go_on(context: Context, volume: str, node: str, report: ReplicaReport) -> None:
+    """What a report makes possible: finishing an opening, a blocked commit, pruning, knowing a delta's size."""
+    entry = context.entries.get(volume)
+    if entry is None:
+        return
+    if entry.opening and node == entry.record.primary and volume not in context.locks:
+        _spawn_once(context, f"opening {volume}", decide.finish_opening(context, volume))
+    present = sum(record.present for record in report.lineage)
+    if present > report.keep_last and volume not in context.locks:
+        _spawn_once(context, f"prune {volume} {node}", upkeep.prune_by_itself(context, volume, node))
+    _retry_blocked(context, volume, node, report)
+    _size_up(context, volume, node)
+
+
+def _retry_blocked(context: Context, volume: str, node: str, report: ReplicaReport) -> None:
+    """A resync that was blocked because its target was in use goes on once that is no longer so."""
+    if report.live.in_use is not False or context.active_resync(volume, node) is not None:
+        return
+    ours = [one for one in context.resyncs.values() if one.volume == volume and one.node == node]
+    last = max(ours, key=lambda one: (one.end_time_ms, one.create_time_ms), default=None)
+    if last is None or last.state is not ResyncState.BLOCKED or last.refusal is None:
+        return
+    entry = context.entries[volume]
+    waits = last.refusal.reasons[:1] == ("IN_USE",) and context.now_ms - last.end_time_ms < STAGE_LIFE_MS
+    if waits and entry.pause is None and last.epoch == entry.record.epoch and not entry.opening:
+        transfers.begin(context, volume, last.plan, last.principal)
+
+
+def _size_up(context: Context, volume: str, node: str) -> None:
+    """Asks the primary, once, what each replica that is behind lacks."""
+    view = context.view(volume)
+    if view.primary is None or not view.primary.fresh or view.entry is None or view.entry.opening:
+        return
+    tip = view.primary.lineage.tip_id
+    for member in view.replicas if node == view.record.primary else (node,):
+        common = status_of(view, member).common
+        if member == view.record.primary or common is None or common.id == tip:
+            continue
+        if (volume, common.id, tip) not in context.sizes:
+            flow = _sizing(context, volume, view.record.primary, common.id, tip)
+            _spawn_once(context, f"size {volume} {common.id} {tip}", flow)
+
+
+def _spawn_once(context: Context, name: str, flow: Flow[None]) -> None:
+    """Starts a flow unless one of that name was started in the last few seconds."""
+    now = context.now_ms
+    if now - context.busy.get(name, 0) < OPENING_AGAIN_MS:
+        flow.close()
+        return
+    context.busy[name] = now
+    context.tasks.spawn(flow)
+
+
+def progressed(context: Context, event: ProgressReported) -> None:
+    heard_from(context, event.stream)
+    name, _ = context.streams.get(event.stream, ("", ""))
+    if not name or not context.reachable(name):
+        return
+    transfers.note_progress(context, name, event.progress)
+    if event.progress.state is ResyncState.SUCCEEDED:
+        context.emit(SendExamine(event.stream, context.new_id(), (event.progress.volume,)))
+
+
+def tick(context: Context) -> None:
+    context.busy = {name: at for name, at in context.busy.items() if context.now_ms - at < OPENING_AGAIN_MS}
+    for name, entry in list(context.entries.items()):
+        if entry.pause is not None and entry.pause.until_ms is not None and context.now_ms >= entry.pause.until_ms:
+            context.persist(Volume(name, replace(entry, pause=None)))
+            context.tell("RESUMED", f"{name}: the pause has run out", volume=name)
+        primary = entry.record.primary
+        if entry.opening and name not in context.locks and context.reachable(primary):
+            _spawn_once(context, f"opening {name}", decide.finish_opening(context, name))
+
+
+def _sizing(context: Context, volume: str, node: str, base: str, target: str) -> Flow[None]:
+    yield from transfers.size_of(context, volume, node, base, target)
+
+
+def _same(old: ReplicaReport, new: ReplicaReport) -> bool:
+    return replace(old, examine_time_ms=0, free_bytes=0) == replace(new, examine_time_ms=0, free_bytes=0)

@@ -1,0 +1,312 @@
+"""Snapshots on request, drops, pruning, exports, pauses and membership: what operators do beside resyncs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from coordinator.core.cluster import Elected, NodeView, NotElected, Refusal, VolumeView
+from coordinator.core.context import Context, nearest
+from coordinator.core.decide import examine, learn
+from coordinator.core.election import elect
+from coordinator.core.events import (
+    CloneSnapshot,
+    DeletedNode,
+    Dropped,
+    DropRequest,
+    DropSnapshot,
+    Exported,
+    ExportRequest,
+    PauseRequest,
+    Pruned,
+    PruneRequest,
+    RemoveRequest,
+    SnapshotRequest,
+    SnapshotsTaken,
+    Taken,
+    Volume,
+    VolumeRefusal,
+)
+from coordinator.core.status import status_of
+from coordinator.core.tasks import Flow, join
+from coordinator.core.transfers import refusal_of, take_snapshot
+from resilver.errors import NotFound, Refused, ResilverError
+from resilver.lineage import Snapshot
+
+PRUNED_AT_ONCE_MAX: Final = 4
+
+
+def pinned_by(view: VolumeView, context: Context, node: str, snapshot_id: str) -> tuple[str, ...]:
+    """Why a node may not let a snapshot go; empty if it may."""
+    reasons: list[str] = []
+    if view.replica(node).lineage.tip_id == snapshot_id:
+        reasons.append("tip")
+    if snapshot_id == view.record.newest_id:
+        reasons.append("newest known CP")
+    bases = dict(view.entry.bases) if view.entry is not None else {}
+    for member in view.replicas:
+        common = status_of(view, member).common
+        if (
+            snapshot_id in (bases.get(member), common.id if common is not None else None)
+            and member != view.record.primary
+        ):
+            reasons.append(f"base of {member}")
+    for resync in context.resyncs.values():
+        if resync.volume != view.name or resync.state.final:
+            continue
+        if snapshot_id in (resync.plan.base, resync.plan.target):
+            reasons.append(f"resync of {resync.node}")
+    return tuple(dict.fromkeys(reasons))
+
+
+def prunable(context: Context, view: VolumeView, node: str, keep_last: int) -> tuple[Snapshot, ...]:
+    """What is beyond `keep_last` and pinned by nothing, oldest first."""
+    present = [one for one in view.replica(node).lineage if one.present]
+    beyond = present[keep_last:] if keep_last else []
+    return tuple(one for one in reversed(beyond) if not pinned_by(view, context, node, one.id))
+
+
+def snapshot_volumes(context: Context, request: SnapshotRequest) -> Flow[SnapshotsTaken]:
+    """A CP on each primary, modified or not."""
+    names = request.volumes
+    tasks = [context.tasks.spawn(_snapshot_one(context, name, request)) for name in names]
+    yield from join(tasks, context.now_ms + 10 * context.settings.order_timeout_ms)
+    taken: list[tuple[str, Snapshot]] = []
+    refused: list[VolumeRefusal] = []
+    for name, task in zip(names, tasks, strict=True):
+        if not task.finished:
+            refused.append(VolumeRefusal(name, Refusal(("NODE_OFFLINE",), f"{name} was not snapshotted in time")))
+        elif isinstance(task.result, Refusal):
+            refused.append(VolumeRefusal(name, task.result))
+        elif task.result is not None:
+            taken.append((name, task.result))
+    return SnapshotsTaken(tuple(taken), tuple(refused))
+
+
+def _snapshot_one(context: Context, volume: str, request: SnapshotRequest) -> Flow[Snapshot | Refusal | None]:
+    if not (yield from context.lock(volume)):
+        return Refusal(("OPENING",), f"another operation on {volume} has not ended", next_command="resilver status")
+    try:
+        examined = yield from examine(context, volume)
+        learn(context, volume, examined.fresh)
+        decision = elect(context.view(volume, examined.fresh), now_ms=context.now_ms)
+        if isinstance(decision, NotElected):
+            return decision.refusal
+        if decision.new_epoch or context.entries[volume].opening:
+            return _first_resync(volume, decision)
+        if request.validate_only:
+            return None
+        answer = yield from take_snapshot(context, volume, only_if_modified=False, note=request.note)
+        if isinstance(answer, ResilverError):
+            return refusal_of(answer, f"resilver explain {volume}")
+        assert isinstance(answer, Taken)
+        return answer.snapshot
+    finally:
+        context.unlock(volume)
+
+
+def _first_resync(volume: str, decision: Elected) -> Refusal:
+    message = f"{volume} has no primary with an open epoch yet; the first resync makes {decision.winner} its primary"
+    return Refusal(("OPENING",), message, next_command=f"resilver resync {volume}")
+
+
+def drop(context: Context, request: DropRequest) -> Flow[Dropped]:
+    """Lets a snapshot or a preserved copy go on the nodes named. PINNED and LAST_COPY are refused."""
+    found = _holders(context, request.snapshot_id)
+    if not found:
+        raise NotFound("SNAPSHOT_NOT_FOUND", f"no connected node has a snapshot {request.snapshot_id!r}")
+    volume, holders, preserved = found
+    nodes = request.nodes or frozenset(holders)
+    for node in sorted(nodes - holders):
+        raise NotFound("SNAPSHOT_NOT_FOUND", f"node {node} has no snapshot {request.snapshot_id!r}", node=node)
+    view = context.view(volume)
+    if not preserved:
+        for node in sorted(nodes):
+            pins = pinned_by(view, context, node, request.snapshot_id)
+            if pins:
+                raise Refused("PINNED", f"{request.snapshot_id} on {node} is needed: {', '.join(pins)}", node=node)
+        if nodes >= holders:
+            raise Refused("LAST_COPY", f"{request.snapshot_id} is on no other node: {', '.join(sorted(nodes))}")
+    if request.validate_only:
+        return Dropped(0)
+    order = DropSnapshot(context.header(volume), request.snapshot_id)
+    answers = yield from context.give(dict.fromkeys(sorted(nodes), order))
+    freed = 0
+    for node, answer in answers.items():
+        if isinstance(answer, ResilverError):
+            raise answer
+        assert isinstance(answer, Dropped)
+        freed += answer.freed_bytes
+        context.tell(
+            "DROPPED", f"{request.snapshot_id} on {node}", volume=volume, node=node, principal=request.principal
+        )
+    return Dropped(freed)
+
+
+def _holders(context: Context, snapshot_id: str) -> tuple[str, frozenset[str], bool] | None:
+    """The volume that a snapshot or preserved copy belongs to, who has its data, and whether it is preserved."""
+    for volume in context.names():
+        view = context.view(volume)
+        have = frozenset(
+            node
+            for node, replica in view.replicas.items()
+            if (record := replica.lineage.find(snapshot_id)) is not None and record.present
+        )
+        if have:
+            return volume, have, False
+        kept = frozenset(
+            node
+            for node, replica in view.replicas.items()
+            if replica.report is not None and any(one.id == snapshot_id for one in replica.report.preserved)
+        )
+        if kept:
+            return volume, kept, True
+    return None
+
+
+def prune(context: Context, request: PruneRequest) -> Flow[Pruned]:
+    """Drops what is beyond `keep_last` on every connected node, but nothing that is pinned."""
+    context.require(request.volume)
+    view = context.view(request.volume)
+    dropped: list[tuple[str, str, int]] = []
+    kept: list[tuple[str, str, tuple[str, ...]]] = []
+    for node, replica in view.replicas.items():
+        if replica.report is None or not replica.fresh:
+            continue
+        keep_last = request.keep_last or replica.report.keep_last
+        going = prunable(context, view, node, keep_last)
+        for record in replica.lineage:
+            if record.present and record not in going:
+                pins = pinned_by(view, context, node, record.id)
+                kept.append((node, record.id, pins or (f"among the last {keep_last}",)))
+        for record in going:
+            if request.validate_only:
+                dropped.append((node, record.id, 0))
+                continue
+            order = DropSnapshot(context.header(request.volume), record.id)
+            answer = (yield from context.give({node: order}))[node]
+            if isinstance(answer, Dropped):
+                dropped.append((node, record.id, answer.freed_bytes))
+    return Pruned(tuple(dropped), tuple(kept))
+
+
+def prune_by_itself(context: Context, volume: str, node: str) -> Flow[None]:
+    """Keeps a replica to its `keep_last`, a few snapshots at a time, while no member's base is unknown."""
+    view = context.view(volume)
+    report = view.replica(node).report
+    if report is None or view.entry is None or not _bases_known(view):
+        return
+    for record in prunable(context, view, node, report.keep_last)[:PRUNED_AT_ONCE_MAX]:
+        if pinned_by(context.view(volume), context, node, record.id):
+            continue
+        order = DropSnapshot(context.header(volume), record.id)
+        answer = (yield from context.give({node: order}))[node]
+        if isinstance(answer, ResilverError):
+            context.tell("NOT_PRUNED", answer.message, volume=volume, node=node, reason=answer.reason)
+            return
+
+
+def _bases_known(view: VolumeView) -> bool:
+    bases = view.entry.bases if view.entry is not None else {}
+    return all(
+        member == view.record.primary or member in bases or view.replica(member).fresh for member in view.record.members
+    )
+
+
+def export(context: Context, request: ExportRequest) -> Flow[Exported]:
+    """Copies a snapshot or a preserved copy to a path of that node."""
+    found = _holders(context, request.snapshot_id)
+    if found is None:
+        raise NotFound("SNAPSHOT_NOT_FOUND", f"no connected node has a snapshot {request.snapshot_id!r}")
+    volume, holders, _ = found
+    require_node(context, request.node)
+    if request.node not in holders:
+        where = ", ".join(sorted(holders))
+        raise NotFound("SNAPSHOT_NOT_FOUND", f"{request.snapshot_id} is not on {request.node}, but on {where}")
+    order = CloneSnapshot(context.header(volume), request.snapshot_id, request.path, request.writable)
+    answer = (yield from context.give({request.node: order}))[request.node]
+    if isinstance(answer, ResilverError):
+        raise answer
+    assert isinstance(answer, Exported)
+    return answer
+
+
+def pause(context: Context, request: PauseRequest) -> tuple[str, ...]:
+    """Pauses or resumes volumes; answers their names."""
+    for volume in request.volumes:
+        entry = context.entries.get(volume)
+        if entry is None:
+            raise Refused("OPENING", f"{volume} has never been resynced", next_command=f"resilver resync {volume}")
+        context.persist(Volume(volume, replace(entry, pause=request.pause)))
+        what = "PAUSED" if request.pause is not None else "RESUMED"
+        reason = request.pause.reason if request.pause is not None else ""
+        context.tell(what, f"{volume}: {reason}".rstrip(": "), volume=volume, principal=request.principal)
+    return request.volumes
+
+
+def remove(context: Context, request: RemoveRequest) -> tuple[str, ...]:
+    """Forgets a replica, a node or a volume. Refused while the node reports; data on disk is never touched."""
+    if request.node:
+        require_node(context, request.node)
+    volumes = (
+        (request.volume,)
+        if request.volume
+        else tuple(name for name, entry in context.entries.items() if request.node in entry.record.members)
+    )
+    for volume in volumes:
+        context.require(volume)
+        _check_removable(context, volume, request.node)
+    if request.node and not request.volume and context.reachable(request.node):
+        raise Refused("NODE_STILL_REPORTS", f"node {request.node} is connected; stop its agent first")
+    if request.validate_only:
+        return volumes
+    for volume in volumes:
+        _forget(context, volume, request.node)
+        gone = f"{request.node} from {volume}" if request.node else volume
+        context.tell("REMOVED", f"{gone}", volume=volume, node=request.node, principal=request.principal)
+    if request.node and not request.volume:
+        context.persist(DeletedNode(request.node))
+        context.nodes.pop(request.node, None)
+    return volumes
+
+
+def _check_removable(context: Context, volume: str, node: str) -> None:
+    entry = context.entries.get(volume)
+    nodes = (node,) if node else tuple(context.view(volume).replicas)
+    for one in nodes:
+        known = context.nodes.get(one)
+        if known is not None and known.connected and volume in known.volumes:
+            raise Refused(
+                "NODE_STILL_REPORTS",
+                f"node {one} still reports {volume}; take it out of its configuration, or stop its agent, first",
+            )
+    if node and entry is not None and entry.record.primary == node:
+        raise Refused(
+            "PRIMARY_AWAY",
+            f"{node} is the primary of {volume}; elect another one first",
+            next_command=f"resilver elect {volume}",
+        )
+    if node and entry is not None and node not in context.view(volume).replicas:
+        raise NotFound("NODE_NOT_FOUND", f"{node} has no replica of {volume}")
+
+
+def _forget(context: Context, volume: str, node: str) -> None:
+    entry = context.entries.get(volume)
+    heard = context.heard.get(volume, {})
+    if not node:
+        context.heard.pop(volume, None)
+        context.persist(Volume(volume, None))
+        return
+    heard.pop(node, None)
+    if entry is not None:
+        kept = tuple(one for one in entry.record.members if one != node)
+        bases = {member: base for member, base in entry.bases.items() if member != node}
+        removed = tuple(sorted({*entry.removed, node}))
+        context.put_record(volume, replace(entry.record, members=kept), removed=removed, bases=bases)
+
+
+def require_node(context: Context, node: str) -> NodeView:
+    known = context.nodes.get(node)
+    if known is None:
+        raise NotFound("NODE_NOT_FOUND", f"no node is named {node!r}{nearest(node, context.nodes)}", name=node)
+    return known
