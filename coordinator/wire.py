@@ -1,0 +1,322 @@
+"""What the coordinator tells an operator: its own values to protobuf, and never back.
+
+The rules:
+
+* Every conversion works for every value; what has no bound of its own is cut here, so that a message stays under 1 MiB.
+* A time that is not known is left unset, and so is a number: a zero on the wire means zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from coordinator.core.cluster import (
+    Candidate,
+    ClusterEvent,
+    ElectionRecord,
+    Loss,
+    NodeView,
+    Pause,
+    PlanAction,
+    Refusal,
+    ReplicaPlan,
+    ReplicaState,
+    Resync,
+    Role,
+    VolumePlan,
+    VolumeState,
+)
+from coordinator.core.events import Planned, Pruned, VolumeRefusal
+from resilver.errors import ResilverError
+from resilver.fields import LIVE_STATES, RESYNC_STATES, TEXT_CHARS_MAX
+from resilver.v1 import coordinator_pb2, error_pb2, volume_pb2
+from resilver.volume import SourceShare
+from resilver.wire import SOURCES_MAX, cp_to_proto, time_to_proto
+
+ENTRIES_MAX: Final = 256
+"""Nodes, candidates, losses or preserved copies in one message."""
+REASONS_MAX: Final = 32
+SPACE_LEAST_BYTES: Final = 64 << 20
+RANGE_BYTES: Final = 34
+"""What a changed range costs in metadata: 17 bytes for its extent and as much for the clone's."""
+
+ROLES: Final = {
+    Role.PRIMARY: volume_pb2.REPLICA_ROLE_PRIMARY,
+    Role.SECONDARY: volume_pb2.REPLICA_ROLE_SECONDARY,
+    Role.NEWCOMER: volume_pb2.REPLICA_ROLE_NEWCOMER,
+}
+REPLICA_STATES: Final = {
+    ReplicaState.IN_SYNC: volume_pb2.REPLICA_STATE_IN_SYNC,
+    ReplicaState.STALE: volume_pb2.REPLICA_STATE_STALE,
+    ReplicaState.DIVERGED: volume_pb2.REPLICA_STATE_DIVERGED,
+    ReplicaState.UNRELATED: volume_pb2.REPLICA_STATE_UNRELATED,
+    ReplicaState.FOREIGN: volume_pb2.REPLICA_STATE_FOREIGN,
+    ReplicaState.EMPTY: volume_pb2.REPLICA_STATE_EMPTY,
+    ReplicaState.LOST: volume_pb2.REPLICA_STATE_LOST,
+    ReplicaState.UNKNOWN: volume_pb2.REPLICA_STATE_UNKNOWN,
+}
+VOLUME_STATES: Final = {
+    VolumeState.HEALTHY: volume_pb2.VOLUME_STATE_HEALTHY,
+    VolumeState.DEGRADED: volume_pb2.VOLUME_STATE_DEGRADED,
+    VolumeState.BLOCKED: volume_pb2.VOLUME_STATE_BLOCKED,
+    VolumeState.OPENING: volume_pb2.VOLUME_STATE_OPENING,
+    VolumeState.RECOVERING: volume_pb2.VOLUME_STATE_RECOVERING,
+    VolumeState.UNINITIALIZED: volume_pb2.VOLUME_STATE_UNINITIALIZED,
+}
+ACTIONS: Final = {
+    PlanAction.NONE: volume_pb2.PLAN_ACTION_NONE,
+    PlanAction.DELTA: volume_pb2.PLAN_ACTION_DELTA,
+    PlanAction.FULL: volume_pb2.PLAN_ACTION_FULL,
+    PlanAction.BLOCKED: volume_pb2.PLAN_ACTION_BLOCKED,
+}
+
+
+def time_or_unset(time_ms: int) -> Timestamp | None:
+    """None for 0, which is how a time that is not known is kept."""
+    return time_to_proto(time_ms) if time_ms > 0 else None
+
+
+def duration_to_proto(duration_ms: int) -> Duration:
+    seconds, milliseconds = divmod(max(duration_ms, 0), 1000)
+    return Duration(seconds=seconds, nanos=milliseconds * 1_000_000)
+
+
+def cut(text: str, chars_max: int = TEXT_CHARS_MAX) -> str:
+    return text if len(text) <= chars_max else f"{text[: chars_max - 1]}…"
+
+
+def first(items: Iterable[str], count_max: int = ENTRIES_MAX) -> list[str]:
+    return [cut(item) for _, item in zip(range(count_max), items, strict=False)]
+
+
+# Refusals and decisions.
+
+
+def loss_to_proto(loss: Loss) -> error_pb2.Loss:
+    return error_pb2.Loss(
+        node=loss.node,
+        from_cp="" if loss.from_cp is None else str(loss.from_cp),
+        to_cp="" if loss.to_cp is None else str(loss.to_cp),
+        lost_cps=loss.lost_cps,
+        live_modified=loss.live_modified,
+        unseen_seconds=None if loss.unseen_ms is None else loss.unseen_ms / 1000,
+    )
+
+
+def refusal_to_proto(refusal: Refusal) -> error_pb2.Refusal:
+    return error_pb2.Refusal(
+        reasons=first(refusal.reasons, REASONS_MAX),
+        message=cut(refusal.message),
+        missing_nodes=first(refusal.missing_nodes),
+        candidates=first(refusal.candidates),
+        losses=[loss_to_proto(loss) for loss in refusal.losses[:ENTRIES_MAX]],
+        next_command=cut(refusal.next_command),
+    )
+
+
+def refusal_or_unset(refusal: Refusal | None) -> error_pb2.Refusal | None:
+    return None if refusal is None else refusal_to_proto(refusal)
+
+
+def refusal_of(error: ResilverError) -> Refusal:
+    """An error as data, for an answer about several volumes."""
+    return Refusal((error.reason,), error.message, next_command=error.next_command)
+
+
+def volume_refusal_to_proto(refused: VolumeRefusal) -> coordinator_pb2.VolumeRefusal:
+    return coordinator_pb2.VolumeRefusal(
+        volume=refused.volume, refusal=refusal_to_proto(refused.refusal), node=refused.node
+    )
+
+
+def candidate_to_proto(candidate: Candidate) -> volume_pb2.Candidate:
+    return volume_pb2.Candidate(
+        node=candidate.node,
+        reported=candidate.reported,
+        report_time=time_or_unset(candidate.report_time_ms),
+        cp=cp_to_proto(candidate.cp),
+        snapshot=candidate.snapshot,
+        live=LIVE_STATES[candidate.live],
+        state=REPLICA_STATES[candidate.state],
+        common_cp=cp_to_proto(candidate.common_cp),
+        verdict=cut(candidate.verdict),
+        priority=candidate.priority,
+    )
+
+
+def election_to_proto(election: ElectionRecord) -> volume_pb2.Election:
+    return volume_pb2.Election(
+        volume=election.volume,
+        epoch=election.epoch,
+        epoch_id=election.epoch_id,
+        create_time=time_or_unset(election.create_time_ms),
+        winner=election.winner,
+        previous_primary=election.previous_primary,
+        cp=cp_to_proto(election.cp),
+        rule=cut(election.rule),
+        candidates=[candidate_to_proto(candidate) for candidate in election.candidates[:ENTRIES_MAX]],
+        refusal=refusal_or_unset(election.refusal),
+        accepted_losses=first(election.accepted),
+        principal=cut(election.principal),
+        term=election.term,
+    )
+
+
+# Plans and resyncs.
+
+
+def need_bytes(plan: ReplicaPlan) -> int:
+    """The room that a replica needs before its first byte: the data, the metadata of its ranges, and a margin."""
+    if plan.action not in (PlanAction.DELTA, PlanAction.FULL) or plan.size is None:
+        return 0
+    data = plan.size.bytes + plan.size.range_count * RANGE_BYTES
+    return data + max(data // 100, SPACE_LEAST_BYTES)
+
+
+def replica_plan_to_proto(plan: ReplicaPlan) -> volume_pb2.ReplicaPlan:
+    return volume_pb2.ReplicaPlan(
+        node=plan.node,
+        state=REPLICA_STATES[plan.state],
+        action=ACTIONS[plan.action],
+        base_cp=cp_to_proto(plan.base_cp),
+        base=plan.base,
+        target_cp=cp_to_proto(plan.target_cp),
+        target=plan.target,
+        sources=first(plan.sources),
+        copy_bytes=None if plan.size is None else plan.size.bytes,
+        range_count=None if plan.size is None else plan.size.range_count,
+        exact=plan.exact,
+        preserve_bytes=plan.preserve_bytes,
+        preserve=first(plan.preserve),
+        need_bytes=need_bytes(plan),
+        free_bytes=max(plan.free_bytes, 0),
+        refusal=refusal_or_unset(plan.refusal),
+        why=cut(plan.why),
+    )
+
+
+def volume_plan_to_proto(plan: VolumePlan) -> volume_pb2.VolumePlan:
+    return volume_pb2.VolumePlan(
+        volume=plan.volume,
+        primary=plan.primary,
+        target_cp=cp_to_proto(plan.target_cp),
+        takes_snapshot=plan.takes_snapshot,
+        refusal=refusal_or_unset(plan.refusal),
+        replicas=[replica_plan_to_proto(row) for row in plan.replicas[:ENTRIES_MAX]],
+    )
+
+
+def plan_to_proto(planned: Planned) -> volume_pb2.Plan:
+    return volume_pb2.Plan(
+        etag=planned.etag,
+        create_time=time_or_unset(planned.create_time_ms),
+        volumes=[volume_plan_to_proto(plan) for plan in planned.volumes],
+    )
+
+
+def source_to_proto(share: SourceShare) -> volume_pb2.ResyncSource:
+    return volume_pb2.ResyncSource(
+        node=share.node, wire_bytes=share.wire_bytes, bytes_per_second=share.bytes_per_second
+    )
+
+
+def remaining_ms(resync: Resync) -> int | None:
+    """How long the rest takes at the present rate; None while that cannot be said."""
+    progress = resync.progress
+    if progress is None or progress.total_bytes is None or resync.state.final:
+        return None
+    rate = sum(share.bytes_per_second for share in progress.sources)
+    left = max(progress.total_bytes - progress.done_bytes, 0)
+    if left == 0:
+        return 0
+    return left * 1000 // rate if rate > 0 else None
+
+
+def resync_to_proto(resync: Resync) -> volume_pb2.Resync:
+    progress = resync.progress
+    size = resync.plan.size
+    total_bytes = size.bytes if size is not None and resync.plan.exact else None
+    range_count = size.range_count if size is not None and resync.plan.exact else None
+    remaining = remaining_ms(resync)
+    shares = progress.sources if progress is not None else ()
+    return volume_pb2.Resync(
+        id=resync.id,
+        volume=resync.volume,
+        node=resync.node,
+        state=RESYNC_STATES[resync.state],
+        plan=replica_plan_to_proto(resync.plan),
+        sources=[
+            source_to_proto(share)
+            for share in shares or [SourceShare(node) for node in resync.plan.sources][:SOURCES_MAX]
+        ],
+        total_bytes=total_bytes if progress is None or progress.total_bytes is None else progress.total_bytes,
+        range_count=range_count if progress is None or progress.range_count is None else progress.range_count,
+        done_bytes=None if progress is None else progress.done_bytes,
+        wire_bytes=None if progress is None else progress.wire_bytes,
+        resent_bytes=None if progress is None else progress.resent_bytes,
+        remaining_duration=None if remaining is None else duration_to_proto(remaining),
+        create_time=time_or_unset(resync.create_time_ms),
+        start_time=time_or_unset(resync.start_time_ms),
+        end_time=time_or_unset(resync.end_time_ms),
+        attempt_count=resync.attempt_count,
+        preserved=first(progress.preserved) if progress is not None else (),
+        refusal=refusal_or_unset(resync.refusal),
+        principal=cut(resync.principal),
+        term=resync.term,
+        epoch=resync.epoch,
+    )
+
+
+# The rest.
+
+
+def pause_to_proto(pause: Pause) -> volume_pb2.Pause:
+    return volume_pb2.Pause(
+        reason=cut(pause.reason),
+        until_time=None if pause.until_ms is None else time_to_proto(pause.until_ms),
+        principal=cut(pause.principal),
+    )
+
+
+def event_to_proto(event: ClusterEvent) -> volume_pb2.Event:
+    return volume_pb2.Event(
+        sequence=event.sequence,
+        create_time=time_or_unset(event.create_time_ms),
+        type=event.type,
+        volume=event.volume,
+        node=event.node,
+        resync=event.resync,
+        reason=event.reason,
+        message=cut(event.message),
+        principal=cut(event.principal),
+    )
+
+
+def node_to_proto(node: NodeView, problems: Iterable[volume_pb2.Problem] = ()) -> volume_pb2.Node:
+    return volume_pb2.Node(
+        name=node.name,
+        reachable=node.reachable,
+        address=node.address,
+        stream_address=node.stream_address,
+        version=node.version,
+        report_time=time_or_unset(node.last_heard_ms),
+        volume_count=len(node.volumes),
+        problems=problems,
+    )
+
+
+def pruned_to_proto(pruned: Pruned) -> coordinator_pb2.PruneSnapshotsResponse:
+    return coordinator_pb2.PruneSnapshotsResponse(
+        dropped=[
+            coordinator_pb2.PrunedSnapshot(id=snapshot_id, node=node, freed_bytes=freed_bytes)
+            for node, snapshot_id, freed_bytes in pruned.dropped
+        ],
+        kept=[
+            coordinator_pb2.PrunedSnapshot(id=snapshot_id, node=node, pinned_by=first(why))
+            for node, snapshot_id, why in pruned.kept
+        ],
+    )
