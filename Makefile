@@ -1,0 +1,39 @@
+# Two commands do all: `make demo` shows it, `make test` proves it. Each sets up what it needs first.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+export UV_PYTHON_DOWNLOADS := never
+BIN := .venv/bin
+SOURCES := pyproject.toml uv.lock hatch_build.py $(wildcard proto/resilver/v1/*.proto)
+
+.PHONY: help setup demo test lint check format clean
+help: ## What there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: .venv/.ready ## Virtual environment, and as root the packages that tests and demo use
+
+.venv/.ready: $(SOURCES)
+	@./deploy/setup.sh
+	@touch $@
+
+demo: setup ## A cluster on this machine: three nodes, one stale, one diverged, brought back (KEEP=1 leaves it running)
+	@$(BIN)/resilver demo $(if $(KEEP),--keep)
+
+test: setup ## All tests
+	@$(BIN)/pytest
+
+lint: setup ## Format, lint, types, layers, proto lint
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/buf lint proto
+
+check: lint test ## Everything that must pass before a commit
+
+format: setup ## Formats, and mends what can be mended without thought
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## Removes the environment and caches
+	@rm -rf .venv .tools .hypothesis .mypy_cache .ruff_cache dist

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Makes .venv with everything from the lock file; as root it also installs the Debian packages that are missing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf 'setup: %s\n' "$*"; }
+
+missing=()
+need() { command -v "$1" >/dev/null 2>&1 || PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null 2>&1 || missing+=("$2"); }
+need etcd etcd-server
+need mkfs.xfs xfsprogs
+need mkfs.btrfs btrfs-progs
+need mkfs.ext4 e2fsprogs
+need setfacl acl
+need losetup mount
+python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+if ((${#missing[@]})); then
+  if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    say "installing ${missing[*]} with apt-get"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq
+    # Debian starts etcd as a service when it is installed; the tests and the demo start their own.
+    policy=/usr/sbin/policy-rc.d
+    if [[ ! -e $policy ]]; then
+      printf '#!/bin/sh\nexit 101\n' >"$policy"
+      chmod 755 "$policy"
+      trap 'rm -f "$policy"' EXIT
+    fi
+    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  else
+    say "not root: going on without ${missing[*]} (as root they would be installed)"
+  fi
+fi
+
+if [[ ! -x .tools/bin/uv ]]; then
+  say "installing uv into .tools"
+  python3 -m venv .tools
+  .tools/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.8,<1'
+fi
+say "installing the locked packages into .venv and generating the gRPC stubs"
+.tools/bin/uv sync --quiet --frozen --python "$(command -v python3)" --reinstall-package resilver
+say "ready"
