@@ -1,0 +1,141 @@
+"""The options that every verb takes, before the verb or after it.
+
+`Verb` and `Verbs` add them to each command, take them off again before the command's own function is called, and
+leave what was given on the root context: what stands nearer to the verb wins.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COORDINATOR_DEFAULT: Final = "127.0.0.1:7400"
+_META: Final = "resilver.options"
+_GLOBALS: Final = ("coordinator", "output", "timeout", "yes")
+_SPAN: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)?")
+_SPAN_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What was asked for besides the verb. `timeout_s` None: each call has its own bound."""
+
+    coordinator: str = COORDINATOR_DEFAULT
+    output: str = "table"
+    timeout_s: float | None = None
+    yes: bool = False
+
+
+class Span(click.ParamType[float]):
+    """A length of time: `30`, `30s`, `10m`, `2h`, `1d`."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        match = _SPAN.fullmatch(str(value).strip())
+        if match is None or float(match[1]) <= 0:
+            self.fail(f"{value!r} is no length of time; write it like 30s, 10m, 2h or 1d", param, ctx)
+        return float(match[1]) * _SPAN_SECONDS[match[2]]
+
+
+SPAN: Final = Span()
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    click.echo(f"resilver {own_version()}")
+    ctx.exit()
+
+
+def own_version() -> str:
+    """The version of this installation."""
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  # slow, and seldom asked for
+
+    try:
+        return version("resilver")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _global_params(*, environment: bool) -> list[click.Parameter]:
+    """New ones for each command; only the root's look at the environment, so that an option always beats it."""
+    return [
+        click.Option(
+            ["--coordinator"],
+            metavar="H:P[,H:P…]",
+            envvar="RESILVER_COORDINATOR" if environment else None,
+            help=f"Whom to ask, in this order. [env RESILVER_COORDINATOR; default {COORDINATOR_DEFAULT}]",
+        ),
+        click.Option(["-o", "--output"], type=click.Choice(["table", "json"]), help="A screen or JSON. [table]"),
+        click.Option(["--timeout"], type=SPAN, help="Give up waiting after this long, such as 30s; exit code 4."),
+        click.Option(["--yes"], is_flag=True, help="Do not ask for confirmation."),
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_version,
+            help="Show the version and exit.",
+        ),
+    ]
+
+
+def options_of(ctx: click.Context) -> Options:
+    """What was given so far."""
+    return ctx.find_root().meta.get(_META) or Options()
+
+
+def _merge(ctx: click.Context) -> None:
+    given = {name: ctx.params.pop(name, None) for name in _GLOBALS}
+    options = options_of(ctx)
+    ctx.find_root().meta[_META] = replace(
+        options,
+        coordinator=given["coordinator"] or options.coordinator,
+        output=given["output"] or options.output,
+        timeout_s=given["timeout"] or options.timeout_s,
+        yes=bool(given["yes"]) or options.yes,
+    )
+
+
+class Verb(click.Command):
+    """A command that takes the global options too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.extend(_global_params(environment=False))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        _merge(ctx)
+        return super().invoke(ctx)
+
+
+class Verbs(click.Group):
+    """A group of commands that takes the global options too."""
+
+    command_class = Verb
+
+    def __init__(self, *args: Any, environment: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.extend(_global_params(environment=environment))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        _merge(ctx)
+        return super().invoke(ctx)
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for JSON; for errors that are met before it could be parsed."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return any(
+        this in ("-ojson", "-o=json", "--output=json") or (this in ("-o", "--output") and following == "json")
+        for this, following in pairs
+    )

@@ -1,0 +1,142 @@
+"""The lists: one row for each thing, ids shortened, ages instead of dates where only the age matters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from resilver.cli.plainjson import cp_text, word
+from resilver.cli.screens.layout import table
+from resilver.cli.words import age, clock, count, listing, seconds_of, short_id, since, size, state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.table import Table
+
+    from resilver.v1 import volume_pb2 as pb
+
+
+def volumes(items: Iterable[pb.Volume], now: float) -> Table:
+    rows = table("VOLUME", "STATE", "EPOCH", "PRIMARY", "NEWEST CP", "TAKEN", "REPLICAS", wrap=("VOLUME",))
+    for volume in items:
+        in_sync = sum(word(replica, "state") == "IN_SYNC" for replica in volume.replicas)
+        taken = since(volume.newest_cp_time, now)
+        rows.add_row(
+            Text(volume.name, style="bold"),
+            state(word(volume, "state")),
+            str(volume.epoch),
+            volume.primary or "-",
+            cp_text(volume.newest_cp) or "-",
+            f"{taken} ago" if taken != "-" else "-",
+            f"{in_sync} of {len(volume.replicas)} in sync",
+        )
+    return rows
+
+
+def nodes(items: Iterable[pb.Node], now: float) -> Table:
+    rows = table("NODE", "STATE", "SEEN", "VOLUMES", "ADDRESS", "STREAM", "VERSION", "PROBLEMS", wrap=("PROBLEMS",))
+    for node in items:
+        rows.add_row(
+            Text(node.name, style="bold"),
+            Text("reachable", style="green") if node.reachable else Text("away", style="red"),
+            since(node.report_time, now),
+            str(node.volume_count),
+            node.address or "-",
+            node.stream_address or "-",
+            node.version or "-",
+            "; ".join(f"{problem.reason}: {problem.message}" for problem in node.problems) or "-",
+        )
+    return rows
+
+
+def snapshots(items: Iterable[pb.Snapshot], now: float) -> Table:
+    rows = table("SNAPSHOT", "CP", "AGE", "SIZE", "TAKEN", "ON", "PINNED BY", "NOTE", wrap=("ON", "PINNED BY", "NOTE"))
+    for snapshot in items:
+        pins = {reason: None for copy in snapshot.copies for reason in copy.pinned_by}
+        rows.add_row(
+            Text(short_id(snapshot.id), style="bold"),
+            cp_text(snapshot.cp) or "-",
+            since(snapshot.create_time, now),
+            size(snapshot.size_bytes),
+            word(snapshot, "consistency").lower() or "-",
+            listing(copy.node for copy in snapshot.copies),
+            listing(pins),
+            snapshot.note or "-",
+        )
+    return rows
+
+
+def preserved(items: Iterable[pb.PreservedCopy], now: float) -> Table:
+    columns = ("PRESERVED", "VOLUME", "NODE", "WHAT", "AGE", "SIZE", "ITS OWN", "PATH")
+    rows = table(*columns, wrap=("VOLUME", "PATH"))
+    for copy in items:
+        cp = cp_text(copy.cp) or short_id(copy.based_on)
+        rows.add_row(
+            Text(short_id(copy.id), style="bold"),
+            copy.volume,
+            copy.node,
+            f"live copy after {cp}" if copy.live else f"snapshot {cp}",
+            since(copy.create_time, now),
+            size(copy.size_bytes),
+            size(copy.exclusive_bytes) if copy.HasField("exclusive_bytes") else "-",
+            copy.path or "-",
+        )
+    return rows
+
+
+def resyncs(items: Iterable[pb.Resync], now: float) -> Table:
+    columns = ("RESYNC", "REPLICA", "STATE", "ACTION", "TO", "COPIED", "WIRE", "SENT AGAIN", "STARTED", "TOOK", "WHY")
+    rows = table(*columns, wrap=("REPLICA", "WHY"))
+    for resync in items:
+        begun, ended = seconds_of(resync.start_time) or seconds_of(resync.create_time), seconds_of(resync.end_time)
+        rows.add_row(
+            Text(short_id(resync.id), style="bold"),
+            f"{resync.volume}/{resync.node}",
+            state(word(resync, "state")),
+            state(word(resync.plan, "action")),
+            cp_text(resync.plan.target_cp) or "-",
+            size(resync.done_bytes),
+            size(resync.wire_bytes),
+            size(resync.resent_bytes),
+            f"{since(resync.create_time, now)} ago" if resync.create_time.seconds else "-",
+            age((ended or now) - begun) if begun else "-",
+            f"{', '.join(resync.refusal.reasons)}: {resync.refusal.message}" if resync.HasField("refusal") else "-",
+        )
+    return rows
+
+
+def history(items: Iterable[pb.Election]) -> Table:
+    rows = table("WHEN", "RESULT", "EPOCH", "FROM", "AT CP", "WHY", "ASKED BY", wrap=("WHY",))
+    for election in items:
+        refused = election.HasField("refusal")
+        why = f"{', '.join(election.refusal.reasons)}: {election.refusal.message}" if refused else election.rule
+        if election.accepted_losses:
+            why += f"; loss accepted: {', '.join(election.accepted_losses)}"
+        rows.add_row(
+            clock(seconds_of(election.create_time)) if election.create_time.seconds else "-",
+            Text("refused", style="red") if refused else Text(f"elected {election.winner}", style="green"),
+            str(election.epoch or "-"),
+            election.previous_primary or "-",
+            cp_text(election.cp) or "-",
+            why or "-",
+            election.principal or "-",
+        )
+    return rows
+
+
+def event_line(event: pb.Event) -> Text:
+    """One event as one line."""
+    where = "/".join(part for part in (event.volume, event.node) if part) or "-"
+    line = Text(clock(seconds_of(event.create_time)), style="dim")
+    line.append(f"  {event.type:<22} ", style="bold not dim").append(where, style="not dim")
+    if event.reason:
+        line.append(f"  {event.reason}", style="red not dim")
+    line.append(f"  {event.message}" if event.message else "", style="not dim")
+    return line.append(f"  by {event.principal}" if event.principal else "", style="dim")
+
+
+def found(number: int, one: str, many: str = "") -> str:
+    """`3 snapshots`, under a list."""
+    return count(number, one, many)

@@ -1,0 +1,157 @@
+"""`resilver plan`: what would be copied from where, what is kept first, and the commands that do it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.console import Group
+from rich.text import Text
+
+from resilver.cli.output import next_line
+from resilver.cli.plainjson import cp_text, word
+from resilver.cli.screens.layout import Unbroken, indented, table
+from resilver.cli.words import clock, count, listing, seconds_of, size, state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import RenderableType
+
+    from resilver.v1 import error_pb2
+    from resilver.v1 import volume_pb2 as pb
+
+_COLUMNS = ("NODE", "STATE", "ACTION", "COMMON", "TO COPY", "FROM", "SPACE need/free")
+
+
+def screen(plan: pb.Plan, selection: str) -> Group:
+    """The whole screen; `selection` is what was asked for, as the commands below repeat it."""
+    when = clock(seconds_of(plan.create_time), date=False) if plan.create_time.seconds else ""
+    head = Text("PLAN ", style="bold").append(plan.etag or "-", style="cyan not bold")
+    head.append(f"   {when}   nothing was changed; valid until a replica changes", style="not bold")
+    parts: list[RenderableType] = [head]
+    rows = {volume.volume: [_row(volume, replica) for replica in volume.replicas] for volume in plan.volumes}
+    widths = _widths(row for volume in rows.values() for row in volume)
+    for volume in plan.volumes:
+        parts += _volume(volume, rows[volume.volume], widths)
+    parts.append(_total(plan))
+    if any(_copies(replica) for replica in _replicas(plan)):
+        exact = all(replica.exact for replica in _replicas(plan) if _copies(replica))
+        line = Text("" if exact else f"Exact figures: resilver plan {selection} --snapshot      ")
+        line.append("Do it: ").append(f"resilver resync {selection} --plan {plan.etag}", style="bold")
+        parts.append(Unbroken(line))
+    return Group(*parts)
+
+
+def _replicas(plan: pb.Plan) -> list[pb.ReplicaPlan]:
+    return [replica for volume in plan.volumes for replica in volume.replicas]
+
+
+def _copies(replica: pb.ReplicaPlan) -> bool:
+    return word(replica, "action") in ("DELTA", "FULL")
+
+
+def _volume(volume: pb.VolumePlan, rows: Sequence[Sequence[Text]], widths: Sequence[int]) -> list[RenderableType]:
+    target = cp_text(volume.target_cp) or "-"
+    head = Text(volume.volume, style="bold")
+    if volume.primary:
+        head.append(f"   primary {volume.primary}", style="not bold")
+    head.append(f"   target {target}", style="not bold")
+    if volume.takes_snapshot:
+        head.append(f", taken first ({volume.primary}'s live copy is modified)", style="not bold")
+    parts: list[RenderableType] = [head]
+    if volume.HasField("refusal"):
+        # Reasons alone: the sentence and the next command go to stderr, as for every refusal of what was asked.
+        head.append("   refused: ", style="not bold").append(", ".join(volume.refusal.reasons), style="bold red")
+    if rows:
+        grid = table(*_COLUMNS, wrap=("TO COPY", "FROM", "SPACE need/free"))
+        for column, width in zip(grid.columns, widths, strict=True):
+            column.min_width = width if column.no_wrap else None
+        for row in rows:
+            grid.add_row(*row)
+        parts.append(indented(grid))
+    for replica in volume.replicas:
+        parts += _beneath(replica)
+    return parts
+
+
+def _row(volume: pb.VolumePlan, replica: pb.ReplicaPlan) -> tuple[Text, ...]:
+    action = word(replica, "action")
+    space = f"{_need(replica)} / {size(replica.free_bytes)}" if _copies(replica) else "-"
+    return (
+        Text(replica.node, style="bold"),
+        state(word(replica, "state")),
+        Text.assemble(state(action)),
+        Text(cp_text(replica.base_cp) or ("none" if action == "FULL" else "-")),
+        Text(_to_copy(volume, replica)),
+        Text(listing(replica.sources)),
+        Text(space),
+    )
+
+
+def _need(replica: pb.ReplicaPlan) -> str:
+    return size(replica.need_bytes) if replica.need_bytes else "small"
+
+
+def _to_copy(volume: pb.VolumePlan, replica: pb.ReplicaPlan) -> str:
+    if not _copies(replica):
+        return "-"
+    # A replica that is at the primary's tip lacks only what the coming snapshot will hold: no figure is known yet.
+    unknown = not replica.HasField("copy_bytes")
+    if not replica.exact and volume.takes_snapshot and (unknown or not replica.copy_bytes):
+        base = cp_text(replica.base_cp)
+        return f"writes since {base}" if base else "all of it"
+    if unknown:
+        return "not known yet"
+    bound = "" if replica.exact else ">= "
+    ranges = f", {count(replica.range_count, 'range')}" if replica.HasField("range_count") else ""
+    return f"{bound}{size(replica.copy_bytes)}{ranges}"
+
+
+def _beneath(replica: pb.ReplicaPlan) -> list[RenderableType]:
+    """What does not fit in a row: what is kept first, why a full copy, why not at all."""
+    node = replica.node
+    parts: list[RenderableType] = []
+    if replica.preserve:
+        kept = f", {size(replica.preserve_bytes)}" if replica.HasField("preserve_bytes") else ""
+        what = " and ".join(replica.preserve)
+        parts.append(indented(Text(f"first {node}'s own {what} are preserved (kept until dropped{kept})"), 6))
+    if word(replica, "action") in ("FULL", "BLOCKED") and replica.why:
+        parts.append(indented(Text(f"{node}: {replica.why}"), 6))
+    if replica.HasField("refusal"):
+        parts += _refusal(replica.refusal, 6)
+    return parts
+
+
+def _refusal(refusal: error_pb2.Refusal, by: int) -> list[RenderableType]:
+    line = Text(", ".join(refusal.reasons), style="bold red").append(f": {refusal.message}", style="not bold default")
+    parts: list[RenderableType] = [indented(line, by)]
+    if refusal.next_command:
+        parts.append(Unbroken(Text(" " * by).append_text(next_line(refusal.next_command))))
+    return parts
+
+
+def _total(plan: pb.Plan) -> Text:
+    replicas = _replicas(plan)
+    copying = [replica for replica in replicas if _copies(replica)]
+    full = [r.node for r in copying if word(r, "action") == "FULL"]
+    blocked = [r.node for r in replicas if word(r, "action") == "BLOCKED"]
+    refused = [volume.volume for volume in plan.volumes if volume.HasField("refusal")]
+    total = sum(replica.copy_bytes for replica in copying)
+    bound = "" if all(replica.exact for replica in copying) else ">= "
+    head = f"{count(len(copying), 'replica')}, {bound}{size(total)} to copy."
+    if not copying and not blocked and not refused:
+        head = f"Nothing to do: {count(len(replicas), 'replica')} in sync."
+    return Text(f"{head} Full copies: {_short(full)}. Blocked: {_short([*refused, *blocked])}. Discarded: nothing.")
+
+
+def _short(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names)})" if names else "none"
+
+
+def _widths(rows: Iterable[Sequence[Text]]) -> list[int]:
+    """The widest cell of each column over all volumes, so that their tables stand in line."""
+    columns = list(zip(*rows, strict=True))
+    if not columns:
+        return [0] * len(_COLUMNS)
+    return [max(cell_len(cell.plain) for cell in column) for column in columns]

@@ -1,0 +1,115 @@
+"""`resilver volumes`, `nodes` and `events`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import click
+
+from resilver.cli.options import Verb
+from resilver.cli.output import EXIT_STOPPED
+from resilver.cli.plainjson import plain, plain_list
+from resilver.cli.screens import lists
+from resilver.cli.session import Session, pass_session
+from resilver.cli.words import now
+from resilver.errors import Superseded, Unavailable
+from resilver.v1 import coordinator_pb2 as api
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from resilver.cli.client import Client
+    from resilver.v1 import volume_pb2 as pb
+
+RECONNECTS_MAX = 60
+RECONNECT_S = 1.0
+
+
+@click.command(cls=Verb)
+@pass_session
+def volumes(session: Session) -> int:
+    """List the volumes."""
+
+    async def work(client: Client) -> list[pb.Volume]:
+        return await client.pages(lambda s: s.ListVolumes, api.ListVolumesRequest(), lambda page: page.volumes)
+
+    found = session.run(work)
+    if session.output.json:
+        session.output.emit({"volumes": plain_list(found)})
+    elif found:
+        session.output.show(lists.volumes(found, now()))
+    else:
+        session.output.say("no volumes; they appear when an agent that has some in its configuration reports")
+    return 0
+
+
+@click.command(cls=Verb)
+@pass_session
+def nodes(session: Session) -> int:
+    """List the nodes."""
+
+    async def work(client: Client) -> list[pb.Node]:
+        return await client.pages(lambda s: s.ListNodes, api.ListNodesRequest(), lambda page: page.nodes)
+
+    found = session.run(work)
+    if session.output.json:
+        session.output.emit({"nodes": plain_list(found)})
+    elif found:
+        session.output.show(lists.nodes(found, now()))
+    else:
+        session.output.say("no nodes; they appear when an agent of this cluster reports")
+    return 0
+
+
+@click.command(cls=Verb)
+@click.option("--volume", default="", metavar="VOLUME", help="Only what happened to this volume.")
+@click.option("--node", default="", metavar="NODE", help="Only what happened on this node.")
+@click.option("--follow", is_flag=True, help="Go on with what happens from now on, until Ctrl-C.")
+@pass_session
+def events(session: Session, volume: str, node: str, follow: bool) -> int:
+    """List what happened, oldest first."""
+
+    def show(found: Iterable[pb.Event]) -> None:
+        for event in found:
+            if session.output.json:
+                session.output.emit(plain(event), compact=True)
+            else:
+                session.output.out.print(lists.event_line(event), soft_wrap=True)
+
+    async def work(client: Client) -> list[pb.Event]:
+        request = api.ListEventsRequest(volume=volume, node=node)
+        found = await client.pages(lambda s: s.ListEvents, request, lambda page: page.events)
+        found.sort(key=lambda event: event.sequence)
+        if follow:
+            show(found)
+            last = found[-1].sequence if found else 0
+            async with asyncio.timeout(session.options.timeout_s):
+                await _follow(client, api.WatchEventsRequest(after_sequence=last, volume=volume, node=node), show)
+        return found
+
+    try:
+        found = session.run(work)
+    except (KeyboardInterrupt, TimeoutError):
+        return EXIT_STOPPED
+    if session.output.json and not follow:
+        session.output.emit({"events": plain_list(found)})
+    elif not follow:
+        show(found)
+        if not found:
+            session.output.say("no events yet")
+    return 0
+
+
+async def _follow(client: Client, request: api.WatchEventsRequest, show: object) -> None:
+    """Shows events until the caller stops; goes on after the last one seen when a leader goes away."""
+    assert callable(show)
+    for _ in range(RECONNECTS_MAX):
+        try:
+            async for answer in client.stream(lambda s: s.WatchEvents, request):
+                show(answer.events)
+                if answer.events:
+                    request.after_sequence = max(event.sequence for event in answer.events)
+        except (Unavailable, Superseded):
+            await asyncio.sleep(RECONNECT_S)
+    raise Unavailable("NO_LEADER", f"no coordinator has led for {RECONNECTS_MAX * RECONNECT_S:g} s")
