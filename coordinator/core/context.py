@@ -56,7 +56,7 @@ class Settings:
     """Bounds of the engine. The order timeouts are longer than those of the calls, which always answer."""
 
     examine_timeout_ms: int = 10_000
-    order_timeout_ms: int = 90_000
+    order_timeout_ms: int = 650_000
     opening_timeout_ms: int = 60_000
     lock_timeout_ms: int = 120_000
     resyncs_max: int = 16

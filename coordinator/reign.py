@@ -1,0 +1,295 @@
+"""One reign of this coordinator: an engine, the queue in front of it, and the one loop between the two.
+
+The loop takes an event, steps the engine, and runs the actions in order. A Persist that fails, or whose outcome is
+unknown, ends the reign: the engine is dropped with everything that it believed, and the next reign reads the store.
+No order leaves once the leadership's own clock says that the lease can have ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Final, Self
+
+import structlog
+
+from coordinator import records
+from coordinator.agents import Agents
+from coordinator.core.cluster import ClusterEvent
+from coordinator.core.context import Identity, Settings
+from coordinator.core.engine import Engine
+from coordinator.core.events import (
+    Action,
+    Answer,
+    Changed,
+    Event,
+    GiveOrder,
+    Persist,
+    RaiseTerm,
+    RefuseAgent,
+    Request,
+    Requested,
+    SendExamine,
+    SendRecord,
+    Tell,
+    Ticked,
+)
+from coordinator.store.base import ABSENT, Reign, Store, Write
+from resilver.errors import Conflict, Exhausted, ResilverError, Unavailable
+
+log = structlog.get_logger()
+
+QUEUE_MAX: Final = 20_000
+OUTBOX_MAX: Final = 10_000
+WRITES_MAX: Final = 64
+TICK_S: Final = 1.0
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Watcher:
+    """Merges what changed since it was last asked."""
+
+    def __init__(self, release: Callable[[Watcher], None]) -> None:
+        self._release = release
+        self._volumes: set[str] = set()
+        self._resyncs: set[str] = set()
+        self._woken = asyncio.Event()
+        self._ended: ResilverError | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._release(self)
+
+    def add(self, changed: Changed) -> None:
+        self._volumes |= changed.volumes
+        self._resyncs |= changed.resyncs
+        self._woken.set()
+
+    def end(self, error: ResilverError) -> None:
+        self._ended = error
+        self._woken.set()
+
+    async def next(self, timeout_s: float) -> Changed | None:
+        """What changed, or None after the timeout; raises what ended the reign."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._woken.wait(), timeout_s)
+        if self._ended is not None:
+            raise self._ended
+        if not self._woken.is_set():
+            return None
+        self._woken.clear()
+        changed = Changed(frozenset(self._volumes), frozenset(self._resyncs))
+        self._volumes.clear()
+        self._resyncs.clear()
+        return changed
+
+
+class Outbox:
+    """What is to be sent to one agent's stream."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[SendExamine | SendRecord | RefuseAgent] = asyncio.Queue(OUTBOX_MAX)
+        self._ended: ResilverError | None = None
+        self._end = asyncio.Event()
+
+    def put(self, message: SendExamine | SendRecord | RefuseAgent) -> None:
+        try:
+            self._queue.put_nowait(message)
+        except asyncio.QueueFull:
+            self.end(Exhausted("TOO_LARGE", "the agent does not take what is sent to it"))
+
+    def end(self, error: ResilverError) -> None:
+        self._ended = error
+        self._end.set()
+
+    async def get(self) -> SendExamine | SendRecord | RefuseAgent:
+        """The next message; raises what ended the stream, once everything before it was taken."""
+        if not self._queue.empty():
+            return self._queue.get_nowait()
+        taking = asyncio.ensure_future(self._queue.get())
+        ending = asyncio.ensure_future(self._end.wait())
+        try:
+            await asyncio.wait({taking, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if taking.done():
+                return taking.result()
+        finally:
+            taking.cancel()
+            ending.cancel()
+        assert self._ended is not None
+        raise self._ended
+
+
+class CurrentReign:
+    """An engine at work. `run` returns never; it raises what ended the reign."""
+
+    def __init__(
+        self, store: Store, reign: Reign, agents: Agents, settings: Settings, cluster: str, store_id: str
+    ) -> None:
+        self._store = store
+        self._reign = reign
+        self._agents = agents
+        self._settings = settings
+        self._cluster = cluster
+        self._store_id = store_id
+        self._revisions: dict[str, int] = {}
+        self._events: asyncio.Queue[Event] = asyncio.Queue(QUEUE_MAX)
+        self._asked: dict[str, asyncio.Future[object]] = {}
+        self._watchers: set[Watcher] = set()
+        self._outboxes: dict[str, Outbox] = {}
+        self._orders: set[asyncio.Task[None]] = set()
+        self._ended: ResilverError | None = None
+        self.engine: Engine
+        self.term_wanted = 0
+
+    async def load(self) -> None:
+        """Reads everything that the store holds. Raises STORE_UNAVAILABLE, IO_ERROR."""
+        stored = await self._store.read_all()
+        self._revisions = {key: one.revision for key, one in stored.items()}
+        leader = self._reign.leader
+        identity = Identity(self._cluster, self._store_id, leader.term, leader.leader_id, leader.name)
+        self.engine = Engine(identity, self._settings, records.load(stored), now_ms(), lambda: str(uuid.uuid4()))
+
+    async def run(self, still_leading: Callable[[], bool]) -> None:
+        """The one loop."""
+        ticking = asyncio.create_task(self._tick())
+        try:
+            while True:
+                event = await self._events.get()
+                for action in self.engine.step(event, now_ms()):
+                    if not still_leading():
+                        raise Conflict("LEADERSHIP_LOST", "the lease of the leadership may have ended")
+                    await self._do(action)
+                if self.term_wanted:
+                    raise Conflict("LEADERSHIP_LOST", f"an agent has obeyed term {self.term_wanted} already")
+        finally:
+            ticking.cancel()
+
+    def end(self, error: ResilverError) -> None:
+        """Tells everybody who waits for this reign that it is over."""
+        self._ended = error
+        for future in self._asked.values():
+            if not future.done():
+                future.set_exception(error)
+        for watcher in self._watchers:
+            watcher.end(error)
+        for outbox in self._outboxes.values():
+            outbox.end(error)
+        for order in self._orders:
+            order.cancel()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.post(Ticked())
+
+    def post(self, event: Event) -> None:
+        """Hands an event to the loop; an overfull queue refuses with TOO_LARGE."""
+        try:
+            self._events.put_nowait(event)
+        except asyncio.QueueFull:
+            raise Exhausted("TOO_LARGE", "the coordinator is behind with what it is told; try again") from None
+
+    async def ask(self, request: Request, timeout_s: float) -> object:
+        """What the engine answers; raises the error that it answers."""
+        if self._ended is not None:
+            raise self._ended
+        key = str(uuid.uuid4())
+        future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        self._asked[key] = future
+        try:
+            self.post(Requested(key, request))
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            raise Unavailable("DEADLINE", f"no answer within {timeout_s:g} s; the work goes on") from None
+        finally:
+            del self._asked[key]
+
+    def watch(self) -> Watcher:
+        watcher = Watcher(self._watchers.discard)
+        self._watchers.add(watcher)
+        return watcher
+
+    def open_stream(self, stream: str) -> Outbox:
+        outbox = Outbox()
+        self._outboxes[stream] = outbox
+        return outbox
+
+    def close_stream(self, stream: str) -> None:
+        self._outboxes.pop(stream, None)
+
+    def events(self) -> tuple[ClusterEvent, ...]:
+        return self.engine.events()
+
+    # ------------------------------------------------------------ actions
+
+    async def _do(self, action: Action) -> None:
+        match action:
+            case Persist():
+                await self._persist(action)
+            case GiveOrder():
+                self._spawn(self._give(action))
+            case SendExamine() | SendRecord() | RefuseAgent():
+                outbox = self._outboxes.get(action.stream)
+                if outbox is not None:
+                    outbox.put(action)
+            case Answer():
+                self._settle(action)
+            case Tell():
+                self._log(action.event)
+            case Changed():
+                for watcher in self._watchers:
+                    watcher.add(action)
+            case RaiseTerm():
+                self.term_wanted = max(self.term_wanted, action.above)
+
+    async def _persist(self, action: Persist) -> None:
+        writes: dict[str, Write] = {}
+        for kept in action.records:
+            key = records.key_of(kept)
+            writes[key] = Write(key, records.to_json(kept), self._revisions.get(key, ABSENT))
+        if len(writes) > WRITES_MAX:
+            raise Exhausted("TOO_LARGE", f"{len(writes)} records in one transaction; at most {WRITES_MAX}")
+        revision = await self._store.commit(self._reign, tuple(writes.values()))
+        for key, write in writes.items():
+            if write.value is None:
+                self._revisions.pop(key, None)
+            else:
+                self._revisions[key] = revision
+
+    def _settle(self, action: Answer) -> None:
+        future = self._asked.get(action.key)
+        if future is None or future.done():
+            return
+        if isinstance(action.answer, ResilverError):
+            future.set_exception(action.answer)
+        else:
+            future.set_result(action.answer)
+
+    def _log(self, event: ClusterEvent) -> None:
+        names = ("volume", "node", "resync", "reason", "principal")
+        about = {name: value for name in names if (value := getattr(event, name))}
+        log.info(event.message, event_type=event.type, term=self.engine.identity.term, **about)
+        for watcher in self._watchers:
+            watcher.add(Changed())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._orders.add(task)
+        task.add_done_callback(self._orders.discard)
+
+    async def _give(self, action: GiveOrder) -> None:
+        self.post(await self._agents.carry(action))
+
+    async def export(self) -> AsyncIterator[bytes]:
+        """Every record of the store as JSON lines, for a backup or a look."""
+        for key, stored in (await self._store.read_all()).items():
+            yield json.dumps({"key": key, "value": stored.value}, sort_keys=True).encode() + b"\n"
