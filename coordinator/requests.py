@@ -70,13 +70,13 @@ class Names:
     def volume(self, name: str, field: str = "volume") -> str:
         if check_name(name, field) not in self.volumes:
             message = f"no volume is named {name!r}{nearest(name, self.volumes)}"
-            raise NotFound("VOLUME_NOT_FOUND", message, name=name, field=field)
+            raise NotFound("VOLUME_NOT_FOUND", message, volume=name, field=field)
         return name
 
     def node(self, name: str, field: str = "node") -> str:
         if check_name(name, field) not in self.nodes:
             message = f"no node is named {name!r}{nearest(name, self.nodes)}"
-            raise NotFound("NODE_NOT_FOUND", message, name=name, field=field)
+            raise NotFound("NODE_NOT_FOUND", message, node=name, field=field)
         return name
 
     def some_volumes(self, volumes: Sequence[str], field: str = "volumes") -> tuple[str, ...]:

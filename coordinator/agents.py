@@ -1,0 +1,254 @@
+"""Orders to agents: one call for each, and always one answer.
+
+The rules:
+
+* An order is answered within its deadline: by what the agent says, by the error that it raises, or by
+  `Unavailable("NODE_UNREACHABLE")`. An order without an answer may have been obeyed: the report tells.
+* One channel for an address, shared by all calls to it; channels that nothing uses are closed, and their number is
+  bounded.
+* Nothing is tried again here: the engine decides what is ordered anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+import structlog
+
+from coordinator.core.cluster import Size
+from coordinator.core.events import (
+    AnyOrder,
+    CloneSnapshot,
+    Done,
+    Dropped,
+    DropSnapshot,
+    Exported,
+    GiveOrder,
+    OpenEpoch,
+    OrderAnswered,
+    OrderResult,
+    PrepareSend,
+    Receive,
+    StopTransfer,
+    Taken,
+    TakeSnapshot,
+)
+from resilver.errors import Exhausted, ResilverError, Unavailable
+from resilver.fields import check_number, check_text
+from resilver.rpc import to_error
+from resilver.v1 import agent_pb2, agent_pb2_grpc
+from resilver.wire import order_to_proto, progress_from_proto, record_to_proto, snapshot_from_proto
+
+DEADLINES_S: Final[dict[type, float]] = {
+    OpenEpoch: 20.0,
+    TakeSnapshot: 60.0,
+    PrepareSend: 60.0,
+    Receive: 20.0,
+    StopTransfer: 20.0,
+    DropSnapshot: 60.0,
+    CloneSnapshot: 600.0,
+}
+TICKET_LIFETIME_S: Final = 3600
+CHANNELS_MAX: Final = 256
+IDLE_S: Final = 300.0
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Line:
+    """A channel, the calls on it now, and when the last one ended."""
+
+    channel: grpc.aio.Channel
+    calls: int = 0
+    used_at: float = 0.0
+
+
+class Agents:
+    """Calls agents. `dial` makes a channel to an address. One event loop's; `close` it at the end."""
+
+    def __init__(
+        self,
+        dial: Callable[[str], grpc.aio.Channel],
+        *,
+        clock: Callable[[], float],
+        channels_max: int = CHANNELS_MAX,
+        idle_s: float = IDLE_S,
+    ) -> None:
+        self._dial = dial
+        self._clock = clock
+        self._channels_max = channels_max
+        self._idle_s = idle_s
+        self._lines: OrderedDict[str, _Line] = OrderedDict()
+
+    async def carry(self, given: GiveOrder) -> OrderAnswered:
+        """Gives the order and answers what became of it; raises nothing but cancellation."""
+        try:
+            answer: OrderResult | ResilverError = await self.give(given.node, given.address, given.order)
+        except ResilverError as error:
+            answer = error
+        except Exception as error:  # noqa: BLE001 - the engine waits for an answer: a bug here must be one too
+            _log.exception("an order could not be given", node=given.node, order=type(given.order).__name__)
+            answer = ResilverError("INTERNAL", f"the order to {given.node} could not be given: {error!r}")
+        return OrderAnswered(given.order_id, answer)
+
+    async def give(self, node: str, address: str, order: AnyOrder) -> OrderResult:
+        """What the agent answers. Raises what it raises, or `Unavailable("NODE_UNREACHABLE")`."""
+        timeout_s = DEADLINES_S[type(order)]
+        if not address:
+            raise Unavailable("NODE_UNREACHABLE", f"node {node} has told no address", node=node)
+        try:
+            async with self._line(address) as channel, asyncio.timeout(timeout_s + 1.0):
+                return await _call(agent_pb2_grpc.AgentStub(channel), order, timeout_s)
+        except TimeoutError as error:
+            raise _silent(node, address, timeout_s) from error
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(node, address, timeout_s, error) from error
+
+    async def close(self) -> None:
+        lines, self._lines = self._lines, OrderedDict()
+        for line in lines.values():
+            await line.channel.close()
+
+    @asynccontextmanager
+    async def _line(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
+        line = self._lines.get(address)
+        closing: list[grpc.aio.Channel] = []
+        if line is None:
+            closing = self._make_room()
+            line = self._lines[address] = _Line(self._dial(address))
+        line.calls += 1
+        try:
+            for channel in closing:
+                await channel.close()
+            yield line.channel
+        finally:
+            line.calls -= 1
+            line.used_at = self._clock()
+            if self._lines.get(address) is line:
+                self._lines.move_to_end(address)
+
+    def _make_room(self) -> list[grpc.aio.Channel]:
+        """Takes out channels that have been idle for long, and the longest idle one if there are too many."""
+        now = self._clock()
+        idle = [(address, line) for address, line in self._lines.items() if line.calls == 0]
+        full = len(self._lines) >= self._channels_max
+        if full and not idle:
+            raise Exhausted("TOO_LARGE", f"orders to {len(self._lines)} agents are under way; no more are given now")
+        taken: list[grpc.aio.Channel] = []
+        for address, line in idle:
+            if now - line.used_at > self._idle_s or (full and not taken):
+                del self._lines[address]
+                taken.append(line.channel)
+        return taken
+
+
+async def _call(  # noqa: PLR0911 - one return for each kind of order
+    stub: agent_pb2_grpc.AgentStub, order: AnyOrder, timeout_s: float
+) -> OrderResult:
+    header = order_to_proto(order.order)
+    match order:
+        case OpenEpoch():
+            await stub.OpenEpoch(
+                agent_pb2.OpenEpochRequest(header=header, record=record_to_proto(order.record), grant=order.grant),
+                timeout=timeout_s,
+            )
+            return Done()
+        case TakeSnapshot():
+            return _taken(await stub.TakeSnapshot(_take_snapshot(header, order), timeout=timeout_s))
+        case PrepareSend():
+            return _size(await stub.PrepareSend(_prepare_send(header, order), timeout=timeout_s))
+        case Receive():
+            received = await stub.Receive(_receive(header, order), timeout=timeout_s)
+            return progress_from_proto(received.progress, "progress")
+        case StopTransfer():
+            stopped = await stub.StopTransfer(
+                agent_pb2.StopTransferRequest(
+                    header=header, resync_id=order.resync_id, discard_stage=order.discard_stage
+                ),
+                timeout=timeout_s,
+            )
+            # A run that the agent does not have has nothing to tell.
+            return progress_from_proto(stopped.progress, "progress") if stopped.progress.resync_id else Done()
+        case DropSnapshot():
+            dropped = await stub.DropSnapshot(
+                agent_pb2.DropSnapshotRequest(header=header, id=order.snapshot_id), timeout=timeout_s
+            )
+            return Dropped(check_number(dropped.freed_bytes, "freed_bytes"))
+        case CloneSnapshot():
+            cloned = await stub.CloneSnapshot(
+                agent_pb2.CloneSnapshotRequest(
+                    header=header, id=order.snapshot_id, path=order.path, writable=order.writable
+                ),
+                timeout=timeout_s,
+            )
+            return Exported(check_text(cloned.path, "path"), check_number(cloned.size_bytes, "size_bytes"))
+
+
+def _take_snapshot(header: agent_pb2.OrderHeader, order: TakeSnapshot) -> agent_pb2.TakeSnapshotRequest:
+    return agent_pb2.TakeSnapshotRequest(
+        header=header,
+        request_id=order.request_id,
+        only_if_modified=order.only_if_modified,
+        opening=order.opening,
+        note=order.note,
+    )
+
+
+def _taken(answer: agent_pb2.TakeSnapshotResponse) -> Taken:
+    return Taken(snapshot_from_proto(answer.snapshot), answer.taken)
+
+
+def _prepare_send(header: agent_pb2.OrderHeader, order: PrepareSend) -> agent_pb2.PrepareSendRequest:
+    return agent_pb2.PrepareSendRequest(
+        header=header,
+        resync_id=order.resync_id,
+        base=order.base,
+        target=order.target,
+        target_node=order.target_node,
+        ticket=order.ticket,
+        ticket_lifetime_seconds=0 if order.size_only else TICKET_LIFETIME_S,
+        size_only=order.size_only,
+    )
+
+
+def _size(answer: agent_pb2.PrepareSendResponse) -> Size:
+    return Size(
+        check_number(answer.delta_bytes, "delta_bytes"),
+        check_number(answer.range_count, "range_count"),
+        check_number(answer.capacity_bytes, "capacity_bytes"),
+    )
+
+
+def _receive(header: agent_pb2.OrderHeader, order: Receive) -> agent_pb2.ReceiveRequest:
+    return agent_pb2.ReceiveRequest(
+        header=header,
+        resync_id=order.resync_id,
+        base=order.base,
+        target=order.target,
+        ticket=order.ticket,
+        sources=[
+            agent_pb2.TransferSource(node=source.node, address=source.address, stream_address=source.stream_address)
+            for source in order.sources
+        ],
+        replace_own_data=order.replace_own_data,
+        replace_unrelated=order.replace_unrelated,
+    )
+
+
+def _error_of(node: str, address: str, timeout_s: float, error: grpc.aio.AioRpcError) -> ResilverError:
+    """What the agent raised; where it did not answer, that the node is out of reach."""
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return _silent(node, address, timeout_s)
+    return to_error(error, unreachable="NODE_UNREACHABLE", who=f"node {node} at {address}")
+
+
+def _silent(node: str, address: str, timeout_s: float) -> Unavailable:
+    message = f"node {node} at {address} did not answer within {timeout_s:g} s"
+    return Unavailable("NODE_UNREACHABLE", message, node=node)

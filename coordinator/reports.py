@@ -1,0 +1,307 @@
+"""The Reports service: one stream for each agent, reports up, questions and records down.
+
+The rules:
+
+* A stream begins with a hello, and every message is of the hello's boot; numbers grow, and what is not newer is
+  dropped.
+* What an agent sends is checked, bounded and slowed down, never trusted: volumes that the hello did not name, pages
+  without end, more messages than a working agent has to send.
+* A stream on which nothing comes for the node timeout is closed: silence is how a node is known to be away.
+* A standby, and a leader whose reign has ended, name the leader and end the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any, Final
+from urllib.parse import unquote
+from uuid import uuid4
+
+import structlog
+from grpc import aio
+
+from coordinator.core.cluster import NodeView
+from coordinator.core.events import (
+    AgentConnected,
+    AgentDisconnected,
+    AgentHeard,
+    ProgressReported,
+    RefuseAgent,
+    ReplicaReported,
+    SendExamine,
+    SendRecord,
+)
+from coordinator.office import Identity, Office
+from resilver.address import Address, parse_address
+from resilver.errors import Conflict, Exhausted, ResilverError, Superseded, Unavailable
+from resilver.fields import check_count, check_id, check_name, check_number, check_text, invalid
+from resilver.v1 import agent_pb2, agent_pb2_grpc
+from resilver.wire import ReportAssembler, progress_from_proto, record_to_proto
+
+STREAMS_MAX: Final = 1000
+VOLUMES_MAX: Final = 1000
+VERSION_CHARS_MAX: Final = 64
+MESSAGES_PER_SECOND_MAX: Final = 500.0
+MESSAGES_BURST_MAX: Final = 2000.0
+
+_log = structlog.get_logger(__name__)
+
+Messages = AsyncIterator[agent_pb2.ReportRequest]
+
+
+class Reports(agent_pb2_grpc.ReportsServicer):
+    """Serves agents; what it hears goes to the office as events."""
+
+    def __init__(self, office: Office, *, node_timeout_s: float, streams_max: int = STREAMS_MAX) -> None:
+        self._office = office
+        self._node_timeout_s = node_timeout_s
+        self._streams_max = streams_max
+        self._streams = 0
+
+    async def Report(  # noqa: N802 - the method's name in the protocol
+        self, request_iterator: Messages, context: aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[agent_pb2.ReportResponse]:
+        if self._streams >= self._streams_max:
+            raise Exhausted("TOO_LARGE", f"{self._streams} agents are connected, which is all that are served")
+        self._streams += 1
+        try:
+            async for response in self._serve(request_iterator, context.peer()):
+                yield response
+        finally:
+            self._streams -= 1
+
+    async def _serve(self, messages: Messages, peer: str) -> AsyncIterator[agent_pb2.ReportResponse]:
+        opening = await _next(messages, self._node_timeout_s, "a hello")
+        if opening is None:
+            return
+        try:
+            identity = self._office.engine().identity
+        except Superseded as error:
+            yield _not_leader(error)
+            return
+        stream = str(uuid4())
+        try:
+            hello = read_hello(opening, peer, stream, self._office.now_ms())
+        except ResilverError as error:
+            # Told as an answer, so that the agent says it in its log and waits, instead of dialling again at once.
+            yield agent_pb2.ReportResponse(
+                refusal=agent_pb2.ReportRefusal(reason=error.reason, message=error.message), term=identity.term
+            )
+            return
+        session = _Session(self._office, hello, opening.seq, self._node_timeout_s)
+        async for response in session.run(messages, identity):
+            yield response
+
+
+class _Session:
+    """One agent's stream, from its hello to its end."""
+
+    def __init__(self, office: Office, hello: AgentConnected, seq: int, node_timeout_s: float) -> None:
+        self._office = office
+        self._hello = hello
+        self._node_timeout_s = node_timeout_s
+        self._assembler = ReportAssembler()
+        self._acked_seq = seq
+        self._heard = asyncio.Event()
+        self._connected = False
+
+    async def run(self, messages: Messages, identity: Identity) -> AsyncIterator[agent_pb2.ReportResponse]:
+        """Reads on one side and answers on the other until either has ended."""
+        outbox = self._office.open_stream(self._hello.stream)
+        tasks: set[asyncio.Task[Any]] = set()
+
+        def begin(coroutine: Any) -> asyncio.Task[Any]:
+            task = asyncio.get_running_loop().create_task(coroutine)
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            return task
+
+        try:
+            self._office.post(self._hello)
+            self._connected = True
+            yield self._ack(identity)
+            reading, sending, hearing = begin(self._read(messages)), begin(outbox.get()), begin(self._heard.wait())
+            while True:
+                await asyncio.wait({reading, sending, hearing}, return_when=asyncio.FIRST_COMPLETED)
+                if sending.done():
+                    action = sending.result()
+                    yield self._down(identity, action)
+                    if isinstance(action, RefuseAgent):
+                        return
+                    sending = begin(outbox.get())
+                if hearing.done():
+                    self._heard.clear()
+                    yield self._ack(identity)
+                    hearing = begin(self._heard.wait())
+                if reading.done():
+                    reading.result()
+                    return
+        except (Superseded, Conflict) as error:
+            yield _not_leader(error)
+        finally:
+            self._disconnect()
+            self._office.close_stream(self._hello.stream)
+            for task in tuple(tasks):
+                task.cancel()
+
+    async def _read(self, messages: Messages) -> None:
+        """Posts what the agent says until it stops, or says something that no agent says."""
+        pace = Pace(MESSAGES_PER_SECOND_MAX, MESSAGES_BURST_MAX, asyncio.get_running_loop().time)
+        try:
+            while (message := await _next(messages, self._node_timeout_s, "a heartbeat")) is not None:
+                await asyncio.sleep(pace.wait_s())
+                if message.boot != self._hello.node.boot:
+                    raise invalid("boot", f"is {message.boot[:80]!r} in a stream of {self._hello.node.boot}")
+                if message.seq <= self._acked_seq:
+                    continue
+                self._take(message)
+                self._acked_seq = message.seq
+                self._heard.set()
+        except ResilverError as error:
+            _log.warning("an agent's stream was ended", node=self._hello.node.name, reason=error.message)
+            raise
+        finally:
+            # At once, also while the other side still waits for an agent that does not read.
+            self._disconnect()
+
+    def _take(self, message: agent_pb2.ReportRequest) -> None:
+        stream = self._hello.stream
+        examine_id = check_id(message.examine_id, "examine_id", required=False)
+        check_number(message.seq, "seq")
+        match message.WhichOneof("body"):
+            case "replica":
+                self._check_volume(message.replica.replica.volume, "replica.volume")
+                report = self._assembler.add(message.replica)
+                if report is None:
+                    self._office.post(AgentHeard(stream))
+                else:
+                    self._office.post(ReplicaReported(stream, message.seq, report, examine_id))
+            case "resync":
+                progress = progress_from_proto(message.resync)
+                self._check_volume(progress.volume, "resync.volume")
+                self._office.post(ProgressReported(stream, progress))
+            case "heartbeat":
+                self._office.post(AgentHeard(stream))
+            case "hello":
+                raise invalid("hello", "was said before: a stream has one")
+            case _:
+                raise invalid("body", "is missing: a report is a replica, a resync or a heartbeat")
+
+    def _check_volume(self, volume: str, field: str) -> None:
+        if volume not in self._hello.node.volumes:
+            raise invalid(field, f"is {volume[:80]!r}, which was not among the volumes of the hello")
+
+    def _disconnect(self) -> None:
+        if self._connected:
+            self._connected = False
+            # With the reign, everything that was known of this stream has gone already.
+            with suppress(Superseded, Conflict):
+                self._office.post(AgentDisconnected(self._hello.stream))
+
+    def _ack(self, identity: Identity) -> agent_pb2.ReportResponse:
+        return agent_pb2.ReportResponse(
+            acked_seq=self._acked_seq,
+            term=identity.term,
+            leader_id=identity.leader_id,
+            store_id=identity.store_id,
+        )
+
+    def _down(self, identity: Identity, action: SendExamine | SendRecord | RefuseAgent) -> agent_pb2.ReportResponse:
+        response = self._ack(identity)
+        match action:
+            case SendExamine():
+                response.examine.examine_id = action.examine_id
+                response.examine.volumes.extend(action.volumes)
+            case SendRecord():
+                response.record.CopyFrom(record_to_proto(action.record))
+            case RefuseAgent():
+                response.refusal.reason = action.reason
+                response.refusal.message = action.message
+                response.adopt_store = action.adopt
+        return response
+
+
+class Pace:
+    """Lets a burst through, and then so many messages a second: the rest waits in the agent, by flow control."""
+
+    def __init__(self, per_second: float, burst: float, clock: Callable[[], float]) -> None:
+        self._per_second = per_second
+        self._burst = burst
+        self._clock = clock
+        self._left = burst
+        self._at = clock()
+
+    def wait_s(self) -> float:
+        """Takes one, and answers how long to wait before it is used."""
+        now = self._clock()
+        self._left = min(self._left + (now - self._at) * self._per_second, self._burst) - 1.0
+        self._at = now
+        return max(-self._left / self._per_second, 0.0)
+
+
+def read_hello(message: agent_pb2.ReportRequest, peer: str, stream: str, now_ms: int) -> AgentConnected:
+    """Checks the first message of a stream."""
+    if message.WhichOneof("body") != "hello":
+        raise invalid("hello", "is missing: the first message of a stream is a hello")
+    hello = message.hello
+    check_count(hello.volumes, "hello.volumes", VOLUMES_MAX)
+    check_number(message.seq, "seq")
+    host = peer_host(peer)
+    node = NodeView(
+        name=check_name(hello.node, "hello.node"),
+        boot=check_id(message.boot, "boot"),
+        address=reached_at(hello.address, host, "hello.address"),
+        stream_address=reached_at(hello.stream_address, host, "hello.stream_address"),
+        version=check_text(hello.version, "hello.version", chars_max=VERSION_CHARS_MAX),
+        volumes=tuple(check_name(volume, f"hello.volumes[{at}]") for at, volume in enumerate(hello.volumes)),
+        connected=True,
+        last_heard_ms=now_ms,
+    )
+    return AgentConnected(
+        stream=stream,
+        node=node,
+        cluster=check_name(hello.cluster, "hello.cluster"),
+        store_id=check_id(hello.store_id, "hello.store_id", required=False),
+        highest_term=check_number(hello.highest_term, "hello.highest_term"),
+    )
+
+
+def reached_at(text: str, host: str, field: str) -> str:
+    """The address under which others reach the agent: its own word, its connection's host where it names none."""
+    try:
+        address = parse_address(check_text(text, field, chars_max=300))
+    except ValueError as error:
+        raise invalid(field, f"cannot be read: {error}") from error
+    if address.port == 0:
+        raise invalid(field, f"is {text!r}, and port 0 is no port that can be dialled")
+    if address.every_interface:
+        return str(Address(host, address.port))
+    if address.loopback and host and not Address(host, 0).loopback:
+        raise invalid(field, f"is {text!r}, but the agent is on {host}: set `advertise` to what others can reach")
+    return str(address)
+
+
+def peer_host(peer: str) -> str:
+    """The host of `ipv4:10.0.0.1:5123` or `ipv6:%5B::1%5D:5123`; for anything else what there is."""
+    kind, _, rest = unquote(peer).partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return rest or kind
+    host = rest.rpartition(":")[0].strip("[]")
+    # An IPv4 caller of a socket that serves both appears mapped into IPv6.
+    return host.removeprefix("::ffff:") if "." in host else host
+
+
+async def _next(messages: Messages, timeout_s: float, what: str) -> agent_pb2.ReportRequest | None:
+    """The next message, None at the end of the stream."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await anext(messages, None)
+    except TimeoutError as error:
+        raise Unavailable("DEADLINE", f"{what} was awaited for {timeout_s:g} s and did not come") from error
+
+
+def _not_leader(error: ResilverError) -> agent_pb2.ReportResponse:
+    address = error.metadata.get("leader_address", "")
+    return agent_pb2.ReportResponse(not_leader=agent_pb2.NotLeader(address=address))
