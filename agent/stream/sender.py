@@ -1,0 +1,351 @@
+"""The source's side of the block stream: a server of blocking sockets, one thread for each connection.
+
+The rules:
+
+* A connection begins with a HELLO within `hello_timeout_s`; `authorize` decides on it, and its refusal is told as an
+  ERROR frame. Only then is anything read from a disk or any buffer of size made.
+* Requests are answered in their order, one DATA or ZERO frame for each range, many to one system call.
+* Whoever sends nothing for `idle_timeout_s`, takes so long over one request or reads so slowly that one buffer of
+  answers does not leave within that time, is dropped. So is whoever sends a damaged frame: that ends its own
+  connection, with an ERROR frame if it still listens, and no other.
+* Connections beyond `connections_max` are told so and closed.
+* `stop` lets each connection finish the buffer that it is sending, says BYE, and cuts what is left at its deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from agent.backends.base import SnapshotReader
+from agent.stream import frame as frames
+from agent.stream.announcer import Announcer
+from agent.stream.frame import (
+    CONTROL_BYTES_MAX,
+    HEADER_BYTES,
+    PAYLOAD_BYTES_MAX,
+    Frame,
+    FrameBuffer,
+    Hello,
+    Kind,
+    Range,
+)
+from resilver.address import Address
+from resilver.errors import Damaged, Exhausted, Invalid, ResilverError, Unavailable
+
+CONNECTIONS_MAX: Final = 32
+IDLE_TIMEOUT_S: Final = 60.0
+HELLO_TIMEOUT_S: Final = 10.0
+ERROR_TIMEOUT_S: Final = 2.0
+PENDING_RANGES_MAX: Final = 4 * frames.REQUEST_RANGES_MAX
+SEND_BUFFER_BYTES: Final = 2 * (HEADER_BYTES + PAYLOAD_BYTES_MAX)
+ACCEPT_PAUSE_S: Final = 0.1
+BACKLOG: Final = 64
+
+log = structlog.get_logger(__name__)
+
+
+def _nothing(_count: int) -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSnapshot:
+    """What an authorized connection reads from; the server closes the reader.
+
+    `on_sent` is told the bytes of each buffer after it was sent (it renews a ticket, counts); a ResilverError from
+    it ends the connection with its reason.
+    """
+
+    reader: SnapshotReader
+    on_sent: Callable[[int], None] = _nothing
+
+
+Authorize = Callable[[Hello], ServedSnapshot]
+
+
+class BlockServer:
+    """Listens from `start` to `stop`; `authorize` is called from many threads."""
+
+    def __init__(
+        self,
+        listen: Address,
+        authorize: Authorize,
+        *,
+        connections_max: int = CONNECTIONS_MAX,
+        idle_timeout_s: float = IDLE_TIMEOUT_S,
+        hello_timeout_s: float = HELLO_TIMEOUT_S,
+    ) -> None:
+        self._listen = listen
+        self._authorize = authorize
+        self._connections_max = connections_max
+        self._idle_timeout_s = idle_timeout_s
+        self._hello_timeout_s = hello_timeout_s
+        self._lock = threading.Lock()
+        self._connections: set[_Connection] = set()
+        self._stopping = threading.Event()
+        self._listener: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on; 0 if it is not started."""
+        port = 0 if self._listener is None else self._listener.getsockname()[1]
+        assert isinstance(port, int)
+        return port
+
+    def start(self) -> None:
+        """Returns when connections are taken; Invalid("CONFIG_INVALID") if the address cannot be had."""
+        assert self._listener is None, "a block server starts once"
+        self._listener = _listener(self._listen)
+        self._acceptor = threading.Thread(
+            target=self._accept, args=(self._listener,), name="stream-accept", daemon=True
+        )
+        self._acceptor.start()
+
+    def stop(self, deadline_s: float = 5.0) -> bool:
+        """Returns when all connections have ended, at the latest after the deadline; False if a disk held one up."""
+        until = time.monotonic() + deadline_s
+        self._stopping.set()
+        if self._listener is not None and self._acceptor is not None:
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(), which close() does not
+            self._acceptor.join()
+            self._listener.close()
+        with self._lock:
+            left = list(self._connections)
+        for connection in left:
+            connection.finish()
+        for connection in left:
+            connection.thread.join(max(0.0, until - deadline_s / 2 - time.monotonic()))
+        for connection in left:
+            connection.cut()
+        for connection in left:
+            connection.thread.join(max(0.0, until - time.monotonic()))
+        return not any(connection.thread.is_alive() for connection in left)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self._stopping.is_set():
+            try:
+                accepted, peer = listener.accept()
+            except OSError as error:
+                if self._stopping.is_set():
+                    return
+                # Out of descriptors or memory, or a client that went before it was taken: it may pass.
+                log.warning("stream.accept_failed", error=str(error))
+                self._stopping.wait(ACCEPT_PAUSE_S)
+                continue
+            self._admit(accepted, Address(str(peer[0]), int(peer[1])))
+
+    def _admit(self, accepted: socket.socket, peer: Address) -> None:
+        connection = _Connection(self, accepted, peer)
+        with self._lock:
+            full = len(self._connections) >= self._connections_max
+            if not full:
+                self._connections.add(connection)
+        if full:
+            log.warning("stream.too_many_connections", peer=str(peer), connections_max=self._connections_max)
+            message = f"this node serves {self._connections_max} connections already"
+            connection.refuse(Exhausted("TOO_MANY_RESYNCS", message), timeout_s=0.0)
+            return
+        try:
+            connection.thread.start()
+        except RuntimeError as error:  # no thread can be had
+            log.warning("stream.accept_failed", error=str(error))
+            self.ended(connection)
+            accepted.close()
+
+    def ended(self, connection: _Connection) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+
+    def authorize(self, hello: Hello) -> ServedSnapshot:
+        return self._authorize(hello)
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    @property
+    def idle_timeout_s(self) -> float:
+        return self._idle_timeout_s
+
+    @property
+    def hello_timeout_s(self) -> float:
+        return self._hello_timeout_s
+
+
+class _Gone(Exception):
+    """The client has ended the connection, or the server is stopping: nothing is wrong."""
+
+
+class _Connection:
+    """One client, from its HELLO to its end."""
+
+    def __init__(self, server: BlockServer, accepted: socket.socket, peer: Address) -> None:
+        self._server = server
+        self._socket = accepted
+        self._peer = peer
+        self._buffer = FrameBuffer(CONTROL_BYTES_MAX, 2 * (HEADER_BYTES + CONTROL_BYTES_MAX))
+        self._pending: deque[Range] = deque()
+        self._readable = select.poll()
+        self._readable.register(accepted, select.POLLIN)
+        self.thread: Final = threading.Thread(target=self._run, name=f"stream-{peer}", daemon=True)
+
+    def finish(self) -> None:
+        """Wakes a connection that waits for requests; one that is sending finishes its buffer first."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+
+    def cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def refuse(self, error: ResilverError, *, timeout_s: float = ERROR_TIMEOUT_S) -> None:
+        """Says why, if the client still listens, and closes."""
+        self._last_word(frames.encode_error(error), timeout_s)
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except _Gone:
+            self._last_word(frames.encode(Kind.BYE), ERROR_TIMEOUT_S)
+        except ResilverError as error:
+            log.warning("stream.connection_refused", peer=str(self._peer), reason=error.reason, error=error.message)
+            self.refuse(error)
+        except OSError as error:
+            log.info("stream.connection_lost", peer=str(self._peer), error=str(error))
+        except Exception:
+            log.exception("stream.connection_failed", peer=str(self._peer))
+            self.refuse(ResilverError("INTERNAL", "the source has met a fault of its own; its log says more"))
+        finally:
+            self._socket.close()
+            self._server.ended(self)
+
+    def _serve(self) -> None:
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        hello = self._hello()
+        served = self._server.authorize(hello)
+        try:
+            with contextlib.closing(Announcer(served.reader, str(self._peer))) as announcer:
+                self._send(frames.encode_welcome(frames.Welcome(served.reader.size_bytes)))
+                self._answer(served, announcer)
+        finally:
+            served.reader.close()
+
+    def _hello(self) -> Hello:
+        frame = self._frame(self._server.hello_timeout_s)
+        if frame.header.kind is not Kind.HELLO:
+            raise Damaged("DIGEST_MISMATCH", "a connection begins with a HELLO")
+        return frames.decode_hello(frame)
+
+    def _answer(self, served: ServedSnapshot, announcer: Announcer) -> None:
+        """Takes requests and sends answers, until the client says BYE or goes."""
+        view = memoryview(bytearray(SEND_BUFFER_BYTES))
+        while not self._server.stopping:
+            if not self._pending:
+                self._take(self._frame(self._server.idle_timeout_s), served.reader.size_bytes, announcer)
+            while (frame := self._frame_at_hand()) is not None:
+                self._take(frame, served.reader.size_bytes, announcer)
+            size = self._fill(view, served.reader, announcer)
+            self._send(view[:size])
+            served.on_sent(size)
+        raise _Gone
+
+    def _take(self, frame: Frame, size_bytes: int, announcer: Announcer) -> None:
+        """Puts the ranges of one REQUEST behind those that are pending."""
+        if frame.header.kind is Kind.BYE:
+            raise _Gone
+        if frame.header.kind is not Kind.REQUEST:
+            raise Damaged("DIGEST_MISMATCH", f"a {frame.header.kind.name} is no request")
+        ranges = frames.decode_request(frame)
+        if len(self._pending) + len(ranges) > PENDING_RANGES_MAX:
+            raise Exhausted("TOO_LARGE", f"more than {PENDING_RANGES_MAX} ranges are asked for at once")
+        if any(offset + length > size_bytes for offset, length in ranges):
+            raise Invalid("INVALID_FIELD", f"a range beyond the end of the snapshot, at {size_bytes}", field="ranges")
+        self._pending.extend(ranges)
+        announcer.add(ranges)
+
+    def _fill(self, view: memoryview, reader: SnapshotReader, announcer: Announcer) -> int:
+        """Answers as many ranges as the buffer holds; the bytes to send."""
+        at = count = 0
+        while self._pending and at + HEADER_BYTES + self._pending[0].length <= len(view):
+            offset, length = self._pending.popleft()
+            reader.read_into(offset, view[at + HEADER_BYTES : at + HEADER_BYTES + length])
+            at += frames.seal_data(view, at, offset, length)
+            count += 1
+        announcer.sent(count)
+        return at
+
+    def _frame(self, timeout_s: float) -> Frame:
+        """The next frame, whole within the timeout; DEADLINE if it is not, _Gone if the client is."""
+        until = time.monotonic() + timeout_s
+        while (frame := self._buffer.next()) is None:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise Unavailable("DEADLINE", f"nothing was asked for in {timeout_s:g} seconds")
+            self._read_some(left)
+        return frame
+
+    def _frame_at_hand(self) -> Frame | None:
+        """The next frame if all of it is here already."""
+        while (frame := self._buffer.next()) is None:
+            if not self._readable.poll(0):
+                return None
+            self._read_some(self._server.idle_timeout_s)
+        return frame
+
+    def _read_some(self, timeout_s: float) -> None:
+        self._socket.settimeout(timeout_s)
+        try:
+            count = self._socket.recv_into(self._buffer.space())
+        except TimeoutError:
+            return
+        if count == 0:
+            if not self._server.stopping:
+                self._buffer.finish()
+            raise _Gone
+        self._buffer.filled(count)
+
+    def _send(self, data: bytes | memoryview) -> None:
+        self._socket.settimeout(self._server.idle_timeout_s)
+        self._socket.sendall(data)
+
+    def _last_word(self, data: bytes, timeout_s: float) -> None:
+        """Sends a frame to somebody who may not listen, and closes so that it can still be read."""
+        with contextlib.suppress(OSError):
+            self._socket.settimeout(timeout_s)
+            self._socket.sendall(data)
+            self._socket.shutdown(socket.SHUT_WR)
+            # Closing with unread bytes resets the connection, and the client would lose the frame with it.
+            until = time.monotonic() + timeout_s
+            while time.monotonic() < until and self._socket.recv(CONTROL_BYTES_MAX):
+                pass
+        self._socket.close()
+
+
+def _listener(listen: Address) -> socket.socket:
+    """A listening socket; on every interface it takes IPv4 and IPv6 where the machine has both."""
+    try:
+        if listen.host in {"", "::"} and socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("::", listen.port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
+            )
+        found = socket.getaddrinfo(listen.host or None, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _type, _proto, _name, address = found[0]
+        return socket.create_server(address, family=family, backlog=BACKLOG)
+    except OSError as error:
+        why = "the port is in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error)).lower()
+        raise Invalid(
+            "CONFIG_INVALID", f"stream_listen: {listen} cannot be listened on: {why}", field="stream_listen"
+        ) from error
