@@ -1,0 +1,233 @@
+"""A real cluster on this machine: etcd or sqlite, coordinators and agents as processes, the command as a process.
+
+Nothing is shared with the code under test but its command lines and configuration files, as a user would write them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DEADLINE_S = 30.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(what: Callable[[], Any], why: str, deadline_s: float = DEADLINE_S) -> Any:
+    """The first true answer; fails with `why` after the deadline."""
+    end = time.monotonic() + deadline_s
+    while True:
+        found = what()
+        if found:
+            return found
+        assert time.monotonic() < end, f"{why}: not within {deadline_s:g} s"
+        time.sleep(0.1)  # a bounded poll of other processes: they have no event that could be waited for
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one run of the command ended with."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@dataclass
+class Process:
+    """One daemon, its log in a file."""
+
+    name: str
+    command: list[str]
+    log: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    running: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.running = subprocess.Popen(
+                self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **self.env}
+            )
+
+    @property
+    def pid(self) -> int:
+        assert self.running is not None
+        return self.running.pid
+
+    def send(self, number: int) -> None:
+        assert self.running is not None
+        self.running.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and waits until it is gone."""
+        if self.running is not None:
+            self.running.send_signal(signal.SIGCONT)
+            self.running.kill()
+            self.running.wait(10)
+            self.running = None
+
+    def stop(self) -> None:
+        """SIGTERM; killed if it has not gone within 10 s."""
+        if self.running is None:
+            return
+        self.running.send_signal(signal.SIGCONT)
+        self.running.terminate()
+        try:
+            self.running.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self.running = None
+
+    @property
+    def alive(self) -> bool:
+        return self.running is not None and self.running.poll() is None
+
+    def memory_peak_bytes(self) -> int:
+        """The largest resident set so far (VmHWM)."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        line = next(row for row in status.splitlines() if row.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+
+
+@dataclass
+class Cluster:
+    """Etcd (or sqlite), one coordinator, and agents; `directory` holds configs, logs and state."""
+
+    directory: Path
+    store: str = "etcd"
+    name: str = "test"
+    processes: dict[str, Process] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict)
+    paths: dict[tuple[str, str], Path] = field(default_factory=dict)
+
+    def process(self, name: str, *command: str, **env: str) -> Process:
+        made = Process(name, list(command), self.directory / f"{name}.log", env)
+        self.processes[name] = made
+        made.start()
+        return made
+
+    def start_etcd(self) -> str:
+        client = self.ports.setdefault("etcd", free_port())
+        peer = self.ports.setdefault("etcd-peer", free_port())
+        data = self.directory / "etcd"
+        self.process(
+            "etcd", "etcd", "--name", "e1", "--data-dir", str(data),
+            "--listen-client-urls", f"http://127.0.0.1:{client}", "--advertise-client-urls", f"http://127.0.0.1:{client}",
+            "--listen-peer-urls", f"http://127.0.0.1:{peer}", "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}",
+            "--initial-cluster", f"e1=http://127.0.0.1:{peer}", "--logger", "zap",
+        )  # fmt: skip
+        return f"etcd://127.0.0.1:{client}"
+
+    def start_coordinator(self, name: str = "c1", extra: str = "") -> None:
+        port = self.ports.setdefault(name, free_port())
+        if self.store == "etcd" and "etcd" not in self.processes:
+            self.start_etcd()
+        url = (
+            f"etcd://127.0.0.1:{self.ports['etcd']}" if self.store == "etcd" else f"sqlite://{self.directory}/store.db"
+        )
+        config = self.directory / f"{name}.toml"
+        config.write_text(
+            f'name = "{name}"\ncluster = "{self.name}"\nlisten = "127.0.0.1:{port}"\nstore = "{url}"\n'
+            f'metrics_listen = "127.0.0.1:{self.ports.setdefault(name + "-metrics", free_port())}"\n'
+            f'state_dir = "{self.directory}/{name}"\nlease_ttl_s = 10\n{extra}'
+        )
+        self.process(name, sys.executable, "-m", "coordinator.app", "--config", str(config))
+
+    def agent_config(self, node: str, volumes: Mapping[str, Path], extra: str = "", volume_extra: str = "") -> Path:
+        """Writes an agent's configuration and answers its path."""
+        coordinators = ", ".join(f'"127.0.0.1:{port}"' for name, port in self.ports.items() if name in ("c1", "c2"))
+        for what in ("", "-stream", "-metrics"):
+            self.ports.setdefault(node + what, free_port())
+        text = (
+            f'node = "{node}"\ncluster = "{self.name}"\ncoordinators = [{coordinators}]\n'
+            f'listen = "127.0.0.1:{self.ports[node]}"\nstream_listen = "127.0.0.1:{self.ports[node + "-stream"]}"\n'
+            f'metrics_listen = "127.0.0.1:{self.ports[node + "-metrics"]}"\nstate_dir = "{self.directory}/{node}"\n{extra}\n'
+        )
+        if "[space]" not in extra:
+            text += "[space]\nreserve_ratio = 0.0\nreserve_min_bytes = 16777216\n"
+        for volume, path in volumes.items():
+            self.paths[node, volume] = path
+            priority = 10 if node == "a" else 0
+            text += f'[[volumes]]\nname = "{volume}"\nbackend = "image"\npath = "{path}"\npriority = {priority}\n{volume_extra}\n'
+        config = self.directory / f"{node}.toml"
+        config.write_text(text)
+        return config
+
+    def start_agent(self, node: str, volumes: Mapping[str, Path], extra: str = "", volume_extra: str = "") -> Process:
+        config = self.agent_config(node, volumes, extra, volume_extra)
+        return self.process(node, sys.executable, "-m", "agent.app", "--config", str(config))
+
+    def restart(self, name: str) -> None:
+        self.processes[name].start()
+
+    def cli(self, *arguments: str, timeout_s: float = 100.0) -> Ran:
+        """Runs the operator's command; adds `-o json` unless an output is named."""
+        words = list(arguments) if "-o" in arguments else [*arguments, "-o", "json"]
+        ports = ",".join(f"127.0.0.1:{port}" for name, port in self.ports.items() if name in ("c1", "c2"))
+        done = subprocess.run(
+            [sys.executable, "-m", "resilver.cli.main", "--coordinator", ports, *words],
+            capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr + done.stdout, done.stderr + done.stdout
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    def ok(self, *arguments: str, timeout_s: float = 100.0) -> Any:
+        """The JSON of a run that must end with 0."""
+        ran = self.cli(*arguments, timeout_s=timeout_s)
+        assert ran.code == 0, f"{arguments}: exit {ran.code}\n{ran.out}\n{ran.err}"
+        return ran.json
+
+    def replicas(self, volume: str) -> dict[str, Any]:
+        """The rows of `status`, by node; empty while the coordinator knows no such volume or does not answer."""
+        ran = self.cli("status")
+        if ran.code != 0:
+            return {}
+        for one in ran.json["volumes"]:
+            if one["name"] == volume:
+                return {row["node"]: row for row in one["replicas"]}
+        return {}
+
+    def wait_reachable(self, volume: str, *nodes: str) -> dict[str, Any]:
+        def there() -> dict[str, Any] | None:
+            rows = self.replicas(volume)
+            return rows if all(rows.get(node, {}).get("reachable") for node in nodes) else None
+
+        return wait_for(there, f"{', '.join(nodes)} reachable for {volume}")
+
+    def wait_away(self, volume: str, node: str) -> None:
+        wait_for(lambda: not self.replicas(volume).get(node, {}).get("reachable", True), f"{node} is seen to be away")
+
+    def log(self, name: str) -> str:
+        return (self.directory / f"{name}.log").read_text(errors="replace")
+
+    def close(self) -> None:
+        for process in reversed(list(self.processes.values())):
+            process.stop()
+
+
+@contextmanager
+def cluster(directory: Path, store: str = "etcd") -> Iterator[Cluster]:
+    """A cluster that ends with the block, whatever happens in it."""
+    made = Cluster(directory, store)
+    try:
+        yield made
+    finally:
+        made.close()
