@@ -55,7 +55,8 @@ class Output:
 
     def show(self, *parts: RenderableType) -> None:
         for part in parts:
-            self.out.print(part)
+            # Nothing is cut off: what must not be broken, such as a command to copy, may run over the edge.
+            self.out.print(part, crop=False)
 
     def say(self, sentence: str) -> None:
         """A sentence on stdout, except where stdout is JSON."""

@@ -50,11 +50,11 @@ def state(name: str) -> Text:
 
 def size(count: int) -> str:
     """Bytes for a person: `0 B`, `234.9 MiB`, `1.31 GiB`, `96 GiB`."""
-    return f"{_scaled(count, _unit(count))} {_UNITS[_unit(count)]}"
+    return f"{_scaled(count, _unit(count)).removesuffix('.00')} {_UNITS[_unit(count)]}"
 
 
 def size_of(done: int, total: int) -> str:
-    """Two sizes in the unit of the larger: `135.7 / 238.0 MiB`."""
+    """Two sizes in the unit of the larger, at a steady width: `135.7 / 238.0 MiB`."""
     unit = _unit(max(done, total))
     return f"{_scaled(done, unit)} / {_scaled(total, unit)} {_UNITS[unit]}"
 
@@ -67,12 +67,11 @@ def _unit(count: int) -> int:
 
 
 def _scaled(count: int, unit: int) -> str:
-    if unit == 0 or count == 0:
+    if unit == 0:
         return str(count)
     value = count / KIB**unit
     decimals = 1 if unit < _FINE_FROM else 0 if value >= 100 else 2
-    text = f"{value:.{decimals}f}"
-    return text.removesuffix(".00") if decimals == 2 else text
+    return f"{value:.{decimals}f}"
 
 
 def age(seconds: float) -> str:

@@ -37,9 +37,9 @@ def screen(plan: pb.Plan, selection: str) -> Group:
     parts.append(_total(plan))
     if any(_copies(replica) for replica in _replicas(plan)):
         exact = all(replica.exact for replica in _replicas(plan) if _copies(replica))
-        line = Text("" if exact else f"Exact figures: resilver plan {selection} --snapshot      ")
-        line.append("Do it: ").append(f"resilver resync {selection} --plan {plan.etag}", style="bold")
-        parts.append(Unbroken(line))
+        if not exact:
+            parts.append(Unbroken(Text(f"Exact figures: resilver plan {selection} --snapshot")))
+        parts.append(Unbroken(Text("Do it: ").append(f"resilver resync {selection} --plan {plan.etag}", style="bold")))
     return Group(*parts)
 
 
@@ -114,17 +114,17 @@ def _beneath(replica: pb.ReplicaPlan) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if replica.preserve:
         kept = f", {size(replica.preserve_bytes)}" if replica.HasField("preserve_bytes") else ""
-        what = " and ".join(replica.preserve)
+        what = " and ".join(part for part in (", ".join(replica.preserve[:-1]), replica.preserve[-1]) if part)
         parts.append(indented(Text(f"first {node}'s own {what} are preserved (kept until dropped{kept})"), 6))
     if word(replica, "action") in ("FULL", "BLOCKED") and replica.why:
         parts.append(indented(Text(f"{node}: {replica.why}"), 6))
     if replica.HasField("refusal"):
-        parts += _refusal(replica.refusal, 6)
+        parts += _refusal(replica.refusal, 6, node)
     return parts
 
 
-def _refusal(refusal: error_pb2.Refusal, by: int) -> list[RenderableType]:
-    line = Text(", ".join(refusal.reasons), style="bold red").append(f": {refusal.message}", style="not bold default")
+def _refusal(refusal: error_pb2.Refusal, by: int, node: str) -> list[RenderableType]:
+    line = Text(f"{node}: ").append(", ".join(refusal.reasons), style="bold red").append(f": {refusal.message}")
     parts: list[RenderableType] = [indented(line, by)]
     if refusal.next_command:
         parts.append(Unbroken(Text(" " * by).append_text(next_line(refusal.next_command))))

@@ -1,0 +1,78 @@
+"""What a watcher sees: never over 100 %, never backwards, and lines where there is no terminal."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resilver.cli.progress import LINE_EVERY_S, Board, bar
+from resilver.v1 import volume_pb2 as pb
+from tests.cli import sample
+
+STATES = ["QUEUED", "PREPARING", "TRANSFERRING", "VERIFYING", "COMMITTING", "FAILED", "SUCCEEDED"]
+UPDATES = st.lists(
+    st.tuples(
+        st.sampled_from(STATES),
+        st.none() | st.integers(0, 2**40),
+        st.none() | st.integers(0, 2**40),
+    ),
+    min_size=1,
+    max_size=20,
+)
+
+
+@given(UPDATES)
+def test_figures_never_fall_and_never_pass_the_total(updates):
+    board = Board()
+    percent = done = 0
+    for step, (state, copied, total) in enumerate(updates):
+        board.update([sample.resync("r", "c", state, copied, total)], float(step))
+        track = board.tracks[0]
+        assert percent <= track.percent <= 100
+        assert track.done >= done
+        assert track.total is None or track.done <= track.total
+        assert track.left(float(step))
+        board.table(float(step))
+        percent, done = track.percent, track.done
+
+
+def test_a_hundred_percent_means_all_of_it():
+    board = Board()
+    board.update([sample.resync("r", "c", "TRANSFERRING", 999_999, 1_000_000)], 0.0)
+    assert board.tracks[0].percent == 99
+    assert bar(99) == "#" * 19 + ".  99%"
+    assert bar(100) == "#" * 20 + " 100%"
+
+
+def test_where_it_comes_from():
+    sources = [pb.ResyncSource(node="a", wire_bytes=44, bytes_per_second=50 << 20),
+               pb.ResyncSource(node="b", wire_bytes=56, bytes_per_second=31 << 20)]  # fmt: skip
+    board = Board()
+    board.update([sample.resync("r", "c", "PREPARING", 0, 162 << 20)], 0.0)
+    assert board.tracks[0].sources() == "a, b"
+    board.update([sample.resync("r", "c", "TRANSFERRING", 81 << 20, 162 << 20, sources=sources)], 1.0)
+    assert board.tracks[0].sources() == "a 44%, b 56%"
+    assert board.tracks[0].rate(1.0) == 81 << 20
+    assert board.tracks[0].left(1.0) == "1s"
+
+
+def test_the_rate_is_measured_where_none_is_told():
+    board = Board()
+    for second in range(4):
+        board.update([sample.resync("r", "c", "TRANSFERRING", second * 1000, 10_000)], float(second))
+    assert board.tracks[0].rate(3.0) == 1000
+    assert board.tracks[0].left(3.0) == "7s"
+
+
+def test_a_line_for_each_step_and_now_and_then():
+    board = Board()
+    board.update([sample.resync("r", "c", "PREPARING", 0, 100)], 0.0)
+    assert [line.split("  ")[2] for line in board.lines(0.0)] == ["preparing"]
+    board.update([sample.resync("r", "c", "TRANSFERRING", 10, 100)], 1.0)
+    assert len(board.lines(1.0)) == 1
+    board.update([sample.resync("r", "c", "TRANSFERRING", 50, 100)], 2.0)
+    assert board.lines(2.0) == []
+    assert len(board.lines(1.0 + LINE_EVERY_S)) == 1
+    board.update([sample.resync("r", "c", "SUCCEEDED", 100, 100)], 12.0)
+    last = board.lines(12.0)
+    assert "in sync  100%" in last[0]
+    assert board.lines(40.0) == []
+    assert board.settled()

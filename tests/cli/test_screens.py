@@ -1,0 +1,88 @@
+"""The screens as texts, at the widths between which they must fit."""
+
+import io
+import json
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from resilver.cli.plainjson import plain
+from resilver.cli.screens import election, lists, plan, status
+from resilver.v1 import volume_pb2 as pb
+
+from tests.cli import sample
+
+
+def rendered(part, width):
+    console = Console(width=width, file=io.StringIO(), color_system=None, markup=False, highlight=False)
+    console.print(part, crop=False)
+    return console.file.getvalue()
+
+
+SCREENS = {
+    "status": lambda: status.screen(
+        status.Cluster(sample.cluster(), sample.nodes()), [sample.vm1(), sample.db1()], sample.NOW
+    ),
+    "status_blocked": lambda: status.screen(
+        status.Cluster(sample.cluster(), sample.nodes()), [sample.lost()], sample.NOW
+    ),
+    "status_empty": lambda: status.screen(status.Cluster(sample.cluster(), []), [], sample.NOW),
+    "plan": lambda: plan.screen(sample.plan(), "--all"),
+    "plan_blocked": lambda: plan.screen(sample.blocked_plan(), "vm1 db1"),
+    "elect": lambda: election.screen(sample.election(), dry_run=False),
+    "elect_refused": lambda: election.screen(sample.election(refused=True), dry_run=True),
+    "history": lambda: lists.history([sample.election(), sample.election(refused=True)]),
+    "nodes": lambda: lists.nodes(sample.nodes(), sample.NOW),
+    "volumes": lambda: lists.volumes([sample.vm1(), sample.db1()], sample.NOW),
+    "resyncs": lambda: lists.resyncs(
+        [
+            sample.resync("11111111-2222-3333-4444-555555555555", "b", "TRANSFERRING", 1 << 20, 3 << 20),
+            sample.resync("21111111-2222-3333-4444-555555555555", "c", "BLOCKED", refusal=sample.refusal("IN_USE")),
+        ],
+        sample.NOW,
+    ),
+    "preserved": lambda: lists.preserved(
+        [
+            pb.PreservedCopy(id="31111111-2222-3333-4444-555555555555", volume="db1", node="b", cp=sample.cp("4-11"),
+                             live=True, create_time=sample.at(90), size_bytes=sample.GIB, exclusive_bytes=61 << 20,
+                             path="/srv/b/.resilver/db1/preserved/31111111"),
+        ],
+        sample.NOW,
+    ),
+    "snapshots": lambda: lists.snapshots(
+        [
+            pb.Snapshot(id="41111111-2222-3333-4444-555555555555", volume="db1", cp=sample.cp("5-18"),
+                        create_time=sample.at(3700), size_bytes=sample.GIB, consistency=pb.CONSISTENCY_FROZEN,
+                        copies=[pb.SnapshotCopy(node="a", pinned_by=["tip", "newest known CP"]),
+                                pb.SnapshotCopy(node="c", pinned_by=["tip"])]),
+        ],
+        sample.NOW,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", sorted(SCREENS))
+def test_screen(name, width, golden):
+    text = rendered(SCREENS[name](), width)
+    golden(f"{name}.{width}.txt", text)
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160, 200])
+@pytest.mark.parametrize("name", sorted(SCREENS))
+def test_screen_fits(name, width):
+    # A command to copy is the one thing that may be longer than the screen.
+    lines = [line for line in rendered(SCREENS[name](), width).splitlines() if "resilver " not in line]
+    assert max(cell_len(line.rstrip()) for line in lines) <= width
+
+
+def test_a_command_to_copy_is_never_broken():
+    lines = rendered(SCREENS["status_blocked"](), 80).splitlines()
+    assert f"      next: resilver elect {'long-name' * 7} --accept-loss a" in [line.rstrip() for line in lines]
+
+
+def test_json_of_the_samples(golden):
+    messages = [sample.vm1(), sample.plan(), sample.blocked_plan(), sample.election(refused=True),
+                sample.resync("r1", "c", "SUCCEEDED", 5, 5)]  # fmt: skip
+    golden("plain.json", json.dumps([plain(message) for message in messages], indent=1))
