@@ -1,0 +1,271 @@
+"""What each replica is to the primary, what is wrong, and what to run next.
+
+The rules:
+
+* A report that is not fresh decides nothing: UNKNOWN. Its figures are still worked out, as the last that was known,
+  because what a member may need is kept for it also while it is away.
+* A secondary whose live copy was written to has data of its own: DIVERGED. One that is in use cannot be compared:
+  STALE, so that a resync finds out at its commit, under the lease.
+* The primary is compared with nothing but itself; what is wrong with it is the volume's problem.
+
+Pure: no I/O, no clock.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from coordinator.core.cluster import ReplicaState, ReplicaView, Role, Status, VolumeState, VolumeView
+from coordinator.core.reign import (
+    Problem,
+    has_data,
+    is_foreign,
+    primary_problems,
+    recovering_problem,
+    sorted_replicas,
+)
+from coordinator.core.words import age, counted, last_seen, listed, name_of, size
+from resilver.lineage import Lineage, Relation, Snapshot, newest_in_common, newest_shared, relate
+from resilver.volume import LiveCopy, LiveState, Presence, ReplicaReport
+
+__all__ = [
+    "Problem",
+    "problems_of_replica",
+    "problems_of_volume",
+    "reference_lineage",
+    "role_of",
+    "status_of",
+    "volume_state",
+]
+
+EXTENTS_WARN_COUNT: Final = 50_000
+EXTENTS_PER_SECOND: Final = 50_000
+
+_S = ReplicaState
+
+
+def reference_lineage(view: VolumeView) -> Lineage:
+    """What replicas are compared with: the primary's last known lineage, also if it is away.
+
+    Failing that, the lineage up to the newest known CP as any replica has it; else nothing.
+    """
+    primary = view.primary
+    if primary is not None and primary.lineage.records and not is_foreign(view, primary):
+        return primary.lineage
+    newest = view.record.newest_id
+    holders = [one for one in sorted_replicas(view) if not is_foreign(view, one) and one.lineage.find(newest)]
+    holders.sort(key=lambda one: not one.fresh)
+    return holders[0].lineage.since(newest) if holders else Lineage()
+
+
+def status_of(view: VolumeView, node: str) -> Status:
+    """The state of any replica, and the figures behind it."""
+    replica = view.replica(node)
+    reference = reference_lineage(view)
+    state = _state(view, replica, reference)
+    mine = replica.lineage
+    if not mine.records or not reference.records or is_foreign(view, replica):
+        behind = len(reference) if state is _S.EMPTY and reference.records else None
+        return Status(state, behind_cps=behind)
+    fork = newest_shared(mine, reference)
+    if fork is None:
+        return Status(state)
+    common = newest_in_common(mine, reference)
+    return Status(
+        state,
+        common=common if isinstance(common, Snapshot) else None,
+        fork=fork,
+        behind_cps=len(reference.after(fork.id)),
+        own_cps=len(mine.after(fork.id)),
+    )
+
+
+def _state(view: VolumeView, replica: ReplicaView, reference: Lineage) -> ReplicaState:
+    report = replica.report
+    if report is None or not replica.fresh:
+        return _S.UNKNOWN
+    if not has_data(replica):
+        return _S.LOST if report.presence is Presence.LOST else _S.EMPTY
+    if is_foreign(view, replica):
+        return _S.FOREIGN
+    if replica.node == view.record.primary:
+        return _S.IN_SYNC
+    if report.lineage.records and not reference.records and view.record.newest_id:
+        # Nobody who has been heard has the newest known CP: what this one is to it cannot be said.
+        return _S.UNKNOWN
+    return _compared(report.lineage, reference, report.live.state)
+
+
+def _compared(mine: Lineage, reference: Lineage, live: LiveState) -> ReplicaState:
+    relation = relate(mine, reference) if mine.records and reference.records else Relation.UNRELATED
+    if relation is Relation.UNRELATED:
+        return _S.UNRELATED
+    if relation in (Relation.AHEAD, Relation.DIVERGED) or live is LiveState.MODIFIED:
+        return _S.DIVERGED
+    return _S.IN_SYNC if relation is Relation.EQUAL and live is LiveState.UNMODIFIED else _S.STALE
+
+
+def role_of(view: VolumeView, node: str) -> Role:
+    if node == view.record.primary:
+        return Role.PRIMARY
+    return Role.SECONDARY if node in view.record.members else Role.NEWCOMER
+
+
+def volume_state(view: VolumeView) -> VolumeState:
+    """One word: the first that holds of UNINITIALIZED, RECOVERING, BLOCKED, OPENING, DEGRADED, HEALTHY."""
+    entry = view.entry
+    if entry is None or not entry.record.epoch:
+        return VolumeState.UNINITIALIZED
+    if entry.recovering:
+        return VolumeState.RECOVERING
+    if not entry.record.primary or primary_problems(view, 0):
+        return VolumeState.BLOCKED
+    if entry.opening:
+        return VolumeState.OPENING
+    in_sync = all(status_of(view, node).state is _S.IN_SYNC for node in view.replicas)
+    return VolumeState.HEALTHY if in_sync else VolumeState.DEGRADED
+
+
+# Problems.
+
+
+def problems_of_volume(view: VolumeView, now_ms: int) -> tuple[Problem, ...]:
+    """What is wrong with the volume as a whole; each replica's own problems stand beside it."""
+    entry, name = view.entry, view.name
+    found: list[Problem] = []
+    if entry is None or not entry.record.epoch:
+        found.append(_first_sight(view))
+    else:
+        elect = f"resilver elect {name}"
+        found.extend(problem._replace(next_command=elect) for problem in recovering_problem(view))
+        found.extend(problem._replace(next_command=elect) for problem in primary_problems(view, now_ms))
+        if not entry.record.primary:
+            found.append(Problem("PRIMARY_AWAY", f"{name} has no primary any more", elect))
+        if entry.recovering and not found:
+            message = f"the store knew less of {name} than a replica; an election settles what is right"
+            found.append(Problem("RECOVERING", message, elect))
+        if entry.opening:
+            message = f"epoch {entry.record.epoch} is being opened on {entry.record.primary}: its first CP is awaited"
+            found.append(Problem("OPENING", message, f"resilver explain {name}"))
+    if entry is not None and entry.pause is not None:
+        until = "" if entry.pause.until_ms is None else f", for {age(entry.pause.until_ms - now_ms)} more"
+        by = f" by {entry.pause.principal}" if entry.pause.principal else ""
+        found.append(Problem("PAUSED", f"paused{by}{until}: {entry.pause.reason}", f"resilver unpause {name}"))
+    return tuple(found)
+
+
+def _first_sight(view: VolumeView) -> Problem:
+    holders = [one.node for one in sorted_replicas(view) if one.fresh and has_data(one)]
+    if not holders:
+        return Problem("NO_DATA", f"{view.name} has no primary, and no node that answers has data of it")
+    message = f"{view.name} has no primary yet; data is on {listed(holders)}"
+    if len(holders) == 1:
+        return Problem("UNINITIALIZED", message, f"resilver resync {view.name}")
+    return Problem("UNINITIALIZED", message, f"resilver elect {view.name} --dry-run")
+
+
+def problems_of_replica(view: VolumeView, node: str, now_ms: int) -> tuple[Problem, ...]:
+    """Why a replica is not in sync and what else is wrong with it, the state first."""
+    replica = view.replica(node)
+    status = status_of(view, node)
+    found = [] if node == view.record.primary or not view.record.epoch else _of_state(view, replica, status, now_ms)
+    if replica.report is not None and replica.fresh:
+        found.extend(_of_report(replica.report))
+    return tuple(found)
+
+
+def _of_state(view: VolumeView, replica: ReplicaView, status: Status, now_ms: int) -> list[Problem]:
+    name, node = view.name, replica.node
+    replacing = f"resilver resync {name} --replace {node}"
+    found = []
+    match status.state:
+        case ReplicaState.UNKNOWN if replica.fresh:
+            message = f"cannot be compared: nobody who answers has the newest known CP {view.record.newest_cp}"
+            found.append(Problem("UNKNOWN", message, f"resilver elect {name}"))
+        case ReplicaState.UNKNOWN:
+            message = f"{node} does not answer; {last_seen(replica, now_ms)}"
+            found.append(Problem("UNKNOWN", message, "resilver nodes"))
+        case ReplicaState.LOST:
+            message = f"{node} had data of {name}, and its disk is not there: mount it, or begin anew"
+            found.append(Problem("LOST", message, replacing))
+        case ReplicaState.FOREIGN:
+            other = replica.report.volume_id if replica.report is not None else ""
+            message = f"the data on {node} is another volume's ({other}); nothing replaces it until you name it"
+            found.append(Problem("FOREIGN", message, replacing))
+        case ReplicaState.UNRELATED:
+            message = f"the data on {node} has nothing in common with {name}; nothing replaces it until you name it"
+            found.append(Problem("UNRELATED", message, replacing))
+        case ReplicaState.EMPTY:
+            who = "empty" if node in view.record.members else "a newcomer, empty"
+            message = f"{who}: the first resync copies the whole volume"
+            found.append(Problem("EMPTY", message, f"resilver resync {name}"))
+        case ReplicaState.DIVERGED:
+            found.append(Problem("DIVERGED", _split(replica, status), f"resilver explain {name} {node}"))
+        case ReplicaState.STALE:
+            found.append(_stale(view, replica, status, now_ms))
+        case ReplicaState.IN_SYNC:
+            pass
+    return found
+
+
+def _split(replica: ReplicaView, status: Status) -> str:
+    fork = status.fork
+    where = f"split at {name_of(fork)}" if fork is not None else "split"
+    own = [counted(status.own_cps, "CP")] if status.own_cps else []
+    live = replica.report.live if replica.report is not None else LiveCopy()
+    if live.state is LiveState.MODIFIED:
+        amount = f" ({size(live.modified_bytes)})" if live.modified_bytes is not None else ""
+        own.append(f"live writes{amount}")
+    verb = "is" if own == ["1 CP"] else "are"
+    return f"{where}; {' and '.join(own)} {verb} only on {replica.node}. Nothing replaces them until you say so."
+
+
+def _stale(view: VolumeView, replica: ReplicaView, status: Status, now_ms: int) -> Problem:
+    name, node = view.name, replica.node
+    live = replica.report.live if replica.report is not None else LiveCopy()
+    behind = _behind(view, status, now_ms)
+    resync = f"resilver resync {name}"
+    if live.state is LiveState.UNKNOWN:
+        users = f" by {listed(live.in_use_by)}" if live.in_use_by else ""
+        message = f"{behind}its live copy is in use{users}, so it cannot be compared; a resync waits for it at its end"
+        return Problem("IN_USE", message, resync)
+    if live.state is LiveState.ABSENT and not status.behind_cps:
+        return Problem("STALE", "its snapshots are in sync, but its live copy is gone; a resync brings it back", resync)
+    if status.common is None:
+        fork = f" ({name_of(status.fork)})" if status.fork is not None else ""
+        message = f"{behind}no common snapshot is left on both sides{fork}; only a full copy is possible"
+        return Problem("BASE_GONE", message, f"{resync} --to {node} --full")
+    message = f"{behind}common snapshot {name_of(status.common)} is intact, a delta is possible."
+    return Problem("STALE", message, resync)
+
+
+def _behind(view: VolumeView, status: Status, now_ms: int) -> str:
+    """`47m behind; `, counted from the first CP that is lacking; the number of CPs where times are not known."""
+    if not status.behind_cps or status.fork is None:
+        return ""
+    lacking = reference_lineage(view).after(status.fork.id)
+    if lacking and lacking[-1].create_time_ms:
+        return f"{age(now_ms - lacking[-1].create_time_ms)} behind; "
+    return f"{counted(status.behind_cps, 'CP')} behind; "
+
+
+def _of_report(report: ReplicaReport) -> list[Problem]:
+    found = []
+    if report.reserve_bytes and report.free_bytes < report.reserve_bytes:
+        message = (
+            f"{size(report.free_bytes)} free is below the reserve of {size(report.reserve_bytes)}: "
+            "no snapshot is taken and nothing received"
+        )
+        found.append(Problem("NO_SPACE", message, f"resilver prune {report.volume}"))
+    extents = report.live.extent_count
+    if extents is not None and extents >= EXTENTS_WARN_COUNT:
+        message = (
+            f"the live copy is in {extents:,} extents: each CP stalls a writer for about "
+            f"{extents / EXTENTS_PER_SECOND:.1f} s"
+        )
+        found.append(Problem("FRAGMENTED", message))
+    for text in report.problems:
+        head, colon, rest = text.partition(": ")
+        coded = bool(colon) and head.replace("_", "").isalpha() and head.isupper()
+        found.append(Problem(head, rest) if coded else Problem("REPORTED", text))
+    return found

@@ -1,0 +1,86 @@
+"""How the decisions speak: ages, sizes, CPs and lists, as they stand in messages.
+
+Pure. Whoever reads a message is at a terminal at night: a number has a unit, a list has an end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from coordinator.core.cluster import ReplicaView
+from resilver.lineage import NO_CP, ConsistencyPoint, Snapshot
+from resilver.volume import LiveState
+
+NAMED_MAX: Final = 6
+
+_MINUTE_S: Final = 60
+_HOUR_S: Final = 3600
+_DAY_S: Final = 86400
+_KIB: Final = 1024.0
+
+_LIVE: Final = {
+    LiveState.UNMODIFIED: "live copy unmodified",
+    LiveState.MODIFIED: "live copy modified",
+    LiveState.UNKNOWN: "live copy in use, so it may be modified",
+    LiveState.ABSENT: "no live copy",
+}
+
+
+def age(ms: int) -> str:
+    """`47 s`, `12m`, `3h 05m`, `9 days`; a clock that ran backwards reads as 0 s."""
+    seconds = max(ms, 0) // 1000
+    if seconds < 2 * _MINUTE_S:
+        return f"{seconds} s"
+    if seconds < 2 * _HOUR_S:
+        return f"{seconds // _MINUTE_S}m"
+    if seconds < 2 * _DAY_S:
+        return f"{seconds // _HOUR_S}h {seconds % _HOUR_S // _MINUTE_S:02d}m"
+    return f"{seconds // _DAY_S} days"
+
+
+def size(count: int) -> str:
+    """`0 B`, `61.2 MiB`."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if amount < _KIB:
+            return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= _KIB
+    return f"{amount:.1f} PiB"
+
+
+def name_of(snapshot: Snapshot) -> str:
+    """Its CP, or its id where it was adopted and has none."""
+    return str(snapshot.cp) if snapshot.cp != NO_CP else snapshot.id
+
+
+def point(cp: ConsistencyPoint, snapshot_id: str) -> str:
+    """A CP, the id where there is only that, `none` where there is nothing."""
+    return str(cp) if cp != NO_CP else snapshot_id or "none"
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a, b and 4 more`."""
+    rows = list(names)
+    shown = ", ".join(rows[:NAMED_MAX])
+    return shown if len(rows) <= NAMED_MAX else f"{shown} and {len(rows) - NAMED_MAX} more"
+
+
+def span(snapshots: Sequence[Snapshot]) -> str:
+    """CPs, oldest first, of a stretch given tip first: `4-10, 4-11`, or `5-10 .. 5-18`."""
+    if len(snapshots) > NAMED_MAX:
+        return f"{name_of(snapshots[-1])} .. {name_of(snapshots[0])}"
+    return ", ".join(name_of(one) for one in reversed(snapshots))
+
+
+def counted(count: int, one: str) -> str:
+    return f"{count} {one}" if count == 1 else f"{count} {one}s"
+
+
+def last_seen(replica: ReplicaView, now_ms: int) -> str:
+    """`its last CP was 1-4, heard 47 s ago, live copy modified`."""
+    report = replica.report
+    if report is None:
+        return "nothing has been heard of it"
+    cp = point(report.lineage.cp, report.lineage.tip_id)
+    return f"its last CP was {cp}, heard {age(now_ms - replica.report_time_ms)} ago, {_LIVE[report.live.state]}"
