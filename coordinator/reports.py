@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import unquote
 from uuid import uuid4
@@ -27,6 +26,7 @@ from coordinator.core.events import (
     AgentConnected,
     AgentDisconnected,
     AgentHeard,
+    Event,
     ProgressReported,
     RefuseAgent,
     ReplicaReported,
@@ -45,6 +45,7 @@ VOLUMES_MAX: Final = 1000
 VERSION_CHARS_MAX: Final = 64
 MESSAGES_PER_SECOND_MAX: Final = 500.0
 MESSAGES_BURST_MAX: Final = 2000.0
+FULL_WAIT_S: Final = 0.2
 
 _log = structlog.get_logger(__name__)
 
@@ -156,7 +157,8 @@ class _Session:
                     raise invalid("boot", f"is {message.boot[:80]!r} in a stream of {self._hello.node.boot}")
                 if message.seq <= self._acked_seq:
                     continue
-                self._take(message)
+                event = self._read_event(message)
+                await self._post(event)
                 self._acked_seq = message.seq
                 self._heard.set()
         except ResilverError as error:
@@ -166,7 +168,7 @@ class _Session:
             # At once, also while the other side still waits for an agent that does not read.
             self._disconnect()
 
-    def _take(self, message: agent_pb2.ReportRequest) -> None:
+    def _read_event(self, message: agent_pb2.ReportRequest) -> Event:
         stream = self._hello.stream
         examine_id = check_id(message.examine_id, "examine_id", required=False)
         check_number(message.seq, "seq")
@@ -174,20 +176,31 @@ class _Session:
             case "replica":
                 self._check_volume(message.replica.replica.volume, "replica.volume")
                 report = self._assembler.add(message.replica)
-                if report is None:
-                    self._office.post(AgentHeard(stream))
-                else:
-                    self._office.post(ReplicaReported(stream, message.seq, report, examine_id))
+                return (
+                    AgentHeard(stream) if report is None else ReplicaReported(stream, message.seq, report, examine_id)
+                )
             case "resync":
                 progress = progress_from_proto(message.resync)
                 self._check_volume(progress.volume, "resync.volume")
-                self._office.post(ProgressReported(stream, progress))
+                return ProgressReported(stream, progress)
             case "heartbeat":
-                self._office.post(AgentHeard(stream))
+                return AgentHeard(stream)
             case "hello":
                 raise invalid("hello", "was said before: a stream has one")
             case _:
                 raise invalid("body", "is missing: a report is a replica, a resync or a heartbeat")
+
+    async def _post(self, event: Event) -> None:
+        """Hands it on; while the engine is behind, the agent waits too."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._node_timeout_s
+        while True:
+            try:
+                return self._office.post(event)
+            except Exhausted:
+                if loop.time() >= until:
+                    raise
+                await asyncio.sleep(FULL_WAIT_S)
 
     def _check_volume(self, volume: str, field: str) -> None:
         if volume not in self._hello.node.volumes:
@@ -196,9 +209,17 @@ class _Session:
     def _disconnect(self) -> None:
         if self._connected:
             self._connected = False
+            self._tell_gone()
+
+    def _tell_gone(self) -> None:
+        """Never given up while the reign lasts: a stream that nobody ended would keep its node connected."""
+        try:
+            self._office.post(AgentDisconnected(self._hello.stream))
+        except Exhausted:
+            asyncio.get_running_loop().call_later(FULL_WAIT_S, self._tell_gone)
+        except (Superseded, Conflict):
             # With the reign, everything that was known of this stream has gone already.
-            with suppress(Superseded, Conflict):
-                self._office.post(AgentDisconnected(self._hello.stream))
+            return
 
     def _ack(self, identity: Identity) -> agent_pb2.ReportResponse:
         return agent_pb2.ReportResponse(

@@ -37,14 +37,17 @@ from coordinator.office import Engine
 from resilver.errors import NotFound
 from resilver.fields import (
     NOTE_CHARS_MAX,
+    ORIGIN_BY_VALUE,
     PATH_CHARS_MAX,
     check_count,
+    check_enum,
     check_id,
     check_name,
     check_number,
     check_text,
     invalid,
 )
+from resilver.lineage import Origin
 from resilver.v1 import coordinator_pb2
 
 VOLUMES_MAX: Final = 1000
@@ -237,6 +240,11 @@ def check_path(path: str, field: str) -> str:
     if posixpath.normpath(path) != path or path == "/":
         raise invalid(field, f"is {path[:80]!r}; it must name a file, without '.', '..', '//' or a slash at its end")
     return path
+
+
+def check_origins(origins: Sequence[int]) -> frozenset[Origin]:
+    check_count(origins, "origins", len(ORIGIN_BY_VALUE))
+    return frozenset(check_enum(ORIGIN_BY_VALUE, value, f"origins[{at}]") for at, value in enumerate(origins))
 
 
 def _check_duration_ms(duration: Duration, field: str) -> int:

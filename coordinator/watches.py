@@ -1,0 +1,174 @@
+"""The streams that follow volumes, resyncs and events.
+
+The rules:
+
+* First the whole state, then what changed; an empty message when nothing did for ten seconds, so that a client knows
+  that it is still being served.
+* A slow client is sent less, not later: changes merge while it reads, at most five messages a second.
+* A watch of resyncs ends when all that it watches are final, so that a client needs no rule of its own to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing
+from typing import Final, TypeVar
+
+import grpc
+from grpc import aio
+
+from coordinator.core.cluster import Resync
+from coordinator.office import Engine, Office
+from coordinator.paging import chunks
+from coordinator.queries import about, found_in, volume
+from coordinator.requests import VOLUMES_MAX, Names
+from coordinator.wire import event_to_proto, resync_to_proto
+from resilver.errors import Conflict, Unavailable
+from resilver.fields import check_count, check_id
+from resilver.v1 import coordinator_pb2 as api
+from resilver.v1 import volume_pb2
+from resilver.wire import time_to_proto
+
+KEEPALIVE_S: Final = 10.0
+PUSH_INTERVAL_S: Final = 0.2
+
+M = TypeVar("M")
+
+
+async def watch_volumes(
+    office: Office, request: api.WatchVolumesRequest
+) -> AsyncGenerator[api.WatchVolumesResponse, None]:
+    """The volumes named, or all, also those that come later."""
+    named = frozenset(Names.of(office.engine()).some_volumes(request.volumes))
+    sent: dict[str, bytes] = {}
+
+    def fresh(names: Iterable[str]) -> list[volume_pb2.Volume]:
+        """Those that are not as they were last sent."""
+        engine = office.engine()
+        known = frozenset(engine.volume_names())
+        found = []
+        for name in sorted(names):
+            if name in known and (not named or name in named):
+                message = volume(engine, name, office.now_ms())
+                digest = _digest(message)
+                if sent.get(name) != digest:
+                    sent[name] = digest
+                    found.append(message)
+        return found
+
+    def gone() -> list[str]:
+        known = frozenset(office.engine().volume_names())
+        left = sorted(name for name in sent if name not in known)
+        for name in left:
+            del sent[name]
+        return left
+
+    with office.watch() as watch:
+        first = True
+        names: Iterable[str] = office.engine().volume_names()
+        while True:
+            removed = gone()
+            now_time = time_to_proto(office.now_ms())
+            parts = list(chunks(fresh(names))) or ([[]] if first or removed else [])
+            for at, part in enumerate(parts):
+                yield api.WatchVolumesResponse(volumes=part, removed=removed if at == 0 else (), now_time=now_time)
+            first = False
+            await asyncio.sleep(PUSH_INTERVAL_S)
+            changed = await watch.next(KEEPALIVE_S)
+            if changed is None:
+                yield api.WatchVolumesResponse(now_time=time_to_proto(office.now_ms()))
+            names = changed.volumes if changed is not None else ()
+
+
+async def watch_resyncs(
+    office: Office, request: api.WatchResyncsRequest
+) -> AsyncGenerator[api.WatchResyncsResponse, None]:
+    """The resyncs named, and the active ones of the volumes named; of neither: every active one."""
+    watched = _watched(office.engine(), request)
+    # Kept as last seen, because a finished resync may be forgotten before a slow client was told its end.
+    last: dict[str, Resync] = {}
+    with office.watch() as watch:
+        first = True
+        while True:
+            known = office.engine().resyncs()
+            changed = [known[one] for one in watched if one in known and known[one] != last.get(one)]
+            last.update((one.id, one) for one in changed)
+            now_time = time_to_proto(office.now_ms())
+            for part in list(chunks(map(resync_to_proto, changed))) or ([[]] if first else []):
+                yield api.WatchResyncsResponse(resyncs=part, now_time=now_time)
+            first = False
+            if all(one not in known or known[one].state.final for one in watched):
+                return
+            await asyncio.sleep(PUSH_INTERVAL_S)
+            if await watch.next(KEEPALIVE_S) is None:
+                yield api.WatchResyncsResponse(now_time=time_to_proto(office.now_ms()))
+            if not request.ids:
+                watched |= _watched(office.engine(), request)
+
+
+def _watched(engine: Engine, request: api.WatchResyncsRequest) -> dict[str, None]:
+    """Ids, in order."""
+    check_count(request.ids, "ids", VOLUMES_MAX)
+    known = engine.resyncs()
+    ids = [found_in(known, check_id(one, f"ids[{at}]")).id for at, one in enumerate(request.ids)]
+    volumes = Names.of(engine).some_volumes(request.volumes)
+    every = not ids and not volumes
+    active = sorted(
+        (one for one in known.values() if not one.state.final and (every or one.volume in volumes)),
+        key=lambda one: (one.volume, one.node, one.id),
+    )
+    return dict.fromkeys([*ids, *(one.id for one in active)])
+
+
+async def watch_events(
+    office: Office, request: api.WatchEventsRequest, context: aio.ServicerContext[object, object]
+) -> AsyncGenerator[api.WatchEventsResponse, None]:
+    """Events after a sequence, or from now on. History that is no longer kept is OUT_OF_RANGE."""
+    names = Names.of(office.engine())
+    if request.volume:
+        names.volume(request.volume)
+    if request.node:
+        names.node(request.node)
+    wanted = about(request.volume, request.node)
+    after = request.after_sequence
+    with office.watch() as watch:
+        if not after:
+            after = max((event.sequence for event in office.events_after(0)), default=0)
+        while True:
+            oldest = office.oldest_event
+            if after and (not oldest or after < oldest - 1):
+                await context.abort(
+                    grpc.StatusCode.OUT_OF_RANGE,
+                    f"events after {after} are no longer kept; the oldest one is {oldest or 'still to come'}. "
+                    "List what there is, or watch from 0 for what comes",
+                )
+            events = list(office.events_after(after))
+            after = events[-1].sequence if events else after
+            now_time = time_to_proto(office.now_ms())
+            for part in chunks(event_to_proto(event) for event in events if wanted(event)):
+                yield api.WatchEventsResponse(events=part, now_time=now_time)
+            await asyncio.sleep(PUSH_INTERVAL_S)
+            if await watch.next(KEEPALIVE_S) is None:
+                yield api.WatchEventsResponse(now_time=time_to_proto(office.now_ms()))
+
+
+def _digest(message: volume_pb2.Volume) -> bytes:
+    """Of everything but the times that pass by themselves."""
+    lasting = volume_pb2.Volume()
+    lasting.CopyFrom(message)
+    for replica in lasting.replicas:
+        replica.ClearField("report_time")
+        replica.ClearField("behind_duration")
+    return hashlib.sha256(lasting.SerializeToString(deterministic=True)).digest()
+
+
+async def while_leading(answers: AsyncGenerator[M, None]) -> AsyncIterator[M]:
+    """The same stream; the end of the reign is for the client what any absence of a leader is: to be tried again."""
+    async with aclosing(answers) as stream:
+        try:
+            async for answer in stream:
+                yield answer
+        except Conflict as error:
+            raise Unavailable("NO_LEADER", f"this coordinator has ceased to lead: {error.message}") from error
