@@ -207,8 +207,9 @@ class _Run:
     def pause(self, rounds: int) -> None:
         """Waits before another round; longer each time, and not in step with others that wait."""
         longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** min(rounds - 1, 16))
+        jittered = longest * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
         started = time.monotonic()
-        self.stop.wait(longest * random.uniform(0.5, 1.0))  # noqa: S311  # jitter, not a secret
+        self.stop.wait(min(jittered, max(0.0, self.idle_timeout_s - self.idle_s)))
         self.idle_s += time.monotonic() - started
         self.tick()
 

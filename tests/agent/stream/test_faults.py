@@ -1,0 +1,244 @@
+"""What may go wrong between target and source, and how a transfer ends then."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+from agent.delta import DeltaMap, DeltaRange
+from agent.stream.frame import HEADER_BYTES, Hello
+from agent.stream.receiver import Stopped
+from agent.stream.sender import BlockServer
+from resilver.address import Address
+from resilver.errors import Damaged, Refused, Unauthenticated
+from tests.agent.stream.support import (
+    HELLO,
+    MIB,
+    FileReader,
+    FileStage,
+    Proxy,
+    Transfer,
+    at,
+    random_file,
+    scattered,
+    serving,
+)
+
+SIZE = 8 * MIB
+
+
+@pytest.fixture
+def source(tmp_path):
+    return random_file(tmp_path / "source", SIZE)
+
+
+@pytest.fixture
+def transfer(tmp_path):
+    return Transfer(FileStage(tmp_path / "stage", SIZE), DeltaMap.of(SIZE, [DeltaRange(0, SIZE)]))
+
+
+def flip(*positions):
+    """Flips one bit of each byte that passes at these places of the stream, once for the whole proxy."""
+    left = set(positions)
+
+    def hurt(data, passed):
+        for position in sorted(left):
+            if passed <= position < passed + len(data):
+                data[position - passed] ^= 16
+                left.discard(position)
+
+    return hurt
+
+
+def after_welcome(offset):
+    """A place within the answers: what comes before them is one small frame."""
+    return 2 * HEADER_BYTES + offset
+
+
+def test_a_damaged_payload_is_asked_for_again(transfer, source):
+    with serving(source) as server, Proxy(server.port, flip(after_welcome(1000))) as proxy:
+        received = transfer.run(at(proxy.port))
+        assert proxy.connections == 1
+    assert received.counters.resent_bytes == MIB
+    assert received.counters.done_bytes == SIZE
+    assert [problem.reason for problem in received.problems] == ["DIGEST_MISMATCH"]
+    assert transfer.stage.path.read_bytes() == source.read_bytes()
+
+
+def test_a_damaged_header_costs_the_connection_and_no_data(transfer, source):
+    position = 0
+    with serving(source) as server:
+        position = HEADER_BYTES + len(b'{"size_bytes":8388608}') + HEADER_BYTES + MIB + 13
+        with Proxy(server.port, flip(position)) as proxy:
+            received = transfer.run(at(proxy.port))
+            assert proxy.connections == 2
+    assert received.counters.resent_bytes == MIB
+    assert transfer.stage.path.read_bytes() == source.read_bytes()
+
+
+def test_a_source_that_keeps_sending_damaged_frames_is_left(transfer, source):
+    def hurt(data, passed):
+        if passed > 1000:
+            data[0] ^= 1
+
+    with serving(source) as server, Proxy(server.port, hurt) as proxy:
+        received = transfer.run(at(proxy.port, "bad"), at(server.port, "good"))
+    assert [(problem.node, problem.reason) for problem in received.problems] == [("bad", "SOURCE_DAMAGED")]
+    assert 0 < received.counters.resent_bytes <= 3 * MIB
+    assert received.counters.done_bytes == SIZE
+    assert transfer.stage.path.read_bytes() == source.read_bytes()
+
+
+def test_damage_without_another_source_ends_the_run(transfer, source):
+    def hurt(data, passed):
+        data[-1] ^= 1
+
+    with serving(source) as server, Proxy(server.port, hurt) as proxy, pytest.raises(Damaged) as failed:
+        transfer.run(at(proxy.port))
+    assert failed.value.reason == "SOURCE_DAMAGED"
+
+
+def test_a_wrong_ticket_is_refused_at_once(transfer, source):
+    started = time.monotonic()
+    wrong = Hello("stolen", HELLO.resync_id, HELLO.volume, HELLO.target, HELLO.target_node)
+    with serving(source) as server, pytest.raises(Unauthenticated) as failed:
+        transfer.run(at(server.port), hello=wrong)
+    assert failed.value.reason == "TICKET_INVALID"
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("reason", ["TARGET_GONE", "BASE_GONE"])
+def test_a_source_without_the_snapshot_is_passed_over_at_once(transfer, source, reason):
+    def gone(_hello):
+        raise Refused(reason, "pruned")
+
+    server = BlockServer(Address("127.0.0.1", 0), gone)
+    server.start()
+    started = time.monotonic()
+    with serving(source) as other:
+        received = transfer.run(at(server.port, "a"), at(other.port, "b"))
+    assert time.monotonic() - started < 2
+    assert [(problem.node, problem.reason) for problem in received.problems] == [("a", reason)]
+
+    again = Transfer(FileStage(transfer.stage.path.with_name("other"), SIZE), transfer.delta)
+    with pytest.raises(Refused) as failed:
+        again.run(at(server.port, "a"), at(server.port, "c"))
+    assert failed.value.reason == reason
+    assert server.stop(5)
+
+
+def test_a_silent_source_is_left_for_another(transfer, source):
+    with socket.create_server(("127.0.0.1", 0)) as silent, serving(source) as server:
+        received = transfer.run(at(silent.getsockname()[1], "silent"), at(server.port, "b"), silence=0.6)
+    assert [(problem.node, problem.reason) for problem in received.problems] == [("silent", "DEADLINE")]
+
+
+def test_a_source_that_falls_silent_in_the_middle_is_left_for_another(transfer, source):
+    gate = threading.Event()
+
+    def stuck(path):
+        return FileReader(path, lambda offset: gate.wait(30) if offset >= 4 * MIB else None)
+
+    with serving(source, stuck) as first, serving(source) as second:
+        received = transfer.run(at(first.port, "a"), at(second.port, "b"), silence=0.6)
+        gate.set()
+    assert [(problem.node, problem.reason) for problem in received.problems] == [("a", "DEADLINE")]
+    assert all(share.wire_bytes for share in received.counters.sources)
+    assert transfer.stage.path.read_bytes() == source.read_bytes()
+
+
+def test_without_a_byte_the_run_ends_in_bounded_time(transfer):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(Refused) as failed:
+        transfer.run(at(port, "a"), at(port, "b"), idle=1.0)
+    assert failed.value.reason == "NO_SOURCE"
+    assert "a: " in failed.value.message
+    assert "b: " in failed.value.message
+    assert 0.9 < time.monotonic() - started < 5
+
+
+def test_no_source_given_is_no_source(transfer):
+    with pytest.raises(Refused) as failed:
+        transfer.run()
+    assert failed.value.reason == "NO_SOURCE"
+
+
+def test_bytes_that_never_become_a_frame_do_not_hold_the_run(transfer):
+    def trickle(listener):
+        connection, _peer = listener.accept()
+        with connection:
+            try:
+                while True:
+                    connection.sendall(b"R")
+                    threading.Event().wait(0.05)
+                    if len(sent) > 40:
+                        return
+                    sent.append(1)
+            except OSError:
+                return
+
+    sent = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=trickle, args=(listener,))
+        thread.start()
+        with pytest.raises(Refused) as failed:
+            transfer.run(at(listener.getsockname()[1]), idle=1.0)
+        thread.join(10)
+    assert failed.value.reason == "NO_SOURCE"
+
+
+def test_a_stop_is_noticed_while_nothing_comes(transfer):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        timer = threading.Timer(0.3, transfer.stop.set)
+        timer.start()
+        started = time.monotonic()
+        with pytest.raises(Stopped):
+            transfer.run(at(silent.getsockname()[1]))
+        timer.join()
+    assert time.monotonic() - started < 2
+
+
+def test_a_source_of_another_size_is_not_believed(transfer, tmp_path):
+    with serving(random_file(tmp_path / "other", SIZE + 512)) as server, pytest.raises(Damaged) as failed:
+        transfer.run(at(server.port))
+    assert failed.value.reason == "SOURCE_DAMAGED"
+
+
+def test_a_source_that_cannot_read_its_disk_is_left(transfer, source):
+    def torn(offset):
+        if offset >= 4 * MIB:
+            raise Damaged("IO_ERROR", "sector 17")
+
+    with serving(source, lambda path: FileReader(path, torn)) as first, serving(source) as second:
+        received = transfer.run(at(first.port, "a"), at(second.port, "b"))
+    assert [(problem.node, problem.reason) for problem in received.problems] == [("a", "SOURCE_DAMAGED")]
+    assert "sector 17" in received.problems[0].message
+
+
+def test_a_source_that_stops_says_so_and_the_next_one_goes_on(tmp_path, source):
+    delta = DeltaMap.of(SIZE, scattered(SIZE // 16384))
+    transfer = Transfer(FileStage(tmp_path / "stage", SIZE), delta)
+    reading, gate = threading.Event(), threading.Event()
+
+    def slow(offset):
+        if offset >= 3 * MIB:
+            reading.set()
+            gate.wait(30)
+
+    first = serving(source, lambda path: FileReader(path, slow))
+    server = first.__enter__()
+    with serving(source) as second:
+        run = threading.Thread(target=transfer.run, args=(at(server.port, "a"), at(second.port, "b")))
+        run.start()
+        assert reading.wait(10)
+        stopping = threading.Thread(target=first.__exit__, args=(None, None, None))
+        stopping.start()
+        gate.set()
+        stopping.join(15)
+        run.join(15)
+    assert transfer.seen[-1].done_bytes == delta.data_bytes
