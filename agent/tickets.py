@@ -73,45 +73,30 @@ class Tickets:
             kept = replace(ticket, lifetime_s=lifetime_s, ends_at=self._clock() + lifetime_s)
             self._save(self._tickets | {key: kept})
 
-    def check(self, *, secret: str, resync_id: str, volume: str, base: str, target: str, target_node: str) -> Ticket:
-        """The ticket that the caller shows, renewed; `Unauthenticated("TICKET_INVALID")` if it is not this one."""
+    def check(
+        self, *, secret: str, resync_id: str, volume: str, target_node: str, target: str = "", snapshot: str = ""
+    ) -> Ticket:
+        """The ticket that the caller shows, renewed; `Unauthenticated("TICKET_INVALID")` if it is not this one.
+
+        `target` names what the caller wants to become, `snapshot` one of the ticket's two; one of them is given.
+        """
         with self._mutex:
             self._sweep()
             ticket = self._tickets.get((resync_id, target_node))
-            shown = (volume, base, target)
             if (
                 ticket is None
                 or not hmac.compare_digest(ticket.secret.encode(), secret.encode())
-                or (ticket.volume, ticket.base, ticket.target) != shown
+                or ticket.volume != volume
+                or (target and ticket.target != target)
+                or (snapshot and snapshot not in {ticket.base, ticket.target})
+                or not (target or snapshot)
             ):
                 raise Unauthenticated(
                     "TICKET_INVALID",
-                    f"resync {resync_id} has no ticket here for node {target_node}; "
+                    f"resync {resync_id} has no such ticket here for node {target_node}; "
                     "it has expired, or the coordinator has not prepared this source",
                 )
             return self._renewed(ticket)
-
-    def find(self, *, secret: str, resync_id: str, volume: str, snapshot: str, target_node: str) -> Ticket:
-        """As `check`, for a caller who names one of the ticket's two snapshots."""
-        with self._mutex:
-            ticket = self._tickets.get((resync_id, target_node))
-        if ticket is None or snapshot not in {ticket.base, ticket.target}:
-            return self.check(
-                secret=secret,
-                resync_id=resync_id,
-                volume=volume,
-                base=snapshot,
-                target="",
-                target_node=target_node,
-            )
-        return self.check(
-            secret=secret,
-            resync_id=resync_id,
-            volume=volume,
-            base=ticket.base,
-            target=ticket.target,
-            target_node=target_node,
-        )
 
     def renew(self, resync_id: str, target_node: str) -> None:
         """Called while bytes flow."""

@@ -1,0 +1,62 @@
+"""Delta maps that were worked out lately, because a plan, an order and a stream ask for the same one.
+
+A snapshot never changes, so a map holds as long as both snapshots are there; whether they are is asked each time.
+Kept are as many maps as have a million ranges together (17 MB), and the sizes of more. Called on the volume's reading
+thread alone, so that nobody works out what another is at.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from agent.backends.base import Backend
+    from agent.delta import DeltaMap
+
+RANGES_KEPT_MAX: Final = 1_000_000
+SIZES_KEPT_MAX: Final = 256
+
+_Key = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaSize:
+    """What a delta costs. `range_count` counts zero ranges too: they travel as a header each, and take an extent."""
+
+    delta_bytes: int
+    range_count: int
+    capacity_bytes: int
+
+
+class Deltas:
+    """The maps of one volume."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend: Final = backend
+        self._maps: OrderedDict[_Key, DeltaMap] = OrderedDict()
+        self._sizes: OrderedDict[_Key, DeltaSize] = OrderedDict()
+
+    def map(self, base: str, target: str) -> DeltaMap:
+        """The delta map; BASE_GONE, TARGET_GONE."""
+        key = (base, target)
+        known = self._maps.get(key)
+        if known is not None:
+            self._maps.move_to_end(key)
+            return known
+        made = self._backend.delta_map(base, target)
+        self._sizes[key] = DeltaSize(made.data_bytes, len(made), made.capacity_bytes)
+        self._maps[key] = made
+        while self._maps and sum(len(each) for each in self._maps.values()) > RANGES_KEPT_MAX:
+            self._maps.popitem(last=False)
+        while len(self._sizes) > SIZES_KEPT_MAX:
+            self._sizes.popitem(last=False)
+        return made
+
+    def size(self, base: str, target: str) -> DeltaSize:
+        key = (base, target)
+        if key not in self._sizes:
+            self.map(base, target)
+        self._sizes.move_to_end(key)
+        return self._sizes[key]

@@ -1,0 +1,198 @@
+"""Looks at one replica and says what it is.
+
+The data is believed, with one exception: data that was here and is not is LOST, never EMPTY, so that an unmounted disk
+is not taken for room to copy into. Where the data was stands in state_dir, written before it is reported.
+
+A look that leaves the live copy uncompared keeps what the last comparison said of it: whoever must be certain asks for
+`compare_live`. A disk that cannot be looked at at all is LOST too, with the disk's own words as the problem.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from agent.identity import Remembered
+from resilver.errors import ResilverError
+from resilver.lineage import Lineage
+from resilver.volume import LiveCopy, LiveState, Presence, ReplicaReport
+
+if TYPE_CHECKING:
+    from agent.backends.base import Backend, Examined
+    from agent.identity import Identity
+
+KEEPS_BEING_WRITTEN_MS: Final = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """What the configuration says of a volume and may say anew while running."""
+
+    priority: int = 0
+    keep_last: int = 16
+
+
+def now_ms() -> int:
+    """Unix time."""
+    return time.time_ns() // 1_000_000
+
+
+class Examiner:
+    """The looks at one replica, on its worker thread; `last` may be read from any."""
+
+    def __init__(self, volume: str, node: str, backend: Backend, identity: Identity, settings: ReplicaSettings) -> None:
+        self.settings = settings
+        self.last: ReplicaReport | None = None
+        self._volume: Final = volume
+        self._node: Final = node
+        self._backend: Final = backend
+        self._identity: Final = identity
+        self._outline: object = None
+        self._broken: str | None = "the volume has not been recovered since the agent started"
+
+    def recover(self) -> None:
+        """At start; a backend that cannot is tried again before each look, and its words are a problem till then."""
+        try:
+            self._backend.recover()
+        except ResilverError as error:
+            self._broken = f"{error.reason}: {error.message}"
+            raise
+        self._broken = None
+
+    def examine(self, *, compare_live: bool) -> ReplicaReport:
+        """What there is; raises what the disk says if it cannot be looked at."""
+        if self._broken is not None:
+            self.recover()
+        examined = self._backend.examine(compare_live=compare_live)
+        self._outline = _outline(examined)
+        self.last = self._report(examined, compared=compare_live)
+        return self.last
+
+    def examine_surely(self) -> ReplicaReport:
+        """As `examine`, comparing; what cannot be looked at is LOST."""
+        try:
+            return self.examine(compare_live=True)
+        except ResilverError as error:
+            self._outline = None
+            self.last = self._unreadable(f"{error.reason}: {error.message}")
+            return self.last
+
+    def changed(self) -> bool:
+        """A cheap look: whether anything is other than it was at the last one."""
+        before = self._outline
+        try:
+            self._outline = _outline(self._backend.examine(compare_live=False))
+        except ResilverError as error:
+            said = f"{error.reason}: {error.message}"
+            return self.last is None or said not in self.last.problems
+        return before != self._outline
+
+    def remember(self, tip: str, volume_id: str) -> None:
+        """After an order gave the replica a new tip: also if the next look fails, its absence is then a loss."""
+        seen = self._identity.remembered(self._volume)
+        file_system_id = seen.file_system_id if seen is not None else ""
+        self._identity.remember(self._volume, Remembered(file_system_id, tip, volume_id))
+
+    def _report(self, examined: Examined, *, compared: bool) -> ReplicaReport:
+        remembered = self._identity.remembered(self._volume)
+        made = ReplicaReport(
+            volume=self._volume,
+            presence=examined.presence,
+            volume_id=examined.volume_id,
+            lineage=examined.lineage,
+            live=examined.live if compared else self._as_compared(examined.live),
+            record=examined.record,
+            grant=examined.grant,
+            backend=self._backend.kind,
+            priority=self.settings.priority,
+            free_bytes=examined.free_bytes,
+            reserve_bytes=examined.reserve_bytes,
+            reflink=examined.reflink,
+            preserved=examined.preserved,
+            problems=examined.problems,
+            examine_time_ms=now_ms(),
+        )
+        lost = "" if remembered is None else _loss(examined, remembered)
+        if lost:
+            return self._lost(made, remembered, lost)
+        if examined.presence is Presence.PRESENT:
+            seen = Remembered(examined.file_system_id, examined.lineage.tip_id, examined.volume_id)
+            self._identity.remember(self._volume, seen)
+        if self._written_again(made):
+            said = f"KEEPS_BEING_WRITTEN: {keeps_being_written(self._volume, self._node)}"
+            return replace(made, problems=(*made.problems, said))
+        return made
+
+    def _lost(self, made: ReplicaReport, remembered: Remembered | None, why: str) -> ReplicaReport:
+        # Neither record nor grant: what stands beside something else says nothing of the data that was here.
+        return replace(
+            made,
+            presence=Presence.LOST,
+            volume_id=remembered.volume_id if remembered is not None else "",
+            lineage=Lineage(),
+            live=LiveCopy(path=made.live.path),
+            record=None,
+            grant=None,
+            problems=(f"REPLICA_LOST: {why}", *made.problems),
+        )
+
+    def _unreadable(self, why: str) -> ReplicaReport:
+        made = ReplicaReport(self._volume, Presence.LOST, backend=self._backend.kind, priority=self.settings.priority)
+        return replace(made, problems=(why,), examine_time_ms=now_ms())
+
+    def _as_compared(self, live: LiveCopy) -> LiveCopy:
+        last = self.last
+        if last is None or live.state is not LiveState.UNKNOWN or last.live.based_on != live.based_on or live.in_use:
+            return live
+        return replace(live, state=last.live.state, modified_bytes=last.live.modified_bytes)
+
+    def _written_again(self, report: ReplicaReport) -> bool:
+        """Whether a secondary was written to within an hour after a commit had to preserve its live copy."""
+        record = report.record
+        if record is None or record.primary in {"", self._node} or report.live.state is not LiveState.MODIFIED:
+            return False
+        since = report.examine_time_ms - KEEPS_BEING_WRITTEN_MS
+        return any(copy.live and copy.resync_id and copy.create_time_ms > since for copy in report.preserved)
+
+
+def keeps_being_written(volume: str, node: str) -> str:
+    """The sentence for an operator."""
+    return (
+        f"{volume} on {node} is a secondary, and was written to again within an hour after its live copy "
+        "was preserved; find out what writes to it, or have it replaced by name"
+    )
+
+
+def _loss(examined: Examined, remembered: Remembered) -> str:
+    """Why the data that was here is gone, empty if it is not."""
+    what = f"there was data at {remembered.tip}" if remembered.tip else "there was data"
+    if examined.presence is Presence.LOST:
+        return f"{what}, and its disk is not there"
+    if examined.presence is Presence.EMPTY:
+        return f"{what}, and there is none"
+    elsewhere = remembered.file_system_id and examined.file_system_id != remembered.file_system_id
+    if elsewhere and remembered.tip and not examined.lineage:
+        return f"{what}, and what is there now lies on another file system and was never mirrored"
+    return ""
+
+
+def _outline(examined: Examined) -> object:
+    """What a change of is worth a comparison and a report. A copy in use changes all the time, and is told by that."""
+    live = examined.live
+    size = () if live.in_use else (live.size_bytes, live.allocated_bytes)
+    return (
+        examined.presence,
+        examined.volume_id,
+        examined.lineage,
+        (live.path, live.based_on, live.in_use, live.in_use_by, live.state is LiveState.ABSENT, size),
+        examined.record,
+        examined.grant,
+        examined.preserved,
+        examined.problems,
+        examined.file_system_id,
+        # Steps of about 4 %: free space alone is told when it has changed by as much.
+        int(math.log2(examined.free_bytes + 1) * 16),
+        examined.free_bytes < examined.reserve_bytes,
+    )

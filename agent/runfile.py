@@ -1,0 +1,56 @@
+"""A run as it stands in state_dir: its order, how far it was, and when that was."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from agent.peers import Source
+from resilver.volume import Order, Progress, ResyncState, SourceShare
+
+if TYPE_CHECKING:
+    from agent.disk.durable import Json
+
+
+@dataclass(frozen=True, slots=True)
+class RunOrder:
+    """What a Receive orders."""
+
+    order: Order
+    resync_id: str
+    base: str
+    target: str
+    ticket: str
+    sources: tuple[Source, ...]
+    replace_own_data: bool = False
+    replace_unrelated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRun:
+    """`capacity_bytes` is known once a stage has been made, None before."""
+
+    wanted: RunOrder
+    progress: Progress
+    capacity_bytes: int | None
+    time_ms: int
+
+
+def run_to_json(saved: SavedRun) -> Json:
+    value = asdict(saved)
+    value["progress"]["state"] = saved.progress.state.value
+    return value
+
+
+def run_from_json(value: Json) -> SavedRun | None:
+    """The run; None for anything that is not one, such as the file of another version."""
+    try:
+        wanted, progress = dict(value["wanted"]), dict(value["progress"])
+        wanted["order"] = Order(**wanted["order"])
+        wanted["sources"] = tuple(Source(**source) for source in wanted["sources"])
+        progress["state"] = ResyncState(progress["state"])
+        progress["sources"] = tuple(SourceShare(**share) for share in progress["sources"])
+        progress["preserved"] = tuple(progress["preserved"])
+        return SavedRun(RunOrder(**wanted), Progress(**progress), value["capacity_bytes"], value["time_ms"])
+    except (KeyError, TypeError, ValueError):
+        return None
