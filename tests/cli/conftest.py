@@ -14,7 +14,9 @@ from grpc import aio
 from resilver.cli.main import main
 from resilver.errors import ResilverError
 from resilver.status_details import to_status
+from resilver.v1 import coordinator_pb2 as api
 from resilver.v1 import coordinator_pb2_grpc
+from tests.cli import sample
 
 GOLDEN = Path(__file__).parent / "golden"
 STREAMS = {"WatchVolumes", "WatchResyncs", "WatchEvents", "ExportStore"}
@@ -138,3 +140,14 @@ def golden(request):
         assert text == path.read_text(), f"{name} differs; look at it, and accept it with --rewrite"
 
     return compare
+
+
+@pytest.fixture
+def table(coordinator):
+    """What the coordinator answers; filled with what `status` needs."""
+    coordinator.answers.table |= {
+        "GetCluster": sample.cluster(),
+        "ListNodes": api.ListNodesResponse(nodes=sample.nodes()),
+        "ListVolumes": api.ListVolumesResponse(volumes=[sample.vm1(), sample.db1()]),
+    }
+    return coordinator.answers.table

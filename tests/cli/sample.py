@@ -25,7 +25,7 @@ def snapshot_id(volume, text):
     return f"{volume}-{text}".ljust(23, "0") + "-0000-000000"
 
 
-def replica(volume, node, role, state, text, live="UNMODIFIED", *, in_use=False, seen=1, **more):
+def replica(volume, node, role, state, text, *, live="UNMODIFIED", in_use=False, seen=1, **more):
     return pb.Replica(
         volume=volume,
         node=node,
@@ -80,7 +80,7 @@ def vm1():
         newest_cp=cp("3-42"),
         newest_cp_time=at(252),
         replicas=[
-            replica("vm1", "a", "PRIMARY", "IN_SYNC", "3-42", "MODIFIED", in_use=True),
+            replica("vm1", "a", "PRIMARY", "IN_SYNC", "3-42", live="MODIFIED", in_use=True),
             replica("vm1", "b", "SECONDARY", "IN_SYNC", "3-42"),
             replica(
                 "vm1", "c", "SECONDARY", "STALE", "3-39", seen=2, behind_cps=3,
@@ -105,8 +105,8 @@ def db1():
         newest_cp=cp("5-18"),
         newest_cp_time=at(580),
         replicas=[
-            replica("db1", "a", "PRIMARY", "IN_SYNC", "5-18", "MODIFIED", in_use=True),
-            replica("db1", "b", "SECONDARY", "DIVERGED", "4-11", "MODIFIED", own_cps=2, problems=[diverged]),
+            replica("db1", "a", "PRIMARY", "IN_SYNC", "5-18", live="MODIFIED", in_use=True),
+            replica("db1", "b", "SECONDARY", "DIVERGED", "4-11", live="MODIFIED", own_cps=2, problems=[diverged]),
             replica("db1", "c", "SECONDARY", "IN_SYNC", "5-18", seen=2),
         ],
     )
@@ -119,7 +119,7 @@ def lost():
         message="a has not reported for 12m; its last CP is 1-7.",
         next_command="resilver elect " + "long-name" * 7 + " --accept-loss a",
     )
-    gone = replica("long-name" * 7, "a", "PRIMARY", "UNKNOWN", "1-7", "UNKNOWN", seen=745)
+    gone = replica("long-name" * 7, "a", "PRIMARY", "UNKNOWN", "1-7", live="UNKNOWN", seen=745)
     gone.reachable = False
     never = pb.Replica(node="b", role=pb.REPLICA_ROLE_NEWCOMER, state=pb.REPLICA_STATE_EMPTY, reachable=True)
     return pb.Volume(
@@ -135,7 +135,7 @@ def lost():
     )
 
 
-def row(node, state, action, base="", size=None, ranges=None, sources=("a",), need=0, free=96, **more):
+def row(node, state, action, base="", size=None, *, ranges=None, sources=("a",), need=0, free=96, **more):
     return pb.ReplicaPlan(
         node=node,
         state=pb.ReplicaState.Value(f"REPLICA_STATE_{state}"),
@@ -159,13 +159,15 @@ def plan():
                 volume="vm1", primary="a", target_cp=cp("3-43"), takes_snapshot=True,
                 replicas=[
                     row("b", "IN_SYNC", "DELTA", "3-42", free=212, why="at 3-42"),
-                    row("c", "STALE", "DELTA", "3-39", int(234.9 * MIB), 10_485, ("a", "b"), int(0.3 * GIB)),
+                    row("c", "STALE", "DELTA", "3-39", int(234.9 * MIB),
+                        ranges=10_485, sources=("a", "b"), need=int(0.3 * GIB)),
                 ],
             ),
             pb.VolumePlan(
                 volume="db1", primary="a", target_cp=cp("5-19"), takes_snapshot=True,
                 replicas=[
-                    row("b", "DIVERGED", "DELTA", "4-9", int(1.31 * GIB), 20_112, ("a", "c"), int(1.4 * GIB), 212,
+                    row("b", "DIVERGED", "DELTA", "4-9", int(1.31 * GIB),
+                        ranges=20_112, sources=("a", "c"), need=int(1.4 * GIB), free=212,
                         preserve=["4-10", "4-11", "live writes"], preserve_bytes=int(61.2 * MIB)),
                     row("c", "IN_SYNC", "DELTA", "5-18"),
                 ],
@@ -201,7 +203,7 @@ def blocked_plan():
                 volume="vm1", primary="a", target_cp=cp("3-42"),
                 replicas=[
                     row("b", "UNRELATED", "BLOCKED", refusal=unrelated, sources=()),
-                    row("c", "STALE", "FULL", "", 20 * GIB, 1, need=21 * GIB, exact=True,
+                    row("c", "STALE", "FULL", "", 20 * GIB, ranges=1, need=21 * GIB, exact=True,
                         why="the newest snapshot in common, 3-12, was pruned on a"),
                 ],
             ),
@@ -226,7 +228,7 @@ def election(*, refused=False):
                        accepted_losses=["a"], principal="ops@jump1", term=12)  # fmt: skip
 
 
-def resync(identity, node, state, done=None, total=None, volume="vm1", **more):
+def resync(identity, node, state, done=None, total=None, *, volume="vm1", **more):
     return pb.Resync(
         id=identity,
         volume=volume,
@@ -240,3 +242,10 @@ def resync(identity, node, state, done=None, total=None, volume="vm1", **more):
         create_time=at(60),
         **more,
     )
+
+
+R1, R2 = "11111111-2222-3333-4444-555555555555", "22222222-2222-3333-4444-555555555555"
+
+
+def refused(volume="vm1", node="", reason="PRIMARY_AWAY"):
+    return api.VolumeRefusal(volume=volume, node=node, refusal=refusal(reason))

@@ -10,7 +10,6 @@ from rich.console import Console
 from resilver.cli.plainjson import plain
 from resilver.cli.screens import election, lists, plan, status
 from resilver.v1 import volume_pb2 as pb
-
 from tests.cli import sample
 
 
