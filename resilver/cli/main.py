@@ -10,6 +10,7 @@ Only this module and click are imported before the verb is known; each verb brin
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
@@ -117,6 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # gRPC's own log lines would stand between ours; what matters of them reaches us as errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A locale that lacks a letter of a message is no reason to fail.
+            stream.reconfigure(errors="replace")
     try:
         result = cli.main(given, prog_name="resilver", standalone_mode=False)
         sys.stdout.flush()
@@ -144,6 +149,9 @@ def _ended(error: Exception, *, as_json: bool) -> int:
 
 
 def _usage(error: click.ClickException, *, as_json: bool) -> int:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        sys.stderr.write(error.format_message() + "\n")
+        return EXIT_USAGE
     from resilver.cli.output import Output  # noqa: PLC0415  # rich is not needed when all goes well
 
     output = Output(as_json=as_json)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -134,8 +135,6 @@ class Verbs(click.Group):
 
 def wants_json(arguments: Sequence[str]) -> bool:
     """Whether a command line asks for JSON; for errors that are met before it could be parsed."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    return any(
-        this in ("-ojson", "-o=json", "--output=json") or (this in ("-o", "--output") and following == "json")
-        for this, following in pairs
+    return bool({"-ojson", "-o=json", "--output=json"}.intersection(arguments)) or any(
+        this in ("-o", "--output") and following == "json" for this, following in pairwise(arguments)
     )

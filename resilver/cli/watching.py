@@ -1,4 +1,4 @@
-"""Watching resyncs until all are final: reads the stream, keeps the board, shows it.
+"""Watching: streams that outlive a coordinator, and resyncs that are shown until all are final.
 
 A stream that breaks is opened anew, with the board as it was, for at most `LOST_MAX_S` without a word from any
 coordinator: transfers go on meanwhile, so losing sight is no failure of theirs.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from rich.live import Live
 
@@ -19,11 +19,12 @@ from resilver.errors import Superseded, Unavailable
 from resilver.v1 import coordinator_pb2 as api
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
+    from grpc.aio import UnaryStreamMultiCallable
     from rich.console import Console
 
-    from resilver.cli.client import Client
+    from resilver.cli.client import Client, Stub
     from resilver.cli.session import Session
     from resilver.v1 import volume_pb2 as pb
 
@@ -31,31 +32,49 @@ LOST_MAX_S: Final = 60.0
 RETRY_S: Final = 1.0
 REFRESH_HZ: Final = 4
 
+Req = TypeVar("Req")
+Res = TypeVar("Res")
+
+
+async def steady(
+    client: Client, method: Callable[[Stub], UnaryStreamMultiCallable[Req, Res]], request: Callable[[], Req]
+) -> AsyncIterator[Res]:
+    """A stream that outlives the coordinator that serves it; ends when a coordinator ends it."""
+    heard = time.monotonic()
+    while True:
+        try:
+            async for answer in client.stream(method, request()):
+                heard = time.monotonic()
+                yield answer
+        except (Unavailable, Superseded):
+            if time.monotonic() - heard > LOST_MAX_S:
+                raise
+        else:
+            return
+        await asyncio.sleep(RETRY_S)
+
 
 async def follow(client: Client, resyncs: Sequence[pb.Resync], changed: Callable[[Board], None]) -> list[pb.Resync]:
     """Watches these runs until each is final; what they ended as, in the order given."""
     board = Board()
     board.update(resyncs, wall_clock())
     changed(board)
-    heard = time.monotonic()
+    ids = [resync.id for resync in resyncs]
     while not board.settled():
-        ids = [resync.id for resync in board.resyncs]
         try:
-            async for answer in client.stream(lambda s: s.WatchResyncs, api.WatchResyncsRequest(ids=ids)):
-                heard = time.monotonic()
+            async for answer in steady(client, lambda s: s.WatchResyncs, lambda: api.WatchResyncsRequest(ids=ids)):
                 board.update(answer.resyncs, wall_clock())
                 changed(board)
                 if board.settled():
-                    break
+                    return board.resyncs
         except (Unavailable, Superseded) as error:
-            if time.monotonic() - heard > LOST_MAX_S:
-                raise Unavailable(
-                    error.reason if isinstance(error, Unavailable) else "NO_LEADER",
-                    f"lost sight of the resyncs: {error.message}. They go on without being watched",
-                    next_command="resilver resyncs --active --watch",
-                ) from error
-        if not board.settled():
-            await asyncio.sleep(RETRY_S)
+            raise Unavailable(
+                "NO_LEADER",
+                f"lost sight of the resyncs: {error.message}. They go on without being watched",
+                next_command="resilver resyncs --active --watch",
+            ) from error
+        # The watch ended before all were final: a leader that goes away may end it so.
+        await asyncio.sleep(RETRY_S)
     return board.resyncs
 
 

@@ -22,6 +22,11 @@ def test_globals_stand_before_or_after_the_verb(run, coordinator, table, monkeyp
     assert run("node", "--coordinator", coordinator.address, "remove", "c", "--yes")[0] == 0
 
 
+def test_no_arguments_show_the_help():
+    assert main([]) == 2
+    assert main(["node"]) == 2
+
+
 def test_version_needs_no_coordinator():
     assert main(["--version"]) == 0
     assert main(["status", "--version"]) == 0

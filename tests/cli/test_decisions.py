@@ -41,7 +41,8 @@ def test_explain_and_history(run, table):
     code, out, _ = run("explain", "vm1")
     assert code == 0
     assert out.startswith("vm1 is what it is.\nWHY a     rule\n")
-    assert "next: resilver elect vm1 --accept-loss a" in out
+    assert "CANDIDATES NOW" in out
+    assert "away; its writes after 3-39 would be lost" in out
     table["ListElections"] = api.ListElectionsResponse(elections=[sample.election()])
     assert json.loads(run("history", "vm1", "-o", "json")[1])["history"][0]["winner"] == "b"
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.text import Text
 
-from resilver.cli.output import next_line
 from resilver.cli.plainjson import cp_text, word
 from resilver.cli.screens.layout import indented, table
 from resilver.cli.words import age, clock, count, seconds_of, state
@@ -75,9 +74,3 @@ def loss_text(loss: error_pb2.Loss) -> str:
         parts.append("writes to its live copy")
     unseen = f", last heard of {age(loss.unseen_seconds)} ago" if loss.HasField("unseen_seconds") else ""
     return f"{loss.node}: {' and '.join(parts) or 'nothing known of it, so anything'}{unseen}"
-
-
-def refusal_text(refusal: error_pb2.Refusal) -> Text:
-    """A refusal inside a screen, where it is an answer and not a failure."""
-    line = Text(", ".join(refusal.reasons), style="red").append(f": {refusal.message}", style="not bold default")
-    return line.append("\n").append_text(next_line(refusal.next_command)) if refusal.next_command else line

@@ -12,6 +12,7 @@ from resilver.cli.output import EXIT_REFUSED
 from resilver.cli.plainjson import plain, plain_list
 from resilver.cli.screens import election as screens
 from resilver.cli.screens import lists
+from resilver.cli.screens.layout import indented
 from resilver.cli.session import Session, pass_session, request_id
 from resilver.v1 import coordinator_pb2 as api
 
@@ -72,10 +73,10 @@ def explain(session: Session, volume: str, node: str | None) -> int:
         return 0
     for line in found.text.splitlines():
         output.say(line)
-    if found.HasField("would_be") and found.would_be.candidates:
-        output.show(Text("DECIDED NOW IT WOULD BE", style="bold"), screens.screen(found.would_be, dry_run=True))
-        if found.would_be.HasField("refusal"):
-            output.out.print(screens.refusal_text(found.would_be.refusal), soft_wrap=True)
+    would_be = found.would_be
+    if would_be.HasField("refusal") or would_be.winner != would_be.previous_primary:
+        # The text says what would be decided; this is what it would be decided from.
+        output.show(Text("CANDIDATES NOW", style="bold"), indented(screens.candidates(would_be)))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -12,18 +13,19 @@ from resilver.cli.output import EXIT_STOPPED
 from resilver.cli.plainjson import plain, plain_list
 from resilver.cli.screens import lists
 from resilver.cli.session import Session, pass_session
+from resilver.cli.watching import steady
 from resilver.cli.words import now
-from resilver.errors import Superseded, Unavailable
+from resilver.errors import ResilverError
 from resilver.v1 import coordinator_pb2 as api
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from resilver.cli.client import Client
     from resilver.v1 import volume_pb2 as pb
 
-RECONNECTS_MAX = 60
-RECONNECT_S = 1.0
+LOST_HISTORY = "OUT_OF_RANGE"
+"""gRPC's own code, which has no reason of ours beside it."""
 
 
 @click.command(cls=Verb)
@@ -101,15 +103,15 @@ def events(session: Session, volume: str, node: str, follow: bool) -> int:
     return 0
 
 
-async def _follow(client: Client, request: api.WatchEventsRequest, show: object) -> None:
+async def _follow(client: Client, request: api.WatchEventsRequest, show: Callable[[Iterable[pb.Event]], None]) -> None:
     """Shows events until the caller stops; goes on after the last one seen when a leader goes away."""
-    assert callable(show)
-    for _ in range(RECONNECTS_MAX):
+    while True:
         try:
-            async for answer in client.stream(lambda s: s.WatchEvents, request):
+            async for answer in steady(client, lambda s: s.WatchEvents, lambda: request):
                 show(answer.events)
-                if answer.events:
-                    request.after_sequence = max(event.sequence for event in answer.events)
-        except (Unavailable, Superseded):
-            await asyncio.sleep(RECONNECT_S)
-    raise Unavailable("NO_LEADER", f"no coordinator has led for {RECONNECTS_MAX * RECONNECT_S:g} s")
+                request.after_sequence = max([request.after_sequence, *(event.sequence for event in answer.events)])
+        except ResilverError as error:
+            if error.reason != LOST_HISTORY:
+                raise
+            sys.stderr.write(f"some events were lost: {error.message}\n")
+            request.after_sequence = 0

@@ -12,6 +12,7 @@ from resilver.cli.options import Verb
 from resilver.cli.plainjson import plain, plain_list
 from resilver.cli.screens import status as screens
 from resilver.cli.session import Session, pass_session
+from resilver.cli.watching import steady
 from resilver.cli.words import now
 from resilver.v1 import coordinator_pb2 as api
 
@@ -79,7 +80,8 @@ async def _watch(client: Client, session: Session, volumes: tuple[str, ...], cho
         live.start()
     try:
         async with asyncio.timeout(session.options.timeout_s):
-            async for answer in client.stream(lambda s: s.WatchVolumes, api.WatchVolumesRequest(volumes=volumes)):
+            request = api.WatchVolumesRequest(volumes=volumes)
+            async for answer in steady(client, lambda s: s.WatchVolumes, lambda: request):
                 if not answer.volumes and not answer.removed:
                     continue
                 known |= {volume.name: volume for volume in answer.volumes}
