@@ -1,10 +1,12 @@
 """Elections, snapshots and administration: what is asked for, and what wants a word first."""
 
+import io
 import json
 
 import pytest
 
 from resilver.cli.main import main
+from resilver.cli.session import Session
 from resilver.errors import error_for
 from resilver.v1 import coordinator_pb2 as api
 from resilver.v1 import volume_pb2 as pb
@@ -179,3 +181,21 @@ def test_inspect_hands_on_what_the_reader_prints_and_ends_with(tmp_path, capfd):
     assert code != 0
     assert captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("answer", ["y", "n", ""])
+@pytest.mark.parametrize(
+    "arguments",
+    [["drop", "1111", "--node", "b"], ["elect", "vm1", "--accept-loss", "a"], ["node", "remove", "c"]],
+)
+def test_a_terminal_is_asked(run, coordinator, monkeypatch, answer, arguments):
+    coordinator.answers.table |= {
+        "ElectPrimary": api.ElectPrimaryResponse(election=sample.election()),
+        "RemoveNode": api.RemoveNodeResponse(),
+    }
+    monkeypatch.setattr(Session, "on_terminal", True)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{answer}\n"))
+    assert run(*arguments)[0] == (0 if answer == "y" else 2)
+    changes = [name for name, _ in coordinator.answers.requests if not name.startswith("List")]
+    assert len(changes) == (answer == "y")
