@@ -109,7 +109,7 @@ def _would_be(view: VolumeView, now_ms: int) -> ElectionRecord:
 def _planned(engine: Engine, view: VolumeView, now_ms: int) -> VolumePlan:
     primary = view.primary
     takes_snapshot = primary is not None and primary.live_modified
-    plan = plan_volume(view, takes_snapshot=takes_snapshot, now_ms=now_ms)
+    plan = plan_volume(view, target=None, takes_snapshot=takes_snapshot, now_ms=now_ms)
     tip = primary.lineage.tip_id if primary is not None else ""
     rows = tuple(
         replace(row, size=engine.size(view.name, row.base, row.target or tip)) if row.size is None else row
