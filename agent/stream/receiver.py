@@ -176,20 +176,22 @@ class _Run:
         while self.work.left:
             if not self.alive:
                 raise self.no_source("no source is left")
-            source = self.alive[at % len(self.alive)]
-            before = self.good_frames
-            try:
-                self.fetch(source)
-            except SourceFailed as failed:
-                fruitless = 1 if self.good_frames > before else fruitless + 1
-                at += self.leave(source, failed)
             if self.idle_s >= self.idle_timeout_s:
                 raise self.no_source(f"no source has sent anything for {self.idle_timeout_s:g} seconds")
-            if self.alive and fruitless and fruitless % len(self.alive) == 0:
-                self.pause(fruitless // len(self.alive))
+            at %= len(self.alive)
+            before = self.good_frames
+            try:
+                self.fetch(self.alive[at])
+            except SourceFailed as failed:
+                self.leave(self.alive[at], failed)
+                if failed.verdict is Verdict.AWAY:
+                    at += 1
+                    fruitless = 1 if self.good_frames > before else fruitless + 1
+                    if fruitless % len(self.alive) == 0:
+                        self.pause(fruitless // len(self.alive))
 
-    def leave(self, source: SourceAddress, failed: SourceFailed) -> int:
-        """Notes why a source failed; how many places to go on in the list of those that are left."""
+    def leave(self, source: SourceAddress, failed: SourceFailed) -> None:
+        """Notes why a source failed, and whether it may be asked again."""
         error = failed.error
         gone = failed.verdict is Verdict.GONE
         if failed.verdict is Verdict.DAMAGED:
@@ -202,7 +204,6 @@ class _Run:
         self.problems[source.node] = SourceProblem(source.node, error.reason, error.message)
         if gone:
             self.alive.remove(source)
-        return 0 if gone or failed.verdict is Verdict.DAMAGED else 1
 
     def pause(self, rounds: int) -> None:
         """Waits before another round; longer each time, and not in step with others that wait."""

@@ -3,7 +3,8 @@
 The rules:
 
 * A connection begins with a HELLO within `hello_timeout_s`; `authorize` decides on it, and its refusal is told as an
-  ERROR frame. Only then is anything read from a disk or any buffer of size made.
+  ERROR frame. Only then is anything read from a disk or any buffer of size made. What a HELLO names is checked
+  before: ids and names become paths.
 * Requests are answered in their order, one DATA or ZERO frame for each range, many to one system call.
 * Whoever sends nothing for `idle_timeout_s`, takes so long over one request or reads so slowly that one buffer of
   answers does not leave within that time, is dropped. So is whoever sends a damaged frame: that ends its own
@@ -42,6 +43,7 @@ from agent.stream.frame import (
 )
 from resilver.address import Address
 from resilver.errors import Damaged, Exhausted, Invalid, ResilverError, Unavailable
+from resilver.fields import check_id, check_name
 
 CONNECTIONS_MAX: Final = 32
 IDLE_TIMEOUT_S: Final = 60.0
@@ -247,7 +249,13 @@ class _Connection:
         frame = self._frame(self._server.hello_timeout_s)
         if frame.header.kind is not Kind.HELLO:
             raise Damaged("DIGEST_MISMATCH", "a connection begins with a HELLO")
-        return frames.decode_hello(frame)
+        hello = frames.decode_hello(frame)
+        check_id(hello.ticket, "ticket")
+        check_id(hello.resync_id, "resync_id")
+        check_name(hello.volume, "volume")
+        check_id(hello.target, "target")
+        check_name(hello.target_node, "target_node")
+        return hello
 
     def _answer(self, served: ServedSnapshot, announcer: Announcer) -> None:
         """Takes requests and sends answers, until the client says BYE or goes."""

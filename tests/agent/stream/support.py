@@ -191,6 +191,7 @@ class Proxy:
         self.port = self._listener.getsockname()[1]
         self.connections = 0
         self._sockets: list[socket.socket] = []
+        self._pumps: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
@@ -198,10 +199,14 @@ class Proxy:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.cut()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._thread.join(5)
+        self.cut()
+        for pump in self._pumps:
+            pump.join(5)
+        for each in self._sockets:
+            each.close()
 
     def cut(self) -> None:
         """Ends what is connected now, at once."""
@@ -218,8 +223,9 @@ class Proxy:
             server = socket.create_connection(("127.0.0.1", self._port))
             self.connections += 1
             self._sockets += [client, server]
-            threading.Thread(target=self._pump, args=(client, server, None), daemon=True).start()
-            threading.Thread(target=self._pump, args=(server, client, self._hurt), daemon=True).start()
+            for pump in ((client, server, None), (server, client, self._hurt)):
+                self._pumps.append(threading.Thread(target=self._pump, args=pump, daemon=True))
+                self._pumps[-1].start()
 
     @staticmethod
     def _pump(source: socket.socket, target: socket.socket, hurt: Callable[[bytearray, int], None] | None) -> None:

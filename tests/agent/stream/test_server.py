@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import threading
@@ -127,6 +128,19 @@ def test_a_ticket_that_is_not_known_is_refused(image):
     with serving(image) as server, Client(server.port) as client:
         wrong = frames.Hello("other", "r", "v", "t", "n")
         assert client.say(frames.encode_hello(wrong)).refusal() == "TICKET_INVALID"
+
+
+@pytest.mark.parametrize("field", ["ticket", "resync_id", "volume", "target", "target_node"])
+@pytest.mark.parametrize("text", ["", "../../etc/passwd", "a\0b", "x" * 1000])
+def test_names_that_are_no_names_never_reach_the_tickets(image, field, text):
+    asked = []
+    server = BlockServer(Address("127.0.0.1", 0), asked.append)
+    server.start()
+    with Client(server.port) as client:
+        hello = dataclasses.replace(HELLO, **{field: text})
+        assert client.say(frames.encode_hello(hello)).refusal() == "INVALID_FIELD"
+    assert server.stop(5)
+    assert not asked
 
 
 def test_a_range_beyond_the_end_is_refused(image):
