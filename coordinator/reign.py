@@ -132,7 +132,7 @@ class CurrentReign:
     """An engine at work. `run` returns never; it raises what ended the reign."""
 
     def __init__(
-        self, store: Store, reign: Reign, agents: Agents, settings: Settings, cluster: str, store_id: str
+        self, store: Store, reign: Reign, agents: Agents, *, settings: Settings, cluster: str, store_id: str
     ) -> None:
         self._store = store
         self._reign = reign

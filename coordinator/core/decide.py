@@ -21,8 +21,9 @@ from coordinator.core.cluster import (
     VolumeView,
 )
 from coordinator.core.context import Context, Examine
-from coordinator.core.election import elect, next_epoch, reconcile
+from coordinator.core.election import elect
 from coordinator.core.events import ElectRequest, OpenEpoch, SendExamine, TakeSnapshot, Volume
+from coordinator.core.reign import next_epoch, reconcile
 from coordinator.core.tasks import Flow, Wait
 from resilver.errors import Conflict, Refused, ResilverError
 from resilver.lineage import NO_CP

@@ -12,7 +12,6 @@ from typing import Final
 from coordinator.core import decide, transfers, upkeep
 from coordinator.core.cluster import NodeView
 from coordinator.core.context import Context, Heard
-from coordinator.core.election import reconcile
 from coordinator.core.events import (
     AgentConnected,
     Forgotten,
@@ -24,6 +23,7 @@ from coordinator.core.events import (
     SendRecord,
     Volume,
 )
+from coordinator.core.reign import reconcile
 from coordinator.core.status import status_of
 from coordinator.core.tasks import Flow
 from resilver.volume import Grant, Progress, ReplicaReport, ResyncState
@@ -128,9 +128,11 @@ def reported(context: Context, event: ReplicaReported) -> None:
         return
     if changed:
         context.changed(volume)
+    known = context.entries.get(volume)
     _learn(context, volume, event.report)
     _acknowledge(context, volume, name, event.report)
-    _tell_record(context, volume, name, event)
+    if context.entries.get(volume) is known:
+        _tell_record(context, volume, name, event)
     _close(context, volume, name, event.report)
     _note_base(context, volume, name)
     _go_on(context, volume, name, event.report)

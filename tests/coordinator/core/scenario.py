@@ -6,7 +6,7 @@ scenario may name them. A line that starts with `#` is kept as it is.
     connect a vm1                      an agent's stream opens (its boot is `a1`, after a reconnect `a2`)
     disconnect a
     report a vm1 empty                 what a node says of its replica: empty | lost, or
-    report a vm1 2:s2 1:s1 modified    its lineage tip first as CP:id (`1-2:s2`), then the live copy's state;
+    report a vm1 1-2:s2 1-1:s1 modified    its lineage tip first as CP:id, then the live copy's state;
                                        `+grant` and `+record`: it has what the store has; `!x`: answers examine x;
                                        `-s1` for a record whose data is pruned; `epoch=ID` of the tip
     progress a i7 transferring 10/20
@@ -148,7 +148,7 @@ EMPTY = e.Loaded({}, {}, {}, {})
 
 def lineage(records: list[tuple[str, str, bool]], epoch_id: str = "") -> Lineage:
     """Records tip first; the epoch id is the tip's."""
-    parents = [name for _, name, _ in records[1:]] + [""]
+    parents = [name for _, name, _ in records][1:] + ["" for _ in records[:1]]
     return Lineage(
         tuple(
             Snapshot(name, ConsistencyPoint.parse(cp), parent, present, epoch_id if index == 0 else "", START_MS)
@@ -227,7 +227,9 @@ def order(one: e.AnyOrder) -> str:
             sources = ",".join(source.node for source in one.sources) or "nobody"
             own = " replacing own data" if one.replace_own_data else ""
             unrelated = " replacing unrelated data" if one.replace_unrelated else ""
-            return f"receive {one.resync_id} {one.base or 'nothing'}..{one.target} from {sources}{own}{unrelated} {right}"
+            return (
+                f"receive {one.resync_id} {one.base or 'nothing'}..{one.target} from {sources}{own}{unrelated} {right}"
+            )
         case _:
             return f"{type(one).__name__} {right}"
 
@@ -240,7 +242,10 @@ def answer(value: object) -> list[str]:
             rows = [f"resync {one.id} {one.volume} {one.node}" for one in value.resyncs]
             return [*rows, *(refused(one) for one in value.refusals)] or ["nothing to do"]
         case e.Planned():
-            rows = [f"plan {plan.volume} target {plan.target_cp} primary {plan.primary or 'nobody'}" for plan in value.volumes]
+            rows = [
+                f"plan {plan.volume} target {plan.target_cp} primary {plan.primary or 'nobody'}"
+                for plan in value.volumes
+            ]
             for plan in value.volumes:
                 if plan.refusal is not None:
                     rows.append(f"  refused {','.join(plan.refusal.reasons)}")

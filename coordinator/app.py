@@ -1,0 +1,218 @@
+"""`resilver-coordinator`: builds and wires everything; nothing else constructs its own collaborators.
+
+The process serves from its first moment. While it does not lead, every service answers NOT_LEADER; once elected it
+reads the store, makes an engine, and runs one loop (`reign.py`) until the leadership ends, however that happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+import structlog
+from grpc_health.v1 import health, health_pb2
+
+from coordinator.agents import Agents
+from coordinator.api import Coordinator as CoordinatorService
+from coordinator.core.context import Settings
+from coordinator.front import Front
+from coordinator.leadership import Leadership
+from coordinator.metrics import register
+from coordinator.reign import CurrentReign
+from coordinator.reports import Reports
+from coordinator.store import open_store
+from coordinator.store.base import Leader, Reign, Store
+from resilver import rpc, telemetry
+from resilver.config import CoordinatorConfig, load_coordinator_config, reload_of
+from resilver.errors import Conflict, ResilverError
+from resilver.v1 import agent_pb2_grpc, coordinator_pb2_grpc
+
+log = structlog.get_logger(__name__)
+
+COORDINATOR_SERVICE: Final = "resilver.v1.Coordinator"
+REPORTS_SERVICE: Final = "resilver.v1.Reports"
+GRACE_S: Final = 3.0
+OPEN_AGAIN_S: Final = 2.0
+VERSION: Final = metadata.version("resilver")
+
+
+class App:
+    """One coordinator process."""
+
+    def __init__(self, config: CoordinatorConfig, path: Path) -> None:
+        self._config = config
+        self._path = path
+        self._term_wanted = 0
+        self._store_id = ""
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT. Raises a ResilverError for what an operator must mend first."""
+        config = self._config
+        server = rpc.make_server()
+        address = str(config.advertised(rpc.bind(server, config.listen)))
+        store = open_store(config)
+        front = Front(config.cluster, config.name, address, config.insecure, VERSION, store)
+        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(front), server)
+        agent_pb2_grpc.add_ReportsServicer_to_server(Reports(front, node_timeout_s=config.node_timeout_s), server)
+        servicer = await rpc.add_health_and_reflection(server, (COORDINATOR_SERVICE, REPORTS_SERVICE), serving=False)
+        agents = Agents(rpc.make_channel, clock=time.monotonic)
+        register(front)
+        metrics = telemetry.start_metrics(config.metrics_listen, required="metrics_listen" in config.stated)
+        await server.start()
+        log.info("serving", address=address, cluster=config.cluster, version=VERSION)
+        if config.insecure:
+            log.warning("INSECURE: whoever reaches this port may read and order everything", address=address)
+        try:
+            await self._until_stopped(self._campaign(front, store, agents, servicer, address))
+        finally:
+            await rpc.stop(server, servicer, GRACE_S)
+            await agents.close()
+            await store.close()
+            if metrics is not None:
+                metrics.stop()
+
+    async def _until_stopped(self, work: asyncio.Future[None]) -> None:
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        waiting = asyncio.ensure_future(stopping.wait())
+        try:
+            await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            waiting.cancel()
+            work.cancel()
+            with suppress(asyncio.CancelledError, ResilverError):
+                await work
+
+    def _campaign(
+        self, front: Front, store: Store, agents: Agents, servicer: health.aio.HealthServicer, address: str
+    ) -> asyncio.Future[None]:
+        async def lead(reign: Reign, leading: Callable[[], bool]) -> None:
+            await self._lead(front, agents, servicer, reign, leading)
+
+        def on_leader(leader: Leader | None) -> None:
+            front.known_leader = leader
+
+        leadership = Leadership(
+            store,
+            self._config.name,
+            address,
+            lease_ttl_s=self._config.lease_ttl_s,
+            lead=lead,
+            on_leader=on_leader,
+            term_wanted=lambda: self._term_wanted,
+        )
+
+        async def campaign() -> None:
+            self._store_id = await self._opened(store)
+            await leadership.run()
+
+        return asyncio.ensure_future(campaign())
+
+    async def _opened(self, store: Store) -> str:
+        """Waits for the store: a coordinator that starts before its store is up is no error."""
+        told = False
+        while True:
+            try:
+                return await store.open()
+            except ResilverError as error:
+                if error.reason != "STORE_UNAVAILABLE":
+                    raise
+                if not told:
+                    log.warning("waiting for the store", why=error.message)
+                told = True
+            await asyncio.sleep(OPEN_AGAIN_S)
+
+    async def _lead(
+        self,
+        front: Front,
+        agents: Agents,
+        servicer: health.aio.HealthServicer,
+        reign: Reign,
+        leading: Callable[[], bool],
+    ) -> None:
+        """One reign: from reading the store to whatever ends it."""
+        config = self._config
+        settings = Settings(examine_timeout_ms=int(config.examine_timeout_s * 1000), resyncs_max=config.resyncs_max)
+        current = CurrentReign(
+            front.store, reign, agents, settings=settings, cluster=config.cluster, store_id=self._store_id
+        )
+        await current.load()
+        front.reign = current
+        state = health_pb2.HealthCheckResponse
+        ended: ResilverError = Conflict("LEADERSHIP_LOST", "the coordinator has stopped leading")
+        try:
+            for name in (COORDINATOR_SERVICE, REPORTS_SERVICE):
+                await servicer.set(name, state.SERVING)
+            await current.run(leading)
+        except ResilverError as error:
+            ended = error
+            raise
+        finally:
+            front.reign = None
+            self._term_wanted = max(self._term_wanted, current.term_wanted)
+            current.end(ended)
+            for name in (COORDINATOR_SERVICE, REPORTS_SERVICE):
+                await servicer.set(name, state.NOT_SERVING)
+
+    def _reload(self) -> None:
+        """SIGHUP: takes on what may be reloaded, or refuses the whole file."""
+        try:
+            new = load_coordinator_config(self._path)
+            changed = reload_of(self._config, new)
+        except ResilverError as error:
+            log.error("the configuration was not reloaded", why=error.message)
+            return
+        self._config = new
+        telemetry.set_level(new.log_level)
+        log.info("reloaded", changed=sorted(changed))
+
+
+async def check(config: CoordinatorConfig) -> None:
+    """`--check`: the port and the store. Raises what an operator must mend."""
+    server = rpc.make_server()
+    rpc.bind(server, config.listen)
+    await server.stop(None)
+    store = open_store(config)
+    try:
+        store_id = await store.open()
+        health_of = await store.health()
+    finally:
+        await store.close()
+    print(
+        f"ok: {health_of.kind} store {store_id}, {health_of.healthy_count} of {health_of.member_count} members answer"
+    )
+
+
+def main() -> None:
+    """`resilver-coordinator --config FILE [--check]`."""
+    parser = argparse.ArgumentParser(prog="resilver-coordinator", description="Coordinates mirrored volumes.")
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the TOML file")
+    parser.add_argument("--check", action="store_true", help="parse, resolve and probe, then exit 0 or 2")
+    parser.add_argument("--version", action="version", version=f"resilver {VERSION}")
+    arguments = parser.parse_args()
+    try:
+        config = load_coordinator_config(arguments.config)
+        telemetry.configure_logs(config.log_level, config.log_format)
+        asyncio.run(check(config) if arguments.check else App(config, arguments.config).run())
+    except ResilverError as error:
+        sys.stderr.write(f"resilver-coordinator: {error.reason}: {error.message}\n")
+        raise SystemExit(2 if arguments.check else error.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
