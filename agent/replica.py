@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from agent.backends.base import Backend
     from agent.identity import Identity
-    from resilver.lineage import Snapshot
+    from resilver.lineage import Lineage, Snapshot
     from resilver.volume import Order, ReplicaReport, VolumeRecord
 
 REQUESTS_MAX: Final = 256
@@ -100,6 +100,16 @@ class Replica:
             self._examiner.recover()
         except ResilverError as error:
             _log.error("volume not recovered", volume=self.volume, reason=error.reason, message=error.message)
+
+    def check_config(self) -> None:
+        """At start: raises Invalid if the path is nothing that its backend can ever serve, such as a directory."""
+        try:
+            self.backend.examine(compare_live=False)
+        except Invalid as error:
+            said = f"volume {self.volume}: {error.message}"
+            raise Invalid("CONFIG_INVALID", said, field="volumes.path") from error
+        except ResilverError:
+            return
 
     def examine(self) -> ReplicaReport:
         """Looks at everything, compares the live copy with its tip, and tells."""
@@ -205,6 +215,20 @@ class Replica:
             raise Refused("KEEPS_BEING_WRITTEN", keeps_being_written(self.volume, self.node))
         return report
 
+    def check_send(self, order: Order, base: str, target: str) -> None:
+        """Whether a delta from base to target can be served: BASE_GONE, TARGET_GONE."""
+        report = self._examiner.examine(compare_live=False)
+        check_volume(order, report)
+        check_epoch(order, report.record)
+        self._lineage_to(report, target)
+        held = report.lineage.find(base) if base else None
+        if base and (held is None or not held.present):
+            raise Refused("BASE_GONE", f"snapshot {base} of {self.volume} is not on {self.node} any more")
+
+    def lineage_to(self, target: str) -> Lineage:
+        """The lineage as it was when that snapshot was the tip; TARGET_GONE if its data is not here."""
+        return self._lineage_to(self._examiner.examine(compare_live=False), target)
+
     def took_tip(self, tip: str, volume_id: str) -> None:
         """After a CP or a commit: the new tip is remembered, old snapshots are pruned, and it is told."""
         self._examiner.remember(tip, volume_id)
@@ -236,6 +260,12 @@ class Replica:
             note=note,
         )
         return self.backend.take_snapshot(new)
+
+    def _lineage_to(self, report: ReplicaReport, target: str) -> Lineage:
+        lineage = report.lineage.since(target)
+        if lineage.tip is None or not lineage.tip.present:
+            raise Refused("TARGET_GONE", f"snapshot {target} of {self.volume} is not on {self.node} any more")
+        return lineage
 
     def _pinned_by(self, snapshot_id: str, report: ReplicaReport) -> str:
         if snapshot_id == report.lineage.tip_id:

@@ -1,0 +1,107 @@
+"""`resilver-agent --check`: what the configuration would meet on this machine, without serving anything.
+
+Prints a line for each thing that was looked at. Nothing is created but the file that a file system is tried with, and
+that one is gone at once. What would keep the agent from working is a fault; what an operator should know is a note.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TextIO
+
+from agent.node import make_backend
+from resilver.errors import ResilverError
+from resilver.volume import Presence
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agent.backends.base import Examined
+    from resilver.config import AgentConfig, VolumeConfig
+
+OK: Final = 0
+FAULTY: Final = 2
+
+Line = tuple[bool, str]
+"""Whether it is a fault, and what there is to say."""
+
+
+def check(config: AgentConfig, out: TextIO) -> int:
+    """Prints what was found; 0 if an agent would work, 2 if not."""
+    faulty = False
+    for fault, said in _lines(config):
+        faulty = faulty or fault
+        print(f"{'FAULT' if fault else 'ok   '}  {said}", file=out)
+    return FAULTY if faulty else OK
+
+
+def _lines(config: AgentConfig) -> Iterator[Line]:
+    yield False, f"node {config.node} of cluster {config.cluster}, {len(config.volumes)} volumes"
+    for address in config.coordinators:
+        yield _resolves(address.host, address.port, f"coordinator {address}")
+    yield _state_dir(config.state_dir)
+    yield _sees_users()
+    for volume in config.volumes:
+        yield from _volume(volume, config)
+
+
+def _resolves(host: str, port: int, what: str) -> Line:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        return True, f"{what}: its name cannot be resolved: {error.strerror or error}"
+    return False, f"{what} is {found[0][4][0]}"
+
+
+def _state_dir(path: Path) -> Line:
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        return True, f"state_dir {path}: {place} is no directory"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return True, f"state_dir {path}: this user may not write to {place}"
+    return False, f"state_dir {path}" + ("" if place == path else ", which will be created")
+
+
+def _sees_users() -> Line:
+    """Who has a file open is told by /proc/<pid>/fd, which only its owner and root may read."""
+    try:
+        next(Path("/proc/1/fd").iterdir(), None)
+    except OSError:
+        return False, "in use: processes of other users cannot be named by this user, but are noticed; root names them"
+    return False, "in use: processes of all users can be named"
+
+
+def _volume(volume: VolumeConfig, config: AgentConfig) -> Iterator[Line]:
+    try:
+        examined = make_backend(volume, config).examine(compare_live=False)
+    except ResilverError as error:
+        yield True, f"volume {volume.name}: {error.message}"
+        return
+    yield from _found(volume, examined)
+
+
+def _found(volume: VolumeConfig, examined: Examined) -> Iterator[Line]:
+    name = f"volume {volume.name}"
+    if not volume.path.parent.is_dir():
+        yield True, f"{name}: {volume.path.parent} is not there: create it, or mount the disk that it is on"
+        return
+    tip = examined.lineage.tip
+    what = {
+        Presence.PRESENT: f"at {tip.cp}" if tip is not None else "with data that was never mirrored",
+        Presence.EMPTY: "empty",
+        Presence.LOST: "lost",
+    }[examined.presence]
+    yield False, f"{name}: {volume.path}, {what}"
+    if examined.live.in_use:
+        yield False, f"{name}: in use by {', '.join(examined.live.in_use_by)}"
+    how = "snapshots share its blocks" if examined.reflink else "no shared blocks here: each snapshot is a full copy"
+    yield False, f"{name}: {how} (file system {examined.file_system_id})"
+    free, reserve = examined.free_bytes, examined.reserve_bytes
+    said = f"{name}: {free:,} bytes free, of which {reserve:,} stay in reserve"
+    yield free < reserve, said + ("; nothing can be received or snapshotted" if free < reserve else "")
+    for problem in examined.problems:
+        yield False, f"{name}: {problem}"

@@ -1,0 +1,266 @@
+"""One agent, built and wired: the only place that constructs the agent's parts.
+
+Built in this order, and taken down in the reverse: state_dir (its lock comes first, so that nothing below is touched by
+two agents), replicas, tickets and runs, the two servers, the reporter. Ports are taken before any disk is looked at, so
+that a mistake in the configuration is told at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from agent import metrics
+from agent.backends.image import ImageBackend
+from agent.deltas import Deltas
+from agent.examiner import ReplicaSettings
+from agent.identity import Identity
+from agent.outbox import Outbox
+from agent.peers import Peers
+from agent.replica import Replica
+from agent.reporter import Hello as AgentHello
+from agent.reporter import Reporter
+from agent.runs import Runs
+from agent.service import AgentService, Node, PeerService
+from agent.stream.sender import BlockServer, ServedSnapshot
+from agent.tickets import Tickets
+from agent.worker import Worker
+from resilver.address import Address
+from resilver.config import AUTO
+from resilver.errors import Invalid, Refused, Unavailable
+from resilver.rpc import add_health_and_reflection, bind, make_server, stop
+from resilver.v1 import agent_pb2_grpc
+
+if TYPE_CHECKING:
+    from agent.stream.frame import Hello
+    from resilver.config import AgentConfig, VolumeConfig
+    from resilver.volume import Progress, ReplicaReport
+
+SERVICES: Final = ("resilver.v1.Agent", "resilver.v1.Peer")
+SWEEP_S: Final = 3600.0
+CLOSE_S: Final = 4.0
+FIRST_LOOK_S: Final = 3.0
+AUTHORIZE_TIMEOUT_S: Final = 30.0
+RENEW_S: Final = 2.0
+
+_log = structlog.get_logger(__name__)
+
+
+def make_backend(volume: VolumeConfig, config: AgentConfig) -> ImageBackend:
+    """The backend of a volume; the kinds that are not built yet are named as such."""
+    if volume.backend != "image":
+        raise Invalid(
+            "CONFIG_INVALID",
+            f"volume {volume.name}: backend {volume.backend!r} is not available in this version; use 'image'",
+            field="volumes.backend",
+        )
+    return ImageBackend(
+        volume.name,
+        volume.path,
+        volume.snapshot_dir,
+        keep_last=volume.keep_last,
+        reserve_ratio=config.space.reserve_ratio,
+        reserve_min_bytes=config.space.reserve_min_bytes,
+    )
+
+
+class AgentNode:
+    """Everything of one agent. `start` takes ports and begins to serve; `close` ends in a few seconds at most."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        loop = asyncio.get_running_loop()
+        backends = {volume.name: make_backend(volume, config) for volume in config.volumes}
+        self._config = config
+        self._identity: Final = Identity(config.state_dir, config.cluster, config.node)
+        self._control: Final = Worker("state_dir")
+        self._replicas: Final = {
+            volume.name: Replica(volume.name, config.node, backends[volume.name], self._identity, _settings(volume))
+            for volume in config.volumes
+        }
+        self._tickets: Final = Tickets(config.state_dir / "tickets.json")
+        self._outbox: Final = Outbox(loop)
+        self._received: Final = metrics.Received()
+        self._runs: Final = Runs(
+            config.state_dir / "runs",
+            self._replicas,
+            Peers(loop),
+            self._tickets,
+            receive_max_count=config.limits.receive_max_count,
+            on_progress=self._progressed,
+        )
+        for replica in self._replicas.values():
+            replica.transfers = self._runs
+            replica.on_report = self._reported
+        self._blocks: Final = BlockServer(
+            config.stream_listen, self._authorize, connections_max=config.limits.send_max_count
+        )
+        self._server: Final = make_server()
+        self._health: Any = None
+        self._port = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def config(self) -> AgentConfig:
+        return self._config
+
+    async def start(self) -> None:
+        """Returns when both ports are served. Invalid names the one that cannot be had."""
+        config = self._config
+        node = Node(
+            name=config.node,
+            version=version("resilver"),
+            identity=self._identity,
+            replicas=self._replicas,
+            deltas={volume: Deltas(replica.backend) for volume, replica in self._replicas.items()},
+            runs=self._runs,
+            tickets=self._tickets,
+            control=self._control,
+        )
+        agent_pb2_grpc.add_AgentServicer_to_server(AgentService(node), self._server)
+        agent_pb2_grpc.add_PeerServicer_to_server(PeerService(node), self._server)
+        self._health = await add_health_and_reflection(self._server, SERVICES)
+        self._port = bind(self._server, config.listen)
+        self._blocks.start()
+        # Recovery is the first job of each volume's thread: whatever is asked comes after it, and one that hangs holds
+        # up nobody else.
+        looked = [replica.worker.submit(replica.recover) for replica in self._replicas.values()]
+        looked += [replica.worker.submit(replica.check_config) for replica in self._replicas.values()]
+        await self._refuse_mistakes([asyncio.wrap_future(each) for each in looked])
+        await self._control.run(self._runs.resume)
+        await self._server.start()
+        reporter = Reporter(
+            coordinators=config.coordinators,
+            hello=self._hello,
+            identity=self._identity,
+            replicas=self._replicas,
+            runs=self._runs,
+            outbox=self._outbox,
+            control=self._control,
+        )
+        self._tasks = [asyncio.create_task(job) for job in (reporter.run(), reporter.look(), self._sweep())]
+        _log.info("serving", node=config.node, port=self._port, stream_port=self._blocks.port, boot=self._identity.boot)
+
+    async def _refuse_mistakes(self, looked: list[asyncio.Future[None]]) -> None:
+        """A path that can never be served is told at once, unless its disk does not answer."""
+        done, _ = await asyncio.wait(looked, timeout=FIRST_LOOK_S) if looked else (set(), set())
+        for future in done:
+            error = future.exception()
+            if isinstance(error, Invalid):
+                raise error
+
+    async def failed(self) -> None:
+        """Returns never, or raises what ended one of the agent's own tasks: that is a bug, and no agent runs on."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+
+    async def close(self) -> None:
+        """Runs pause where they are, connections end, and nothing waits for a disk that hangs."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(
+            asyncio.to_thread(self._runs.close, CLOSE_S / 2),
+            asyncio.to_thread(self._blocks.stop, CLOSE_S / 2),
+            stop(self._server, self._health, CLOSE_S / 4),
+        )
+        for replica in self._replicas.values():
+            replica.close()
+        self._control.close()
+        self._identity.close()
+
+    def take_on(self, config: AgentConfig) -> None:
+        """Takes on what may change while running; the caller has made sure that nothing else has."""
+        self._config = config
+        self._runs.slots.resize(config.limits.receive_max_count)
+        for volume in config.volumes:
+            replica = self._replicas[volume.name]
+            replica.settings = _settings(volume)
+            with contextlib.suppress(Unavailable):  # its disk hangs: the next look tells the priority
+                replica.examine_soon()
+
+    # What the parts call.
+
+    def _reported(self, report: ReplicaReport) -> None:
+        metrics.saw(report)
+        self._outbox.put_report(report)
+
+    def _progressed(self, progress: Progress) -> None:
+        self._received.saw(progress)
+        self._outbox.put_progress(progress)
+
+    def _authorize(self, hello: Hello) -> ServedSnapshot:
+        """Called by the block server, from the thread of a connection."""
+        replica = self._replicas.get(hello.volume)
+        if replica is None:
+            raise Refused("TARGET_GONE", f"{self._config.node} has no volume {hello.volume!r}")
+        self._tickets.check(
+            secret=hello.ticket,
+            resync_id=hello.resync_id,
+            volume=hello.volume,
+            target_node=hello.target_node,
+            target=hello.target,
+        )
+        opening = replica.reader.submit(partial(replica.backend.open_reader, hello.target))
+        try:
+            reader = opening.result(timeout=AUTHORIZE_TIMEOUT_S)
+        except TimeoutError as error:
+            opening.add_done_callback(_close_late)
+            said = f"the disk of {hello.volume} on {self._config.node} does not answer"
+            raise Unavailable("DEADLINE", said) from error
+        return ServedSnapshot(reader, _Renewal(self._tickets, hello).sent)
+
+    def _hello(self) -> AgentHello:
+        config = self._config
+        return AgentHello(
+            node=config.node,
+            version=version("resilver"),
+            address=_advertised(config.advertise, config.listen, self._port),
+            stream_address=_advertised(config.stream_advertise, config.stream_listen, self._blocks.port),
+        )
+
+    async def _sweep(self) -> None:
+        while True:
+            for volume, replica in self._replicas.items():
+                with contextlib.suppress(Unavailable):
+                    replica.worker.submit(partial(self._runs.sweep, volume))
+            await asyncio.sleep(SWEEP_S)
+
+
+class _Renewal:
+    """Renews a ticket while bytes flow, now and then: one lock for each buffer would be too many."""
+
+    def __init__(self, tickets: Tickets, hello: Hello) -> None:
+        self._tickets = tickets
+        self._hello = hello
+        self._at = time.monotonic()
+
+    def sent(self, count: int) -> None:
+        del count
+        now = time.monotonic()
+        if now - self._at >= RENEW_S:
+            self._at = now
+            self._tickets.renew(self._hello.resync_id, self._hello.target_node)
+
+
+def _close_late(opening: Any) -> None:
+    """Nobody waits any more for a reader that a slow disk gives at last."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
+
+
+def _settings(volume: VolumeConfig) -> ReplicaSettings:
+    return ReplicaSettings(volume.priority, volume.keep_last)
+
+
+def _advertised(stated: str, listen: Address, port: int) -> str:
+    """What others are told to dial. With `auto` and every interface the host is left to the coordinator, who sees from
+    which address this agent's connection comes.
+    """
+    return stated if stated != AUTO else str(Address(listen.host, port))

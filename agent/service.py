@@ -1,0 +1,334 @@
+"""The Agent service (orders from a coordinator) and the Peer service (a target's questions to a source).
+
+* An order is admitted first: its cluster, store and term are checked, and a higher term is on the disk, before anything
+  of it is looked at (`identity.py`). Then comes what one volume has to say (`rights.py`).
+* GetAgent and ExamineReplica change nothing and answer anybody; the Peer calls answer whoever shows a ticket.
+* Nothing blocks the event loop: state_dir has a thread of its own, each volume's disk has two.
+* No message is over 1 MiB: lineages and delta maps travel in pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+
+from agent import metrics
+from agent.basecheck import digest_ranges
+from agent.delta import DeltaRange
+from agent.deltas import Deltas
+from agent.peers import Source
+from agent.runfile import RunOrder
+from agent.tickets import Ticket
+from resilver.address import parse_address
+from resilver.errors import NotFound, Refused, ResilverError
+from resilver.fields import PATH_CHARS_MAX, check_count, check_id, check_name, check_number, check_text, invalid
+from resilver.v1 import agent_pb2, agent_pb2_grpc
+from resilver.wire import (
+    SOURCES_MAX,
+    order_from_proto,
+    progress_to_proto,
+    record_from_proto,
+    record_pages,
+    report_pages,
+    snapshot_to_proto,
+)
+
+if TYPE_CHECKING:
+    from grpc import aio
+
+    from agent.delta import DeltaMap
+    from agent.identity import Identity
+    from agent.replica import Replica
+    from agent.runs import Runs
+    from agent.tickets import Tickets
+    from agent.worker import Worker
+    from resilver.volume import Order
+
+    Context = aio.ServicerContext[Any, Any]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+RANGES_A_PAGE: Final = 16_384
+DIGEST_RANGES_MAX: Final = 4_096
+DIGEST_BYTES_MAX: Final = 64 << 20
+TICKET_SECRET_CHARS_MAX: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Who serves: what both services share. `control` is the thread of state_dir."""
+
+    name: str
+    version: str
+    identity: Identity
+    replicas: Mapping[str, Replica]
+    deltas: Mapping[str, Deltas]
+    runs: Runs
+    tickets: Tickets
+    control: Worker
+
+    def replica(self, volume: str) -> Replica:
+        """The replica of that name; NotFound suggests the nearest one."""
+        found = self.replicas.get(check_name(volume, "volume"))
+        if found is None:
+            near = difflib.get_close_matches(volume, list(self.replicas), n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise NotFound("VOLUME_NOT_FOUND", f"{self.name} has no volume {volume!r}{hint}", volume=volume)
+        return found
+
+
+def counted(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+    """Counts an order that is refused."""
+
+    @functools.wraps(method)
+    async def counting(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await method(*args, **kwargs)
+        except ResilverError as error:
+            metrics.ORDERS_REFUSED.labels(error.reason).inc()
+            raise
+
+    return counting
+
+
+class AgentService(agent_pb2_grpc.AgentServicer):
+    """Orders, and reading calls."""
+
+    def __init__(self, node: Node) -> None:
+        self._node: Final = node
+
+    async def GetAgent(  # noqa: N802 - the methods' names are the protocol's, here and below
+        self, request: agent_pb2.GetAgentRequest, context: Context
+    ) -> agent_pb2.GetAgentResponse:
+        del request, context
+        node, pin = self._node, self._node.identity.pin
+        return agent_pb2.GetAgentResponse(
+            node=node.name,
+            cluster=pin.cluster,
+            version=node.version,
+            boot=node.identity.boot,
+            store_id=pin.store_id,
+            highest_term=pin.term,
+            volumes=sorted(node.replicas),
+            runs=[progress_to_proto(progress) for progress in node.runs.progresses()],
+        )
+
+    async def ExamineReplica(  # noqa: N802
+        self, request: agent_pb2.ExamineReplicaRequest, context: Context
+    ) -> agent_pb2.ExamineReplicaResponse:
+        del context
+        replica = self._node.replica(request.volume)
+        report = await asyncio.wrap_future(replica.examine_soon())
+        first = report_pages(report, node=self._node.name)[0]
+        return agent_pb2.ExamineReplicaResponse(replica=first.replica, records=first.records, truncated=not first.last)
+
+    @counted
+    async def OpenEpoch(  # noqa: N802
+        self, request: agent_pb2.OpenEpochRequest, context: Context
+    ) -> agent_pb2.OpenEpochResponse:
+        del context
+        order, replica = await self._admitted(request.header)
+        record = record_from_proto(request.record)
+        await replica.worker.run(partial(replica.open_epoch, order, record, grant=request.grant))
+        return agent_pb2.OpenEpochResponse()
+
+    @counted
+    async def TakeSnapshot(  # noqa: N802
+        self, request: agent_pb2.TakeSnapshotRequest, context: Context
+    ) -> agent_pb2.TakeSnapshotResponse:
+        del context
+        order, replica = await self._admitted(request.header)
+        take = partial(
+            replica.take_snapshot,
+            order,
+            check_id(request.request_id, "request_id", required=False),
+            only_if_modified=request.only_if_modified,
+            opening=request.opening,
+            note=check_text(request.note, "note", chars_max=1024),
+        )
+        with metrics.SNAPSHOT_SECONDS.labels(replica.volume).time():
+            snapshot, taken = await replica.worker.run(take)
+        return agent_pb2.TakeSnapshotResponse(snapshot=snapshot_to_proto(snapshot), taken=taken)
+
+    @counted
+    async def PrepareSend(  # noqa: N802
+        self, request: agent_pb2.PrepareSendRequest, context: Context
+    ) -> agent_pb2.PrepareSendResponse:
+        del context
+        order, replica = await self._admitted(request.header)
+        base = check_id(request.base, "base", required=False)
+        target = check_id(request.target, "target")
+        ticket = None if request.size_only else _ticket(request, order)
+        await replica.worker.run(partial(replica.check_send, order, base, target))
+        # Kept before the size is worked out: from here on it pins what is read.
+        if ticket is not None:
+            await self._node.control.run(partial(self._node.tickets.keep, ticket))
+        try:
+            size = await replica.reader.run(partial(self._node.deltas[replica.volume].size, base, target))
+        except ResilverError:
+            if ticket is not None:
+                await self._node.control.run(partial(self._node.tickets.drop, ticket.resync_id))
+            raise
+        return agent_pb2.PrepareSendResponse(
+            delta_bytes=size.delta_bytes, range_count=size.range_count, capacity_bytes=size.capacity_bytes
+        )
+
+    @counted
+    async def Receive(self, request: agent_pb2.ReceiveRequest, context: Context) -> agent_pb2.ReceiveResponse:  # noqa: N802
+        del context
+        order, replica = await self._admitted(request.header)
+        wanted = RunOrder(
+            order=order,
+            resync_id=check_id(request.resync_id, "resync_id"),
+            base=check_id(request.base, "base", required=False),
+            target=check_id(request.target, "target"),
+            ticket=check_id(request.ticket, "ticket", required=False),
+            sources=_sources(request),
+            replace_own_data=request.replace_own_data,
+            replace_unrelated=request.replace_unrelated,
+        )
+        if not order.volume_id:
+            raise invalid("header.volume_id", "is missing: what is received belongs to a volume")
+        progress = await replica.worker.run(partial(self._node.runs.receive, wanted))
+        return agent_pb2.ReceiveResponse(progress=progress_to_proto(progress))
+
+    @counted
+    async def StopTransfer(  # noqa: N802
+        self, request: agent_pb2.StopTransferRequest, context: Context
+    ) -> agent_pb2.StopTransferResponse:
+        del context
+        order, _replica = await self._admitted(request.header)
+        resync_id = check_id(request.resync_id, "resync_id")
+        stop = partial(self._node.runs.stop, order.volume, resync_id, discard_stage=request.discard_stage)
+        # It waits for the run to let go, which the run does on the volume's own thread: neither thread may be taken.
+        progress = await asyncio.to_thread(stop)
+        return agent_pb2.StopTransferResponse(progress=progress_to_proto(progress))
+
+    @counted
+    async def DropSnapshot(  # noqa: N802
+        self, request: agent_pb2.DropSnapshotRequest, context: Context
+    ) -> agent_pb2.DropSnapshotResponse:
+        del context
+        order, replica = await self._admitted(request.header)
+        freed = await replica.worker.run(partial(replica.drop, order, check_id(request.id, "id")))
+        return agent_pb2.DropSnapshotResponse(freed_bytes=freed)
+
+    @counted
+    async def CloneSnapshot(  # noqa: N802
+        self, request: agent_pb2.CloneSnapshotRequest, context: Context
+    ) -> agent_pb2.CloneSnapshotResponse:
+        del context
+        order, replica = await self._admitted(request.header)
+        path = Path(check_text(request.path, "path", chars_max=PATH_CHARS_MAX))
+        if not path.is_absolute():
+            raise invalid("path", f"is {request.path[:80]!r}; it must be absolute, because it is on {self._node.name}")
+        export = partial(replica.export, order, check_id(request.id, "id"), path, writable=request.writable)
+        size_bytes = await replica.worker.run(export)
+        return agent_pb2.CloneSnapshotResponse(path=str(path), size_bytes=size_bytes)
+
+    async def _admitted(self, header: agent_pb2.OrderHeader) -> tuple[Order, Replica]:
+        order = order_from_proto(header)
+        await self._node.control.run(partial(self._node.identity.admit, order))
+        return order, self._node.replica(order.volume)
+
+
+class PeerService(agent_pb2_grpc.PeerServicer):
+    """What a target asks of this source."""
+
+    def __init__(self, node: Node) -> None:
+        self._node: Final = node
+
+    async def StreamDelta(  # noqa: N802
+        self, request: agent_pb2.StreamDeltaRequest, context: Context
+    ) -> AsyncIterator[agent_pb2.StreamDeltaResponse]:
+        del context
+        replica = self._node.replica(request.volume)
+        ticket = await self._shown(request, target=check_id(request.target, "target"))
+        if request.base != ticket.base:
+            raise Refused("BASE_GONE", f"resync {ticket.resync_id} was prepared from base {ticket.base or 'nothing'}")
+        start = check_number(request.starting_offset, "starting_offset")
+        lineage = await replica.worker.run(partial(replica.lineage_to, ticket.target))
+        delta = await replica.reader.run(partial(self._node.deltas[replica.volume].map, ticket.base, ticket.target))
+        if start == 0:
+            for records in record_pages(lineage):
+                yield agent_pb2.StreamDeltaResponse(capacity_bytes=delta.capacity_bytes, records=records)
+        left = delta.starting_at(start)
+        for first in range(0, max(len(left), 1), RANGES_A_PAGE):
+            ranges = await asyncio.to_thread(_ranges, left, first)
+            yield agent_pb2.StreamDeltaResponse(capacity_bytes=delta.capacity_bytes, ranges=ranges)
+
+    async def DigestRanges(  # noqa: N802
+        self, request: agent_pb2.DigestRangesRequest, context: Context
+    ) -> agent_pb2.DigestRangesResponse:
+        del context
+        replica = self._node.replica(request.volume)
+        check_count(request.ranges, "ranges", DIGEST_RANGES_MAX)
+        ranges = [
+            DeltaRange(
+                check_number(each.offset, f"ranges[{at}].offset"),
+                check_number(each.length, f"ranges[{at}].length", least=1),
+            )
+            for at, each in enumerate(request.ranges)
+        ]
+        if sum(each.length for each in ranges) > DIGEST_BYTES_MAX:
+            raise invalid("ranges", f"have more than {DIGEST_BYTES_MAX} bytes together")
+        await self._shown(request, snapshot=check_id(request.snapshot, "snapshot"))
+        digests = await replica.reader.run(partial(digest_ranges, replica.backend, request.snapshot, ranges))
+        return agent_pb2.DigestRangesResponse(digests=digests)
+
+    async def _shown(
+        self,
+        request: agent_pb2.StreamDeltaRequest | agent_pb2.DigestRangesRequest,
+        *,
+        target: str = "",
+        snapshot: str = "",
+    ) -> Ticket:
+        check = partial(
+            self._node.tickets.check,
+            secret=check_text(request.ticket, "ticket", chars_max=TICKET_SECRET_CHARS_MAX),
+            resync_id=check_id(request.resync_id, "resync_id"),
+            volume=request.volume,
+            target_node=check_name(request.target_node, "target_node"),
+            target=target,
+            snapshot=snapshot,
+        )
+        return await self._node.control.run(check)
+
+
+def _ticket(request: agent_pb2.PrepareSendRequest, order: Order) -> Ticket:
+    return Ticket(
+        secret=check_id(request.ticket, "ticket"),
+        resync_id=check_id(request.resync_id, "resync_id"),
+        volume=order.volume,
+        target_node=check_name(request.target_node, "target_node"),
+        base=request.base,
+        target=request.target,
+        lifetime_s=request.ticket_lifetime_seconds,
+    )
+
+
+def _sources(request: agent_pb2.ReceiveRequest) -> tuple[Source, ...]:
+    check_count(request.sources, "sources", SOURCES_MAX)
+    found = []
+    for at, source in enumerate(request.sources):
+        for name in ("address", "stream_address"):
+            try:
+                parse_address(check_text(getattr(source, name), f"sources[{at}].{name}", chars_max=300))
+            except ValueError as error:
+                raise invalid(f"sources[{at}].{name}", str(error)) from error
+        node = check_name(source.node, f"sources[{at}].node")
+        found.append(Source(node, source.address, source.stream_address))
+    return tuple(found)
+
+
+def _ranges(delta: DeltaMap, first: int) -> list[agent_pb2.DeltaRange]:
+    page = slice(first, first + RANGES_A_PAGE)
+    rows = zip(delta.offsets[page].tolist(), delta.lengths[page].tolist(), delta.zeros[page].tolist(), strict=True)
+    return [agent_pb2.DeltaRange(offset=offset, length=length, zero=zero) for offset, length, zero in rows]
