@@ -19,6 +19,7 @@ from coordinator.core.cluster import (
     Candidate,
     Elected,
     ElectionRecord,
+    NotElected,
     PlanAction,
     ReplicaPlan,
     ReplicaState,
@@ -69,9 +70,12 @@ def explain(engine: Engine, view: VolumeView, node: str, now_ms: int) -> Explain
         parts.append(_why_refused("IF ASKED NOW", would_be))
     elif would_be.winner != view.record.primary:
         parts.append(f"IF ASKED NOW   {would_be.winner} would be elected; rule: {would_be.rule}")
+    if not view.record.epoch:
+        parts.append(_first_step(view, would_be))
     for name in nodes:
         parts.append(_why_state(view, name))
-        parts.extend(_next_steps(view, plan, name))
+        if view.record.epoch:
+            parts.extend(_next_steps(view, plan, name, now_ms))
     text = "\n".join(part for part in parts if part)
     return Explained(decided or refused, would_be, plan, text[:TEXT_CHARS_MAX])
 
@@ -182,7 +186,8 @@ def _why_state(view: VolumeView, node: str) -> str:
         case ReplicaState.FOREIGN:
             said = f"its data is of another volume ({replica.report.volume_id}) of the same name"
         case ReplicaState.UNRELATED:
-            said = "it has data, and no snapshot in common with the primary"
+            whom = "with the primary" if view.record.primary else "with anything: there is no primary yet"
+            said = f"it has data, and no snapshot in common {whom}"
         case ReplicaState.UNKNOWN:
             said = f"its newest CP was {_cp(replica.lineage.cp)}"
             if status.fork is not None and node != view.record.primary:
@@ -216,7 +221,16 @@ def _fork(view: VolumeView, node: str) -> str:
     return "; ".join(parts)
 
 
-def _next_steps(view: VolumeView, plan: VolumePlan, node: str) -> Iterable[str]:
+def _first_step(view: VolumeView, would_be: ElectionRecord) -> str:
+    if would_be.refusal is not None:
+        return "WHAT RESYNC WOULD DO   nothing: there is no primary, and none can be told"
+    return (
+        f"WHAT RESYNC WOULD DO   make {would_be.winner} the primary, and copy its data to the others\n"
+        f"  next: resilver resync {view.name}"
+    )
+
+
+def _next_steps(view: VolumeView, plan: VolumePlan, node: str, now_ms: int) -> Iterable[str]:
     if plan.refusal is not None:
         yield f"WHAT RESYNC WOULD DO   nothing: {plan.refusal.message}"
         if plan.refusal.next_command:
@@ -225,39 +239,38 @@ def _next_steps(view: VolumeView, plan: VolumePlan, node: str) -> Iterable[str]:
     row = next((one for one in plan.replicas if one.node == node), None)
     if row is None:
         return
-    yield f"WHAT RESYNC WOULD DO   {_would_do(row)}"
+    first = f"{plan.primary} takes {plan.target_cp} first; then " if plan.takes_snapshot else ""
+    yield f"WHAT RESYNC WOULD DO   {first}{_would_do(row)}"
     if row.refusal is not None and row.refusal.next_command:
         yield f"  next: {row.refusal.next_command}"
     if status_of(view, node).state is ReplicaState.DIVERGED:
-        yield _to_keep(view, node)
+        yield _to_keep(view, node, now_ms)
 
 
 def _would_do(row: ReplicaPlan) -> str:
     said = _ACTIONS[row.action]
+    copies = row.action in (PlanAction.DELTA, PlanAction.FULL)
     if row.action is PlanAction.DELTA:
         said += f" from {_cp(row.base_cp)}" if row.base_cp != NO_CP else ""
-    if row.size is not None and row.action in (PlanAction.DELTA, PlanAction.FULL):
+    if row.size is not None and copies:
         said += f", {'' if row.exact else '>= '}{size(row.size.bytes)}"
-    if row.sources and row.action in (PlanAction.DELTA, PlanAction.FULL):
+    if row.sources and copies:
         said += f", from {' or '.join(row.sources)}"
     if row.preserve:
         said += f"; preserved first: {', '.join(row.preserve)}"
     return f"{said}. {row.why}" if row.why else said
 
 
-def _to_keep(view: VolumeView, node: str) -> str:
-    """The command that elects this replica instead, and what that would cost the others."""
-    status = status_of(view, node)
-    others = [name for name in view.record.members if name != node and _has_more(view, name, node)]
-    accepted = "".join(f" --accept-loss {name}" for name in others)
+def _to_keep(view: VolumeView, node: str, now_ms: int) -> str:
+    """The command that elects this replica instead, with exactly the losses that it would have to accept."""
+    decision = elect(view, choose=node, now_ms=now_ms)
+    losses = decision.refusal.losses if isinstance(decision, NotElected) else ()
+    accepted = "".join(f" --accept-loss {loss.node}" for loss in losses)
     line = f"TO KEEP {node}'s DATA INSTEAD   resilver elect {view.name} --choose {node}{accepted}"
-    theirs = span(reference_lineage(view).after(status.fork.id)) if status.fork is not None else ""
-    return f"{line}   ({theirs} would be preserved on {' and '.join(others)})" if theirs and others else line
-
-
-def _has_more(view: VolumeView, name: str, node: str) -> bool:
-    """Whether a member has something that this replica lacks."""
-    return not view.replica(node).lineage.contains(view.replica(name).lineage)
+    fork = status_of(view, node).fork
+    theirs = span(reference_lineage(view).after(fork.id)) if fork is not None else ""
+    kept = [loss.node for loss in losses if view.replica(loss.node).fresh]
+    return f"{line}   ({theirs} would be preserved on {' and '.join(kept)})" if theirs and kept else line
 
 
 def _holding(view: VolumeView, snapshot_id: str) -> list[str]:
