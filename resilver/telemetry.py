@@ -25,6 +25,11 @@ from resilver.errors import Invalid
 
 _log: Final = structlog.get_logger(__name__)
 
+# Without the values of local variables: tickets and paths are among them.
+_TRACEBACKS: Final = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
+
 bound: Final[Callable[..., contextlib.AbstractContextManager[Any]]] = structlog.contextvars.bound_contextvars
 """`with bound(volume="vm1"): ...`"""
 
@@ -41,7 +46,7 @@ def configure_logs(level: str, form: str = "auto") -> None:
     last: list[structlog.typing.Processor] = (
         [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
         if text
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        else [_TRACEBACKS, structlog.processors.JSONRenderer()]
     )
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
