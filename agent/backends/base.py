@@ -21,7 +21,7 @@ from typing import Protocol
 
 from agent.delta import DeltaMap, DeltaRange
 from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
-from resilver.volume import Grant, LiveCopy, PreservedCopy, Presence, VolumeRecord
+from resilver.volume import Grant, LiveCopy, Presence, PreservedCopy, VolumeRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +164,9 @@ class Backend(Protocol):
 
     def drop(self, snapshot_id: str) -> int:
         """Lets a snapshot's or a preserved copy's data go; its record stays. Bytes freed (an estimate)."""
+
+    def prune(self, keep_last: int, pinned: frozenset[str]) -> tuple[tuple[str, int], ...]:
+        """Drops all but the newest `keep_last` snapshots, the pinned ones and the tip: (id, bytes freed) of each."""
 
     def export(self, snapshot_id: str, path: Path, *, writable: bool) -> int:
         """Copies a snapshot or preserved copy to a path that does not exist yet; its size in bytes."""

@@ -269,8 +269,3 @@ def collect(capacity_bytes: int, windows: Iterator[tuple[Int64s, Int64s, npt.NDA
     made = DeltaMap(capacity_bytes, offsets[first], np.add.reduceat(lengths, first), zeros[first])
     made.check()
     return made
-
-
-def delta(base_fd: int | None, target_fd: int, *, check: Callable[[], None] = _never) -> DeltaMap:
-    """The ranges of the target that differ from the base; without a base, what is allocated in the target."""
-    return collect(os.fstat(target_fd).st_size, changes(base_fd, target_fd, check=check))

@@ -1,0 +1,378 @@
+"""A finished stage becomes the newest snapshot, and the live copy its clone.
+
+The order, in which a crash after any line leaves the path showing one whole image, the old or the new:
+
+1. The new live copy is made at `.live` and synced; the lineage that the source told is logged. Nothing is changed yet.
+2. A lease on the live copy: nobody has it open, and openers wait. It is compared with its tip. A second lease on the
+   new live copy, so that nobody can write to it before the commit is certain.
+3. What will be preserved is described beside its data; then the intention is written (`commit.json`).
+4. The stage's tree is renamed to the target's snapshot directory.
+5. `.live` and the live copy change places in one step (or `.live` is renamed, if there was none). This decides.
+6. If somebody came to wait for the old live copy, or the path was not the file that was leased: all of it back.
+7. Snapshots off the lineage and a live copy with data of its own move among the preserved copies; an unmodified one
+   becomes the spare. The intention is removed, then the stage.
+
+`settle` finishes 7, or undoes 3 to 4, from the intention alone: at start, and before anything else is changed.
+The old inode is what is preserved, so that whoever opened it late writes into the preserved copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from agent.backends import image_keep as keeping
+from agent.backends.base import CommitOrder
+from agent.backends.image_copy import Copier, copy_attributes, create, opened, remove_tree
+from agent.backends.image_layout import (
+    Journal,
+    Layout,
+    State,
+    Stored,
+    append_records,
+    check_id,
+    list_preserved,
+    load_journal,
+    load_state,
+    save_journal,
+    save_preserved,
+    save_stored,
+)
+from agent.backends.image_live import check_live, refuse_other_names
+from agent.backends.image_stage import ImageStage, discard
+from agent.disk import ioctl
+from agent.disk.durable import disk_errors, fsync_dir, remove_file
+from agent.disk.inuse import InUseError, Lease
+from resilver.errors import Damaged, Invalid, Refused
+from resilver.lineage import Snapshot, newest_shared
+from resilver.volume import PreservedCopy
+
+STEPS = (
+    "commit.begun",
+    "commit.filled",
+    "commit.logged",
+    "commit.leased",
+    "commit.described",
+    "commit.intended",
+    "commit.snapshot",
+    "commit.exchanged",
+    "commit.synced",
+    "commit.kept",
+    "commit.live_kept",
+    "commit.closed",
+    "commit.swept",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What commits need of their backend."""
+
+    layout: Layout
+    copier: Copier
+    step: Callable[[str], None]
+    preserved_max_count: int
+    preserved_max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a commit is to do, decided before anything is changed."""
+
+    order: CommitOrder
+    state: State
+    target: Snapshot
+    leaving: tuple[Snapshot, ...]
+    made_target: bool
+
+
+def commit(tools: Tools, stage: ImageStage, order: CommitOrder) -> tuple[PreservedCopy, ...]:
+    """See `Backend.commit`. Refused: nothing has changed, and the stage is as it was."""
+    layout = tools.layout
+    with disk_errors(layout.root):
+        settle(tools)
+        state = load_state(layout)
+        plan = _plan(layout, state, stage, order)
+        if plan is None:
+            return tuple(copy for copy in list_preserved(layout) if copy.resync_id == order.resync_id)
+        try:
+            with contextlib.ExitStack() as stack:
+                return _commit(tools, stage, plan, stack)
+        except InUseError as error:
+            raise error.refused(layout.live) from error
+        finally:
+            if load_journal(layout) is None:
+                remove_tree(layout.incoming)
+
+
+def _plan(layout: Layout, state: State, stage: ImageStage, order: CommitOrder) -> _Plan | None:
+    """None if the target is the tip already; raises what forbids the commit."""
+    target = order.lineage.tip
+    if target is None or target.id != stage.target or target.size_bytes != stage.size_bytes:
+        raise Invalid("INVALID_FIELD", f"the stage of {stage.target} is not what the order names", field="lineage")
+    check_id(target.id)
+    if state.tip != order.expected_tip:
+        if state.tip == target.id:
+            return None
+        raise Refused(
+            "TARGET_CHANGED",
+            f"the tip here is {_name(state.lineage.tip)}, and no longer the one that this was decided on",
+            tip=state.tip,
+        )
+    _check_relation(layout, state, order)
+    stat = check_live(layout.live)
+    if stat is not None:
+        refuse_other_names(layout.live, stat)
+    shared = newest_shared(state.lineage, order.lineage)
+    leaving = state.lineage.after(shared.id) if shared is not None else state.lineage.records
+    if leaving and shared is not None and not order.replace_own_data:
+        raise Refused(
+            "TARGET_CHANGED",
+            f"snapshots {leaving[-1].cp} to {leaving[0].cp} are only here, and nothing said that they may be replaced",
+            tip=state.tip,
+        )
+    kept = tuple(record for record in leaving if record.id in state.stored)
+    return _Plan(order, state, target, kept, made_target=target.id not in state.stored)
+
+
+def _check_relation(layout: Layout, state: State, order: CommitOrder) -> None:
+    if order.replace_unrelated:
+        return
+    if state.volume_id and state.volume_id != order.volume_id:
+        raise Refused("REPLICA_FOREIGN", f"the data here is of another volume, {state.volume_id}")
+    bare = not state.lineage.records and layout.live.exists()
+    if bare or (state.lineage.records and newest_shared(state.lineage, order.lineage) is None):
+        raise Refused("REPLICA_UNRELATED", f"{layout.live} has data that shares no snapshot with what would replace it")
+
+
+def _name(tip: Snapshot | None) -> str:
+    return f"{tip.cp} ({tip.id})" if tip is not None else "none"
+
+
+def _commit(tools: Tools, stage: ImageStage, plan: _Plan, stack: contextlib.ExitStack) -> tuple[PreservedCopy, ...]:
+    layout, state = tools.layout, plan.state
+    there = layout.live.exists()
+    if there:
+        Lease(layout.live).close()  # in use: found before anything is made
+    tools.step("commit.begun")
+    stage.sync()
+    new = _make_live(tools, plan, stack)
+    tools.step("commit.filled")
+    append_records(layout, (*plan.order.lineage, *plan.leaving), state, logged=[gone.id for gone in plan.leaving])
+    tools.step("commit.logged")
+    old = stack.enter_context(Lease(layout.live)) if there else None
+    own = old is not None and not _unmodified(tools, state, old)
+    tools.step("commit.leased")
+    if old is not None:
+        copy_attributes(old.fd, new.fd)
+    os.fsync(new.fd)
+    fsync_dir(layout.root)
+    journal, copies = _intend(tools, plan, old if own else None, os.fstat(new.fd).st_ino)
+    tools.step("commit.intended")
+    if plan.made_target:
+        layout.tree.rename(layout.snapshot(plan.target.id))
+        fsync_dir(layout.root)
+    tools.step("commit.snapshot")
+    _exchange(tools, journal, old, new)
+    _forward(tools, journal, old)
+    stage.close()
+    discard(layout)
+    tools.step("commit.swept")
+    return copies
+
+
+def _unmodified(tools: Tools, state: State, lease: Lease) -> bool:
+    tip = state.lineage.tip
+    return tip is not None and tip.present and tools.copier.live_equals(lease, tools.layout.snapshot(tip.id))
+
+
+def _make_live(tools: Tools, plan: _Plan, stack: contextlib.ExitStack) -> Lease:
+    """Fills `.live` with the target, and the stage's tree with what makes it a snapshot; `.live` is leased."""
+    layout = tools.layout
+    remove_tree(layout.incoming)
+    _take_spare(tools, plan.state)
+    if not layout.incoming.exists():
+        os.close(create(layout.incoming))
+    lease = stack.enter_context(Lease(layout.incoming, writable=True))
+    source = layout.tree if plan.made_target else layout.snapshot(plan.target.id)
+    table = layout.tree / "table" if plan.made_target else None
+    with opened(source / "data") as source_fd:
+        digest = tools.copier.fill(source_fd, lease.fd, table)
+    if plan.made_target:
+        record = replace(plan.target, present=True)
+        save_stored(layout.tree, Stored(record, plan.order.volume_id, digest))
+    return lease
+
+
+def _take_spare(tools: Tools, state: State) -> None:
+    """Takes a spare that is still what it was as the next live copy; preserves one that somebody has written to."""
+    layout = tools.layout
+    for spare in sorted(layout.root.glob(".spare-*")):
+        record = state.lineage.find(spare.name.removeprefix(".spare-"))
+        snapshot = layout.snapshot(record.id) if record is not None else None
+        if snapshot is not None and not layout.incoming.exists() and _still_equals(tools, layout, record):
+            spare.rename(layout.incoming)
+        else:
+            keeping.let_go(layout, tools.copier, spare, snapshot, record)
+
+
+def _still_equals(tools: Tools, layout: Layout, record: Snapshot | None) -> bool:
+    if record is None or not layout.data(record.id).exists():
+        return False
+    try:
+        with Lease(layout.spare(record.id)) as lease:
+            return tools.copier.live_equals(lease, layout.snapshot(record.id))
+    except InUseError:
+        return False
+
+
+def _intend(tools: Tools, plan: _Plan, own: Lease | None, new_inode: int) -> tuple[Journal, tuple[PreservedCopy, ...]]:
+    """Describes what will be preserved, checks the bounds, and writes the intention; `own` holds data of its own."""
+    layout, state, order = tools.layout, plan.state, plan.order
+    # A directory without data (somebody removed it) has nothing to keep: its record is in the log.
+    filled = [record for record in plan.leaving if layout.data(record.id).exists()]
+    copies = [_describe_leaving(tools, plan, record) for record in filled]
+    live = None
+    if own is not None:
+        against = layout.snapshot(state.tip) if state.tip else None
+        live = keeping.describe_open(
+            tools.copier, own.fd, layout.live, state.lineage.tip, against, live=True, resync_id=order.resync_id
+        )
+    every = [*copies, *([live] if live is not None else [])]
+    keeping.check_bounds(layout, every, tools.preserved_max_count, tools.preserved_max_bytes)
+    pids = {record.id: copy.id for record, copy in zip(filled, copies, strict=True)}
+    for record, copy in zip(filled, copies, strict=True):
+        save_preserved(layout.snapshot(record.id), copy)
+    if live is not None:
+        keeping.prepare_keep(layout, live)
+    tools.step("commit.described")
+    tip_stays = state.tip and state.tip not in {record.id for record in plan.leaving}
+    journal = Journal(
+        resync_id=order.resync_id,
+        old_tip=state.tip,
+        new_tip=plan.target.id,
+        new_inode=new_inode,
+        made_target=plan.made_target,
+        keeps=tuple((record.id, pids.get(record.id, "")) for record in plan.leaving),
+        live_pid=live.id if live is not None else "",
+        spare_of=state.tip if tip_stays and tools.copier.reflink else "",
+    )
+    save_journal(layout, journal)
+    return journal, tuple(replace(copy, path=str(layout.preserved / copy.id / "data")) for copy in every)
+
+
+def _describe_leaving(tools: Tools, plan: _Plan, record: Snapshot) -> PreservedCopy:
+    layout = tools.layout
+    parent = layout.snapshot(record.parent) if record.parent in plan.state.stored else None
+    return keeping.describe(
+        tools.copier, layout.data(record.id), record, parent, live=False, resync_id=plan.order.resync_id
+    )
+
+
+def _exchange(tools: Tools, journal: Journal, old: Lease | None, new: Lease) -> None:
+    """The step that decides; taken back if somebody waits for the old live copy, or it was not that file any more."""
+    layout = tools.layout
+    if old is None:
+        try:
+            ioctl.rename_new(layout.incoming, layout.live)
+        except FileExistsError:
+            _undo(tools, journal, new)
+            raise Refused("TARGET_CHANGED", f"{layout.live} was created meanwhile", tip=journal.old_tip) from None
+    else:
+        try:
+            ioctl.exchange(layout.incoming, layout.live)
+        except FileNotFoundError:
+            _undo(tools, journal, new)
+            raise Refused("TARGET_CHANGED", f"{layout.live} was removed meanwhile", tip=journal.old_tip) from None
+        except OSError:
+            _undo(tools, journal, new)
+            raise
+        moved = layout.incoming.stat().st_ino != os.fstat(old.fd).st_ino
+        if moved or old.broken():
+            ioctl.exchange(layout.incoming, layout.live)
+            fsync_dir(layout.live.parent)
+            _undo(tools, journal, new)
+            old.check()
+            raise Refused("TARGET_CHANGED", f"{layout.live} was replaced meanwhile", tip=journal.old_tip)
+    tools.step("commit.exchanged")
+    fsync_dir(layout.live.parent)
+    fsync_dir(layout.root)
+    tools.step("commit.synced")
+
+
+def _forward(tools: Tools, journal: Journal, lease: Lease | None) -> None:
+    """What is left once the exchange has happened; each line may be done already. `lease` is on the old live copy."""
+    layout = tools.layout
+    for gone, pid in journal.keeps:
+        if pid:
+            keeping.keep_directory(layout, layout.snapshot(gone), pid)
+        else:
+            remove_tree(layout.snapshot(gone))
+    tools.step("commit.kept")
+    if journal.live_pid:
+        keeping.keep_file(layout, layout.incoming, journal.live_pid)
+    elif layout.incoming.exists():
+        _put_aside(tools, journal, lease)
+    tools.step("commit.live_kept")
+    remove_file(layout.commit)
+    tools.step("commit.closed")
+
+
+def _put_aside(tools: Tools, journal: Journal, lease: Lease | None) -> None:
+    """An unmodified old live copy becomes the spare, or goes; without the lease it is compared again first."""
+    layout = tools.layout
+    if journal.spare_of:
+        layout.incoming.rename(layout.spare(journal.spare_of))
+    elif lease is not None and not lease.broken():
+        layout.incoming.unlink()
+    else:
+        equal = next((layout.preserved / pid for gone, pid in journal.keeps if pid and gone == journal.old_tip), None)
+        tip = load_state(layout).known.get(journal.old_tip)
+        keeping.let_go(layout, tools.copier, layout.incoming, equal or layout.snapshot(journal.old_tip), tip)
+    fsync_dir(layout.root)
+
+
+def _undo(tools: Tools, journal: Journal, lease: Lease | None) -> None:
+    """Gives a commit up: the directories are as before, and so is the stage."""
+    layout = tools.layout
+    save_journal(layout, replace(journal, undoing=True))
+    target = layout.snapshot(journal.new_tip)
+    if journal.made_target and target.exists() and not layout.tree.exists():
+        target.rename(layout.tree)
+        fsync_dir(layout.root)
+        fsync_dir(layout.stage)
+    if lease is not None and not lease.broken():
+        remove_tree(layout.incoming)
+    else:
+        equal = layout.tree if journal.made_target else target
+        keeping.let_go(layout, tools.copier, layout.incoming, equal, None)
+    for gone, _pid in journal.keeps:
+        remove_tree(layout.snapshot(gone) / "preserved.json")
+    if journal.live_pid:
+        remove_tree(layout.keep(journal.live_pid))
+    remove_file(layout.commit)
+
+
+def settle(tools: Tools) -> None:
+    """Finishes or undoes a commit that was interrupted; nothing if there is none."""
+    layout = tools.layout
+    journal = load_journal(layout)
+    if journal is None:
+        return
+    if journal.exchanged(layout):
+        _check_live_there(layout)
+        fsync_dir(layout.live.parent)
+        fsync_dir(layout.root)
+        _forward(tools, journal, None)
+        discard(layout)
+    else:
+        _undo(tools, journal, None)
+
+
+def _check_live_there(layout: Layout) -> None:
+    """A commit is only finished where its target is: anything else has been changed by hand."""
+    journal = load_journal(layout)
+    if journal is not None and not layout.data(journal.new_tip).exists():
+        raise Damaged("IO_ERROR", f"{layout.commit} speaks of snapshot {journal.new_tip}, which is not there")

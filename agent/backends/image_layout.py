@@ -1,0 +1,343 @@
+"""Where an image's snapshots and records stand on disk, and how the tip is found among them.
+
+Under the snapshot directory (`.resilver/<volume>/` beside the live copy, 0700, on the same file system)::
+
+    <id>/data, record.json [, table]   a snapshot: made under another name, fsynced, renamed into place in one step
+    ancestry.jsonl                     records whose snapshots are no longer here, or never were
+    preserved/<pid>/data, preserved.json [, record.json, table]
+    stage/stage.json, tree/data        a snapshot that is being received
+    commit.json                        the intention of a commit that is under way
+    volume.json, grant.json            what the agent was told
+    frozen.json                        mounts that are frozen at this moment
+    .live                              the next live copy; after the exchange, the one before
+    .spare-<id>                        the live copy before, unmodified and equal to that snapshot
+    .new-*, .keep-*, .trash-*          not yet, or no longer, part of anything
+
+**The tip has no pointer.** It is the one snapshot directory that is no ancestor of another one. The tip is never
+pruned, so it always has its directory; the log of ancestry only fills the gaps between directories and behind the last,
+and its records never are tips, however many branches it has known. So the rename of a new snapshot's directory moves
+the tip, and nothing else has to be written for it.
+
+**Commits** add a directory and take others out of the lineage, which is no single step. While `commit.json` is there,
+it says which directories count: the inode in `.live` tells whether the exchange of the live copy has happened. If not,
+the old tip counts, and what was done so far is undone at the next start. If so, the new one does, and the rest is done.
+
+A damaged record, or directories that form no single lineage, are an error that names them: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from agent.disk.durable import Json, append_log, disk_errors, make_dir, read_json, read_log, write_json
+from resilver.errors import Damaged, Invalid
+from resilver.lineage import Consistency, ConsistencyPoint, Lineage, Origin, Snapshot
+from resilver.volume import Grant, PreservedCopy, VolumeRecord
+
+_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RESERVED: Final = frozenset({"stage", "preserved", "ancestry.jsonl"})
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The paths of one replica."""
+
+    volume: str
+    live: Path
+    root: Path
+
+    @property
+    def ancestry(self) -> Path:
+        return self.root / "ancestry.jsonl"
+
+    @property
+    def commit(self) -> Path:
+        return self.root / "commit.json"
+
+    @property
+    def frozen(self) -> Path:
+        return self.root / "frozen.json"
+
+    @property
+    def stage(self) -> Path:
+        return self.root / "stage"
+
+    @property
+    def tree(self) -> Path:
+        return self.stage / "tree"
+
+    @property
+    def preserved(self) -> Path:
+        return self.root / "preserved"
+
+    @property
+    def incoming(self) -> Path:
+        return self.root / ".live"
+
+    def snapshot(self, snapshot_id: str) -> Path:
+        return self.root / snapshot_id
+
+    def data(self, snapshot_id: str) -> Path:
+        return self.root / snapshot_id / "data"
+
+    def spare(self, snapshot_id: str) -> Path:
+        return self.root / f".spare-{snapshot_id}"
+
+    def new(self, name: str) -> Path:
+        return self.root / f".new-{name}"
+
+    def keep(self, pid: str) -> Path:
+        return self.root / f".keep-{pid}"
+
+    def trash(self, name: str) -> Path:
+        return self.root / f".trash-{name}"
+
+    def make_root(self) -> None:
+        """Makes the snapshot directory. The live copy's own directory must be there: it may be an unmounted disk."""
+        if not self.live.parent.is_dir():
+            raise Invalid(
+                "INVALID_FIELD",
+                f"{self.live.parent} is no directory: create it, or mount the disk that {self.live.name} is to be on",
+                field="path",
+            )
+        with disk_errors(self.root):
+            make_dir(self.root)
+            if self.root.stat().st_dev != self.live.parent.stat().st_dev:
+                raise Invalid(
+                    "INVALID_FIELD",
+                    f"{self.root} is on another file system than {self.live}; snapshot_dir must be on the same one",
+                    field="snapshot_dir",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A record as it stands beside a snapshot: `table` is the digest of its table of blocks, empty if it has none."""
+
+    snapshot: Snapshot
+    volume_id: str
+    table: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """The intention of a commit. `made_target`: the target's directory is this commit's, and goes if it is undone.
+
+    `keeps` are (snapshot id, preserved id) of the snapshots that leave the lineage; `live_pid` is the preserved id of
+    the live copy, empty if it held nothing of its own; `spare_of` the snapshot that it equals, empty if it is to go.
+    `undoing`: it was given up, and `.live` tells nothing any more.
+    """
+
+    resync_id: str
+    old_tip: str
+    new_tip: str
+    new_inode: int
+    made_target: bool
+    keeps: tuple[tuple[str, str], ...]
+    live_pid: str
+    spare_of: str
+    undoing: bool = False
+
+    def exchanged(self, layout: Layout) -> bool:
+        """Whether the new live copy has taken its place: then it is no longer where it was made."""
+        if self.undoing:
+            return False
+        try:
+            return layout.incoming.lstat().st_ino != self.new_inode
+        except FileNotFoundError:
+            return True
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the directory says. `stored` are the records of the directories that count; `known` adds the log's."""
+
+    lineage: Lineage
+    volume_id: str
+    stored: dict[str, Stored]
+    known: dict[str, Snapshot]
+    journal: Journal | None = None
+
+    @property
+    def tip(self) -> str:
+        return self.lineage.tip_id
+
+
+def check_id(snapshot_id: str) -> None:
+    """Raises Invalid for an id that cannot be a directory's name."""
+    if _ID.fullmatch(snapshot_id) is None or snapshot_id in _RESERVED or snapshot_id.endswith(".json"):
+        raise Invalid("INVALID_FIELD", f"{snapshot_id!r} cannot be a snapshot's id", field="id")
+
+
+def load_state(layout: Layout) -> State:
+    """Reads every record and finds the lineage. Changes nothing; `Damaged("IO_ERROR")` if it cannot be certain."""
+    journal = load_journal(layout)
+    stored = {entry: load_stored(layout.snapshot(entry)) for entry in _directories(layout)}
+    if journal is not None:
+        left = {gone for gone, _pid in journal.keeps} if journal.exchanged(layout) else set()
+        if not journal.exchanged(layout) and journal.made_target:
+            left = {journal.new_tip}
+        stored = {key: value for key, value in stored.items() if key not in left}
+    known = {record.id: record for line in read_log(layout.ancestry) for record in _records(line)}
+    known.update({key: value.snapshot for key, value in stored.items()})
+    tip = _tip_of(layout, stored, known)
+    present = {key for key in stored if layout.data(key).exists()}
+    lineage = Lineage.from_tip(tip, known).with_presence(present)
+    return State(lineage, stored[tip].volume_id if tip else "", stored, known, journal)
+
+
+def _tip_of(layout: Layout, stored: dict[str, Stored], known: dict[str, Snapshot]) -> str:
+    ancestors: set[str] = set()
+    for value in stored.values():
+        at = value.snapshot.parent
+        while at in known and at not in ancestors:
+            ancestors.add(at)
+            at = known[at].parent
+        ancestors.add(at)
+    tips = sorted(key for key in stored if key not in ancestors)
+    if len(tips) == 1 or not stored:
+        return tips[0] if tips else ""
+    raise Damaged(
+        "IO_ERROR",
+        f"the snapshots in {layout.root} form no single lineage: {', '.join(tips) or 'their parents run in a circle'}; "
+        "move all that do not belong to it out of that directory",
+        path=str(layout.root),
+    )
+
+
+def _directories(layout: Layout) -> list[str]:
+    with disk_errors(layout.root):
+        try:
+            entries = list(os.scandir(layout.root))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return [
+        name
+        for name in names
+        if _ID.fullmatch(name) and name not in _RESERVED and (layout.snapshot(name) / "record.json").exists()
+    ]
+
+
+def append_records(layout: Layout, records: Iterable[Snapshot], state: State, logged: Iterable[str] = ()) -> None:
+    """Adds to the log those records that it does not hold yet; `logged` must go in although a directory has them."""
+    in_log = {record.id for line in read_log(layout.ancestry) for record in _records(line)}
+    wanted = set(logged)
+    missing = [
+        record
+        for record in records
+        if record.id not in in_log and (record.id in wanted or record.id not in state.stored)
+    ]
+    if missing:
+        append_log(layout.ancestry, {"records": [snapshot_json(record) for record in missing]})
+
+
+def _records(line: Json) -> list[Snapshot]:
+    return [snapshot_from(record) for record in line["records"]]
+
+
+def snapshot_json(record: Snapshot) -> Json:
+    return {
+        "id": record.id,
+        "cp": str(record.cp),
+        "parent": record.parent,
+        "epoch_id": record.epoch_id,
+        "create_time_ms": record.create_time_ms,
+        "size_bytes": record.size_bytes,
+        "consistency": record.consistency.value,
+        "origin": record.origin.value,
+        "note": record.note,
+    }
+
+
+def snapshot_from(value: Json) -> Snapshot:
+    """The record; present, because whoever reads it knows better if it is not."""
+    return Snapshot(
+        id=value["id"],
+        cp=ConsistencyPoint.parse(value["cp"]),
+        parent=value["parent"],
+        epoch_id=value["epoch_id"],
+        create_time_ms=value["create_time_ms"],
+        size_bytes=value["size_bytes"],
+        consistency=Consistency(value["consistency"]),
+        origin=Origin(value["origin"]),
+        note=value["note"],
+    )
+
+
+def save_stored(directory: Path, stored: Stored) -> None:
+    value = {**snapshot_json(stored.snapshot), "volume_id": stored.volume_id, "table": stored.table}
+    write_json(directory / "record.json", value)
+
+
+def load_stored(directory: Path) -> Stored:
+    path = directory / "record.json"
+    value = read_json(path)
+    if value is None:
+        raise Damaged("IO_ERROR", f"{path} is missing", path=str(path))
+    return Stored(snapshot_from(value), value["volume_id"], value["table"])
+
+
+def save_journal(layout: Layout, journal: Journal) -> None:
+    write_json(layout.commit, {name: getattr(journal, name) for name in Journal.__slots__})
+
+
+def load_journal(layout: Layout) -> Journal | None:
+    value = read_json(layout.commit)
+    if value is None:
+        return None
+    keeps = tuple((gone, pid) for gone, pid in value.pop("keeps"))
+    return Journal(keeps=keeps, **value)
+
+
+def save_preserved(directory: Path, copy: PreservedCopy) -> None:
+    """Writes what a preserved copy is; its path is where it is found."""
+    value = {name: getattr(copy, name) for name in PreservedCopy.__slots__ if name != "path"}
+    write_json(directory / "preserved.json", {**value, "cp": str(copy.cp)})
+
+
+def load_preserved(directory: Path) -> PreservedCopy:
+    path = directory / "preserved.json"
+    value = read_json(path)
+    if value is None:
+        raise Damaged("IO_ERROR", f"{path} is missing", path=str(path))
+    value["cp"] = ConsistencyPoint.parse(value["cp"])
+    return PreservedCopy(path=str(directory / "data"), **value)
+
+
+def list_preserved(layout: Layout) -> tuple[PreservedCopy, ...]:
+    """The preserved copies, oldest first."""
+    with disk_errors(layout.preserved):
+        try:
+            entries = [entry for entry in layout.preserved.iterdir() if (entry / "preserved.json").exists()]
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+    return tuple(sorted(map(load_preserved, entries), key=lambda copy: (copy.create_time_ms, copy.id)))
+
+
+def save_record(layout: Layout, record: VolumeRecord) -> None:
+    value = {name: getattr(record, name) for name in VolumeRecord.__slots__}
+    write_json(layout.root / "volume.json", {**value, "newest_cp": str(record.newest_cp)})
+
+
+def load_record(layout: Layout) -> VolumeRecord | None:
+    value = read_json(layout.root / "volume.json")
+    if value is None:
+        return None
+    value["newest_cp"] = ConsistencyPoint.parse(value["newest_cp"])
+    value["members"] = tuple(value["members"])
+    return VolumeRecord(**value)
+
+
+def save_grant(layout: Layout, grant: Grant) -> None:
+    write_json(layout.root / "grant.json", {name: getattr(grant, name) for name in Grant.__slots__})
+
+
+def load_grant(layout: Layout) -> Grant | None:
+    value = read_json(layout.root / "grant.json")
+    return Grant(**value) if value is not None else None

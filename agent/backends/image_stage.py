@@ -1,0 +1,119 @@
+"""The stage: a writable clone of the base (or nothing) that is becoming the target.
+
+It is made under another name and renamed into place, so that a stage that is there is whole. Its size is the target's
+from the start: grown by a hole, or cut.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from typing import Final
+
+from agent.backends.image_copy import Copier, create, fresh_dir, opened, remove_tree
+from agent.backends.image_layout import Layout
+from agent.disk import contents, ioctl
+from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
+from resilver.errors import Refused
+
+_ZEROS: Final = memoryview(bytes(1 << 20))
+
+
+class ImageStage:
+    """An open stage; usable from several threads."""
+
+    def __init__(self, layout: Layout, base: str, target: str, size_bytes: int, *, resumed: bool) -> None:
+        self.base = base
+        self.target = target
+        self.size_bytes = size_bytes
+        self.directory = layout.stage
+        self.resumed = resumed
+        self._path = layout.tree / "data"
+        self._closing = threading.Lock()
+        with disk_errors(self._path):
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        with disk_errors(self._path):
+            contents.write_all(self._fd, offset, data)
+
+    def zero(self, offset: int, length: int) -> None:
+        with disk_errors(self._path):
+            try:
+                ioctl.punch_hole(self._fd, offset, length)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                for at in range(offset, offset + length, len(_ZEROS)):
+                    contents.write_all(self._fd, at, _ZEROS[: offset + length - at])
+
+    def sync(self) -> None:
+        with disk_errors(self._path):
+            os.fdatasync(self._fd)
+
+    def drop_cache(self) -> None:
+        with disk_errors(self._path):
+            os.fdatasync(self._fd)
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        with disk_errors(self._path):
+            contents.read_exactly(self._fd, offset, view)
+
+    def close(self) -> None:
+        with self._closing:
+            fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def open_stage(layout: Layout, copier: Copier, base: str, target: str, size_bytes: int) -> ImageStage:
+    """The stage of that pair and size, gone on with if it is there; any other is discarded first."""
+    wanted = {"base": base, "target": target, "size_bytes": size_bytes}
+    found = read_json(layout.stage / "stage.json")
+    whole = found == wanted and (layout.tree / "data").exists()
+    if not whole:
+        discard(layout)
+        with disk_errors(layout.stage):
+            _make(layout, copier, base, target, size_bytes)
+    return ImageStage(layout, base, target, size_bytes, resumed=whole)
+
+
+def _make(layout: Layout, copier: Copier, base: str, target: str, size_bytes: int) -> None:
+    making = fresh_dir(layout.new("stage"))
+    tree = making / "tree"
+    make_dir(tree)
+    fd = create(tree / "data")
+    try:
+        if base:
+            _fill_from(layout, copier, base, fd)
+        os.ftruncate(fd, size_bytes)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    write_json(making / "stage.json", {"base": base, "target": target, "size_bytes": size_bytes})
+    fsync_dir(tree)
+    making.rename(layout.stage)
+    fsync_dir(layout.root)
+
+
+def _fill_from(layout: Layout, copier: Copier, base: str, fd: int) -> None:
+    try:
+        with opened(layout.data(base)) as base_fd:
+            copier.fill(base_fd, fd, None)
+    except FileNotFoundError:
+        raise Refused("BASE_GONE", f"the data of snapshot {base} is not on this node") from None
+
+
+def discard(layout: Layout) -> None:
+    """Removes the stage, in one step as far as anybody can see."""
+    with disk_errors(layout.stage):
+        gone = layout.trash("stage")
+        remove_tree(gone)
+        try:
+            layout.stage.rename(gone)
+        except FileNotFoundError:
+            return
+        fsync_dir(layout.root)
+        remove_tree(gone)
