@@ -25,6 +25,7 @@ from agent.backends.base import CommitOrder
 from agent.basecheck import check_lineages, compare, digest_ranges, pick_blocks
 from agent.disk.durable import read_json, write_json
 from agent.lineages import lineage_from_json, lineage_to_json
+from agent.peers import Wanted
 from agent.rights import check_tip
 from agent.stream.frame import Hello
 from agent.stream.journal import Journal
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from agent.backends.base import Stage
     from agent.delta import DeltaMap, DeltaRange
-    from agent.peers import Peers, Source, Wanted
+    from agent.peers import Peers, Source
     from agent.replica import Replica
     from agent.runfile import RunOrder
     from agent.slots import Slots
