@@ -95,6 +95,7 @@ def test_every_truncation_keeps_the_whole_batches_before_it(tmp_path):
         cut = Journal.load(tmp_path)
         kept = sum(end <= length for end in ends[1:])
         assert cut.done.sum() == kept
+        assert (tmp_path / JOURNAL_FILE).stat().st_size == ends[kept]
         cut.append_many([5], [DIGESTS[5]])
         cut.close()
         again = Journal.load(tmp_path)
@@ -146,10 +147,11 @@ def test_a_journal_that_changes_under_a_reader_is_an_io_error(tmp_path):
 
 def test_after_a_failed_append_nothing_more_is_taken(tmp_path):
     journal = Journal.open(tmp_path, KEY, DELTA)
+    writable = os.dup(journal._fd)
     read_only = os.open(tmp_path / JOURNAL_FILE, os.O_RDONLY)
-    os.dup2(read_only, journal._fd)
-    os.close(read_only)
-    for _ in range(2):
+    for fd in (read_only, writable):
+        os.dup2(fd, journal._fd)
+        os.close(fd)
         with pytest.raises(Damaged) as failed:
             journal.append_many([0], DIGESTS[:1])
         assert failed.value.reason == "IO_ERROR"
