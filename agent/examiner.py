@@ -107,6 +107,7 @@ class Examiner:
             grant=examined.grant,
             backend=self._backend.kind,
             priority=self.settings.priority,
+            keep_last=self.settings.keep_last,
             free_bytes=examined.free_bytes,
             reserve_bytes=examined.reserve_bytes,
             reflink=examined.reflink,

@@ -5,7 +5,8 @@
 * A consistency point is taken under the grant of the order's own epoch only; its id is minted here, its sequence is the
   parent's plus one.
 * A record of a higher epoch ends the grant and the runs of lower ones, and stands on the disk before it counts.
-* Pruning never takes the tip, the newest known CP, or what a transfer needs.
+* Nothing is pruned here unasked: which snapshots the other members need is known to the coordinator, who is told how
+  many this node keeps and drops the rest. Never the tip, the newest known CP, or what a transfer needs.
 * What an order has done is told at once. If the look at it fails, the order stands and the next look tells.
 """
 
@@ -230,20 +231,9 @@ class Replica:
         return self._lineage_to(self._examiner.examine(compare_live=False), target)
 
     def took_tip(self, tip: str, volume_id: str) -> None:
-        """After a CP or a commit: the new tip is remembered, old snapshots are pruned, and it is told."""
+        """After a CP or a commit: the new tip is remembered, so that its absence would be a loss, and told."""
         self._examiner.remember(tip, volume_id)
-        try:
-            self.prune()
-        except ResilverError as error:
-            _log.warning("pruning failed", volume=self.volume, reason=error.reason, message=error.message)
         self._tell(compare_live=True)
-
-    def prune(self) -> None:
-        """Drops what is older than keep_last and not needed."""
-        record = self.last.record if self.last is not None else None
-        pinned = self.transfers.pinned(self.volume) if self.transfers is not None else frozenset()
-        newest = {record.newest_id} if record is not None and record.newest_id else set()
-        self.backend.prune(self.settings.keep_last, pinned | newest)
 
     # Inside.
 

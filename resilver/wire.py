@@ -69,6 +69,7 @@ MEMBERS_MAX: Final = 256
 PROBLEMS_MAX: Final = 32
 USERS_MAX: Final = 16
 SOURCES_MAX: Final = 64
+KEEP_LAST_MAX: Final = 2**32 - 1
 _TIME_SECONDS_MAX: Final = 253_402_300_799
 """The last second of the year 9999, where Timestamp ends."""
 
@@ -284,6 +285,7 @@ def report_to_proto(report: ReplicaReport, *, node: str = "") -> volume_pb2.Repl
         grant=None if report.grant is None else grant_to_proto(report.grant),
         backend=report.backend,
         priority=report.priority,
+        keep_last=min(report.keep_last, KEEP_LAST_MAX),
         free_bytes=report.free_bytes,
         reserve_bytes=report.reserve_bytes,
         preserved=_preserved_that_fit(report, node),
@@ -307,6 +309,7 @@ def report_from_proto(
         grant=grant_from_proto(message.grant, f"{field}.grant") if message.HasField("grant") else None,
         backend=check_name(message.backend, f"{field}.backend") if message.backend else "",
         priority=message.priority,
+        keep_last=check_number(message.keep_last, f"{field}.keep_last"),
         free_bytes=check_number(message.free_bytes, f"{field}.free_bytes"),
         reserve_bytes=check_number(message.reserve_bytes, f"{field}.reserve_bytes"),
         reflink=message.reflink,

@@ -121,6 +121,7 @@ reports = st.builds(
     grant=st.none() | grants,
     backend=st.sampled_from(["", "image"]),
     priority=st.integers(-(2**31), 2**31 - 1),
+    keep_last=st.integers(0, 2**32 - 1),
     free_bytes=numbers,
     reserve_bytes=numbers,
     reflink=st.booleans(),
