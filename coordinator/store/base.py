@@ -16,6 +16,12 @@ Json = dict[str, Any]
 ANY_REVISION: Final = -1
 ABSENT: Final = 0
 
+WRITES_MAX: Final = 100
+"""Records in one commit: etcd takes 128 operations in a transaction, and some of them are ours."""
+RECORD_BYTES_MAX: Final = 128 << 10
+COMMIT_BYTES_MAX: Final = 1_400_000
+"""Keys and values of one commit: etcd takes 1.5 MiB in a request."""
+
 
 @dataclass(frozen=True, slots=True)
 class Write:
@@ -71,9 +77,10 @@ class Health:
 
 
 class Store(Protocol):
-    """A place for records that outlive a coordinator. Every call ends within the store's timeout.
+    """A place for records that outlive a coordinator. Every call ends within a small multiple of the store's timeout.
 
-    Errors: `Unavailable("STORE_UNAVAILABLE")`, `Conflict("LEADERSHIP_LOST")`.
+    Errors: `Unavailable("STORE_UNAVAILABLE")` (nothing was changed), `Conflict("LEADERSHIP_LOST")`, and
+    `Damaged("IO_ERROR")` for a record that is no JSON object.
     """
 
     async def open(self) -> str:
@@ -93,7 +100,12 @@ class Store(Protocol):
         """Every record of the cluster, of one moment, but for store_id, term and leader."""
 
     async def commit(self, reign: Reign, writes: Sequence[Write]) -> int:
-        """Writes all or nothing, under the reign; answers the revision that the written records now have."""
+        """Writes all or nothing, under the reign; answers the revision that the written records now have.
+
+        `LEADERSHIP_LOST` also if a record has another revision than expected, because then somebody else has written;
+        `metadata["key"]` names it. More than WRITES_MAX records, or more bytes than the bounds above, are refused with
+        `Exhausted("TOO_LARGE")` and nothing is written: it is the caller who knows how to split.
+        """
 
     async def health(self) -> Health: ...
 
