@@ -87,7 +87,7 @@ class App:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         waiting = asyncio.ensure_future(stopping.wait())
         try:
-            await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((work, waiting), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
         finally:
@@ -173,7 +173,7 @@ class App:
             new = load_coordinator_config(self._path)
             changed = reload_of(self._config, new)
         except ResilverError as error:
-            log.error("the configuration was not reloaded", why=error.message)
+            log.warning("the configuration was not reloaded", why=error.message)
             return
         self._config = new
         telemetry.set_level(new.log_level)
@@ -191,9 +191,8 @@ async def check(config: CoordinatorConfig) -> None:
         health_of = await store.health()
     finally:
         await store.close()
-    print(
-        f"ok: {health_of.kind} store {store_id}, {health_of.healthy_count} of {health_of.member_count} members answer"
-    )
+    answering = f"{health_of.healthy_count} of {health_of.member_count} members answer"
+    sys.stdout.write(f"ok: {health_of.kind} store {store_id}, {answering}\n")
 
 
 def main() -> None:

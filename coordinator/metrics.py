@@ -1,4 +1,4 @@
-"""The coordinator's metrics. Those of the cluster are read off the engine when they are asked for, on the leader only."""
+"""The coordinator's metrics. Those of the cluster are read off the engine when asked for, on the leader only."""
 
 from __future__ import annotations
 

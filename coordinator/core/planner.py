@@ -302,7 +302,7 @@ def _own_data(own: Sequence[Snapshot], live: LiveState) -> tuple[str, ...]:
     words = []
     if own:
         # A pruned one has left its record only, and is not preserved; the newest is never pruned.
-        words.append(f"own {span([record for record in own if record.present] or own)}")
+        words.append(span([record for record in own if record.present] or own))
     if live is LiveState.MODIFIED:
         words.append("live writes")
     elif live is LiveState.UNKNOWN:
