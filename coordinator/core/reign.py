@@ -172,13 +172,13 @@ def rivals(view: VolumeView) -> dict[str, str]:
     """Nodes whose grant, tip or record contradicts the store's epoch, and how; the primary may be one of them.
 
     A higher epoch counts however long ago it was heard; the same one only from a node that is here, so that a
-    clone that has been shut down does not block for ever.
+    clone that has been shut down does not block for ever. Before the first epoch there is nothing to contradict.
     """
     found: dict[str, str] = {}
     record = view.record
     for replica in sorted_replicas(view):
         report = replica.report
-        if report is None or is_foreign(view, replica):
+        if report is None or not record.epoch or is_foreign(view, replica):
             continue
         claim = _claim(record, replica.node, report, fresh=replica.fresh)
         if claim:
@@ -190,7 +190,7 @@ def _claim(record: VolumeRecord, node: str, report: ReplicaReport, *, fresh: boo
     highest = max(_epochs(report, record.volume_id))
     if highest > record.epoch:
         return f"{node} knows of epoch {highest}, the store only of epoch {record.epoch}"
-    if not fresh or not record.epoch:
+    if not fresh:
         return ""
     grant = report.grant
     same = grant is not None and (grant.volume_id, grant.epoch) == (record.volume_id, record.epoch)

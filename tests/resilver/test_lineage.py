@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilver.lineage import (
@@ -18,6 +18,8 @@ from resilver.lineage import (
     newest_shared,
     relate,
 )
+
+LAW = settings(deadline=None)
 
 
 def chain(*ids: str, pruned: str = "") -> Lineage:
@@ -57,6 +59,7 @@ class TestConsistencyPoint:
         assert ConsistencyPoint.parse("3-42") == ConsistencyPoint(3, 42)
         assert str(NO_CP) == "0-0"
 
+    @LAW
     @given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
     def test_every_one_survives_the_round_trip(self, epoch: int, sequence: int) -> None:
         cp = ConsistencyPoint(epoch, sequence)
@@ -122,6 +125,7 @@ class TestRelation:
     def test_pruning_changes_no_relation(self) -> None:
         assert relate(chain("a", "b", pruned="a"), chain("a", "x", pruned="a")) is Relation.DIVERGED
 
+    @LAW
     @given(three())
     def test_containment_is_a_partial_order(self, lines: tuple[Lineage, Lineage, Lineage]) -> None:
         one, two, other = lines
@@ -132,6 +136,7 @@ class TestRelation:
         if one.contains(two) and two.contains(other):
             assert one.contains(other)
 
+    @LAW
     @given(three())
     def test_a_relation_is_decided_for_every_pair_and_turns_round(
         self, lines: tuple[Lineage, Lineage, Lineage]
@@ -141,6 +146,7 @@ class TestRelation:
         there = relate(one, two)
         assert relate(two, one) is mirrored.get(there, there)
 
+    @LAW
     @given(three())
     def test_the_fork_is_the_same_from_both_sides(self, lines: tuple[Lineage, Lineage, Lineage]) -> None:
         one, two, _ = lines
@@ -168,6 +174,7 @@ class TestNewestInCommon:
         assert found.newest_shared.id == "a"
         assert "1-2 here, 1-2 there" in str(found)
 
+    @LAW
     @given(three())
     def test_the_base_is_in_both_and_nothing_newer_is(self, lines: tuple[Lineage, Lineage, Lineage]) -> None:
         mine, theirs, _ = lines
@@ -183,6 +190,7 @@ class TestNewestInCommon:
             case NothingInCommon():
                 assert not mine.ids() & theirs.ids()
 
+    @LAW
     @given(three())
     def test_it_is_the_same_from_both_sides(self, lines: tuple[Lineage, Lineage, Lineage]) -> None:
         mine, theirs, _ = lines

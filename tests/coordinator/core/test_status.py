@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.core.cluster import Pause, ReplicaState, ReplicaView, Role, VolumeState, VolumeView
@@ -21,6 +21,8 @@ from resilver.lineage import Lineage
 from resilver.volume import Presence
 from tests.coordinator.core.histories import HEARD_MS, NOW_MS, lineage, view
 from tests.coordinator.core.worlds import views
+
+LAW = settings(deadline=None)
 
 
 def changed(seen: VolumeView, node: str, **facts: object) -> VolumeView:
@@ -270,6 +272,7 @@ class TestProblems:
 
 
 class TestLaws:
+    @LAW
     @given(views())
     def test_a_state_is_decided_for_every_replica_and_everything_can_be_told(self, seen: VolumeView) -> None:
         assert volume_state(seen) in VolumeState
@@ -277,6 +280,7 @@ class TestLaws:
         for node in seen.replicas:
             assert all(problem.message for problem in problems_of_replica(seen, node, NOW_MS))
 
+    @LAW
     @given(views(), st.randoms(use_true_random=False))
     def test_the_order_of_reports_decides_nothing(self, seen: VolumeView, random: object) -> None:
         nodes = list(seen.replicas)
@@ -285,6 +289,7 @@ class TestLaws:
         assert volume_state(other) is volume_state(seen)
         assert [status_of(other, node) for node in sorted(nodes)] == [status_of(seen, node) for node in sorted(nodes)]
 
+    @LAW
     @given(views())
     def test_the_words_mean_what_they_say(self, seen: VolumeView) -> None:
         reference = reference_lineage(seen)
