@@ -75,7 +75,8 @@ class Track:
         if self.total is not None:
             # What was shown as copied stays shown, so a smaller total gives way to it.
             self.total = max(self.total, self.done)
-            part = 100 * self.done // self.total if self.total else 0
+            # A delta may be empty, where only writes to a live copy go; then nothing is all once it was fetched.
+            part = 100 * self.done // self.total if self.total else 100 * (self.state in ("VERIFYING", "COMMITTING"))
             self.percent = max(self.percent, min(part, 100))
         if self.state == "SUCCEEDED":
             self.percent = 100

@@ -34,7 +34,7 @@ SPACE_BYTES: Final = 8 << 30
 """Of the XFS: a sparse file, of which the demo fills about a tenth."""
 FREE_BYTES_MIN: Final = 4 << 30
 """Plain copies of 200 MiB of data: three live ones and up to six snapshots of each, with room to spare."""
-RANDOM_FILES: Final = 8
+RANDOM_FILES: Final = 6
 RANDOM_FILE_BYTES: Final = 16 * MIB
 TEXT_BYTES_MAX: Final = 24 * MIB
 COMMAND_TIMEOUT_S: Final = 60.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ WAIT_S: Final = 30.0
 POLL_S: Final = 0.2
 COMMAND_TIMEOUT_S: Final = 90.0
 SEED: Final = 20_070_612
-"""The same bytes every time, so that two runs can be compared."""
+"""The same data and the same blocks every time, so that two runs can be compared."""
 
 
 class Story:
@@ -152,12 +153,12 @@ class Story:
             ("moved to bring c back", moved),
             ("  of it on the wire", wire),
             ("sent again", last["resent_bytes"] or 0),
-            ("the volume, which a full copy would read", VOLUME_BYTES),
+            ("the volume", VOLUME_BYTES),
         ]
         self._console.print()
         for name, count in rows:
             share = f"{100 * count / VOLUME_BYTES:6.2f} % of the volume"
-            self._console.print(f"{name:<42} {size(count):>10}   {share}")
+            self._console.print(f"{name:<26} {size(count):>10}   {share}")
 
     def closing(self) -> None:
         """What to try next, with the real addresses."""
@@ -195,7 +196,7 @@ class Story:
 
     def _resilver(self, *arguments: str) -> None:
         """Runs the command on this terminal; raises DemoFailed if it does not end with 0."""
-        self._console.print(f"\n$ resilver {' '.join(arguments)}", style="bold", soft_wrap=True)
+        self._console.print(f"\n$ resilver {shlex.join(arguments)}", style="bold", soft_wrap=True)
         done = subprocess.run(self._command(*arguments), check=False, timeout=COMMAND_TIMEOUT_S)
         if done.returncode != 0:
             raise failed(f"resilver {' '.join(arguments)} ended with {done.returncode}")

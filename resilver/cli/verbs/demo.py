@@ -46,7 +46,7 @@ def demo(session: Session, keep: bool) -> int:
                 output.note(story.logs() if story is not None else "")
             output.note("stopping everything and removing what was made")
     except KeyboardInterrupt:
-        output.note("stopped; everything was stopped and removed")
+        output.note("stopped" if cleanup.failures else "stopped; everything was stopped and removed")
         code = 0 if keep else EXIT_STOPPED
     for failure in cleanup.failures:
         output.note(f"not cleaned up: {failure}")

@@ -128,7 +128,7 @@ def _summary(resyncs: Sequence[pb.Resync], refusals: Sequence[api.VolumeRefusal]
     good = [one for one in resyncs if word(one, "state") == "SUCCEEDED"]
     head = "DONE" if len(good) == len(resyncs) and not refusals else "ENDED"
     copied = size(sum(one.done_bytes for one in resyncs))
-    parts = [f"{head} {len(good)} of {len(resyncs) + len(refusals)} in sync in {age(seconds)}"]
+    parts = [f"{head} {len(good)} of {len(resyncs) + len(refusals)} in sync in {_took(seconds)}"]
     parts.append(f"copied {copied} of {size(whole)}" if whole else f"copied {copied}")
     if good:
         parts.append("read back and compared")
@@ -136,6 +136,10 @@ def _summary(resyncs: Sequence[pb.Resync], refusals: Sequence[api.VolumeRefusal]
         f"{one.volume}/{one.node}'s own data: resilver preserved {one.volume}" for one in resyncs if one.preserved
     ]
     return "; ".join(parts)
+
+
+def _took(seconds: float) -> str:
+    return age(seconds) if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def _started(resyncs: Sequence[pb.Resync]) -> str:
