@@ -3,6 +3,8 @@
 One event a line; every line of output that follows it is indented. Ids are minted as `i1`, `i2`, … in order, so a
 scenario may name them. A line that starts with `#` is kept as it is.
 
+    given vm1 3 E3 a a,b 3-2:s2 s1     what the store held: volume, epoch, epoch_id, primary, members, newest, bases of
+                                       the other members; `opening` may follow
     connect a vm1                      an agent's stream opens (its boot is `a1`, after a reconnect `a2`)
     disconnect a
     report a vm1 empty                 what a node says of its replica: empty | lost, or
@@ -21,12 +23,12 @@ import itertools
 from dataclasses import replace
 
 from coordinator.core import events as e
-from coordinator.core.cluster import ElectionRecord, NodeView, Resync, Size
+from coordinator.core.cluster import ElectionRecord, NodeView, Resync, Size, VolumeEntry
 from coordinator.core.context import Identity, Settings
 from coordinator.core.engine import Engine
 from resilver.errors import ResilverError, error_for
 from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
-from resilver.volume import Grant, LiveCopy, LiveState, Presence, Progress, ReplicaReport, ResyncState
+from resilver.volume import Grant, LiveCopy, LiveState, Presence, Progress, ReplicaReport, ResyncState, VolumeRecord
 
 START_MS = 1_700_000_000_000
 
@@ -34,24 +36,29 @@ START_MS = 1_700_000_000_000
 class Scenario:
     """One engine and the names that the text gives to streams."""
 
-    def __init__(self) -> None:
+    def __init__(self, loaded: e.Loaded) -> None:
         numbers = itertools.count(1)
         self.now_ms = START_MS
         self.new_id = lambda: f"i{next(numbers)}"
         self.engine = Engine(
-            Identity("demo", "store-1", 1, "leader-1", "c1"), Settings(), EMPTY, self.now_ms, self.new_id
+            Identity("demo", "store-1", 1, "leader-1", "c1"), Settings(), loaded, self.now_ms, self.new_id
         )
         self.boots: dict[str, int] = {}
         self.seqs = itertools.count(1)
 
-    def run(self, text: str) -> str:
+    @classmethod
+    def play(cls, text: str) -> str:
         """The whole output: each event line with what the engine did indented below it."""
+        volumes = dict(given(line.split()[1:]) for line in text.splitlines() if line.startswith("given "))
+        return cls(e.Loaded(volumes, {}, {}, {})).run(text)
+
+    def run(self, text: str) -> str:
         lines: list[str] = []
         for line in text.splitlines():
             if line.startswith("    "):
                 continue
             lines.append(line)
-            if not line.strip() or line.startswith("#"):
+            if not line.strip() or line.startswith(("#", "given ")):
                 continue
             for event in self.events(line.split()):
                 for action in self.engine.step(event, self.now_ms):
@@ -143,7 +150,17 @@ class Scenario:
         return [e.Requested(key, request)]
 
 
-EMPTY = e.Loaded({}, {}, {}, {})
+def given(words: list[str]) -> tuple[str, VolumeEntry]:
+    """A volume as an earlier reign left it."""
+    volume, epoch, epoch_id, primary, members, newest, *rest = words
+    cp, _, newest_id = newest.partition(":")
+    flags = [word for word in rest if word == "opening"]
+    others = [member for member in members.split(",") if member != primary]
+    record = VolumeRecord(
+        volume, "V1", int(epoch), epoch_id, primary, tuple(members.split(",")), ConsistencyPoint.parse(cp), newest_id
+    )
+    bases = dict(zip(others, [word for word in rest if word not in flags], strict=False))
+    return volume, VolumeEntry(record, opening="opening" in flags, bases=bases)
 
 
 def lineage(records: list[tuple[str, str, bool]], epoch_id: str = "") -> Lineage:

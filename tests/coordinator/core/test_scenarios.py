@@ -14,7 +14,7 @@ FILES = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_scenario(path: Path, pytestconfig: pytest.Config) -> None:
     text = path.read_text()
-    found = Scenario().run(text)
+    found = Scenario.play(text)
     if pytestconfig.getoption("--rewrite"):
         path.write_text(found)
     assert found == text
