@@ -14,7 +14,7 @@ the disk becomes `Damaged("IO_ERROR")` or `Refused("NO_SPACE")`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -119,6 +119,9 @@ class Stage(Protocol):
         """Makes the next reads come from the disk."""
 
     def read_into(self, offset: int, view: memoryview) -> None: ...
+
+    def data_within(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of what is not a hole there, in order, at most 1 MiB each: the rest reads as zero."""
 
     def close(self) -> None: ...
 

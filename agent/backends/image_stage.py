@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Iterator
 from typing import Final
 
 from agent.backends.image_copy import Copier, create, fresh_dir, opened, remove_tree
@@ -60,6 +61,10 @@ class ImageStage:
     def read_into(self, offset: int, view: memoryview) -> None:
         with disk_errors(self._path):
             contents.read_exactly(self._fd, offset, view)
+
+    def data_within(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        with disk_errors(self._path):
+            yield from contents.data_windows((self._fd,), offset, offset + length)
 
     def close(self) -> None:
         with self._closing:

@@ -1,9 +1,8 @@
 """Reads what a transfer wrote back from the disk and compares it with what was sent.
 
 The cache is dropped first, so that the answer is the disk's. Cold scattered reads wait for the disk, not for a
-processor: several threads read at once, each with a buffer of 1 MiB.
-
-The weak spot: a zero range is read in full, although most of it is a hole. A range of a TiB takes minutes.
+processor: several threads read at once, each with a buffer of 1 MiB. Of a zero range only what is not a hole is read,
+so that one of a TiB takes no longer than what it holds.
 """
 
 from __future__ import annotations
@@ -73,12 +72,14 @@ def verify(stage: Stage, delta: DeltaMap, journal: Journal, *, stop: threading.E
 
 def _compared(stage: Stage, record: Record, buffer: memoryview, stop: threading.Event | None) -> int:
     """Reads one record's range and compares it; its length."""
-    for offset in range(record.offset, record.offset + record.length, CHUNK_BYTES_MAX):
-        if stop is not None and stop.is_set():
-            raise Stopped
-        view = buffer[: min(CHUNK_BYTES_MAX, record.offset + record.length - offset)]
+    zero = record.digest == NO_DIGEST
+    pieces = stage.data_within(record.offset, record.length) if zero else [(record.offset, record.length)]
+    _go_on(stop)
+    for offset, length in pieces:
+        _go_on(stop)
+        view = buffer[:length]
         stage.read_into(offset, view)
-        same = reads_as_zero(view) if record.digest == NO_DIGEST else blake3(view).digest() == record.digest
+        same = reads_as_zero(view) if zero else blake3(view).digest() == record.digest
         if not same:
             raise Damaged(
                 "READBACK_MISMATCH",
@@ -87,3 +88,8 @@ def _compared(stage: Stage, record: Record, buffer: memoryview, stop: threading.
                 length=str(len(view)),
             )
     return record.length
+
+
+def _go_on(stop: threading.Event | None) -> None:
+    if stop is not None and stop.is_set():
+        raise Stopped

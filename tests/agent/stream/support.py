@@ -13,6 +13,7 @@ from typing import Self
 
 from agent.backends.base import SnapshotReader
 from agent.delta import DeltaMap, DeltaRange
+from agent.disk import contents, ioctl
 from agent.stream.frame import Hello
 from agent.stream.journal import Journal, JournalKey
 from agent.stream.link import SourceAddress
@@ -66,14 +67,14 @@ class FileStage:
         self.size_bytes = size_bytes
         self.writes = 0
         self.syncs = 0
+        self.read_bytes = 0
 
     def write(self, offset: int, data: memoryview) -> None:
         self.writes += 1
         assert os.pwrite(self._fd, data, offset) == len(data)
 
     def zero(self, offset: int, length: int) -> None:
-        for at in range(offset, offset + length, MIB):
-            os.pwrite(self._fd, bytes(min(MIB, offset + length - at)), at)
+        ioctl.punch_hole(self._fd, offset, length)
 
     def sync(self) -> None:
         self.syncs += 1
@@ -84,7 +85,11 @@ class FileStage:
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def read_into(self, offset: int, view: memoryview) -> None:
+        self.read_bytes += len(view)
         assert os.preadv(self._fd, [view], offset) == len(view)
+
+    def data_within(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        yield from contents.data_windows((self._fd,), offset, offset + length)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -223,6 +223,19 @@ def test_a_hole_that_is_none_is_found(tmp_path):
     assert found.value.reason == "READBACK_MISMATCH"
 
 
+def test_a_hole_of_a_tib_costs_what_it_holds(tmp_path):
+    delta = DeltaMap.of(8 << 40, [DeltaRange(MIB, 1 << 40, zero=True)])
+    transfer = Transfer(FileStage(tmp_path / "stage", 8 << 40), delta)
+    transfer.run()
+    transfer.stage.write(1 << 39, memoryview(bytes(MIB)))
+    assert verify(transfer.stage, delta, transfer.journal) == 1 << 40
+    assert transfer.stage.read_bytes == MIB
+    transfer.stage.write(1 << 40, memoryview(b"x"))
+    with pytest.raises(Damaged) as found:
+        verify(transfer.stage, delta, transfer.journal)
+    assert found.value.metadata["offset"] == str(1 << 40)
+
+
 def test_what_was_never_received_does_not_pass_for_verified(tmp_path):
     delta = DeltaMap.of(4 * MIB, [DeltaRange(0, MIB), DeltaRange(2 * MIB, MIB, zero=True)])
     transfer = Transfer(FileStage(tmp_path / "stage", 4 * MIB), delta)
