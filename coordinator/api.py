@@ -27,7 +27,7 @@ from coordinator.core.etag import volume_etag
 from coordinator.core.events import Dropped, Exported, Planned, Pruned, Request, ResyncsStarted, SnapshotsTaken
 from coordinator.idempotency import Answered
 from coordinator.office import Engine, Office
-from coordinator.paging import MESSAGE_BYTES_MAX
+from coordinator.paging import MESSAGE_BYTES_MAX, PAGE_BYTES_MAX, chunks
 from coordinator.reports import peer_host
 from coordinator.requests import Names, check_request_id
 from coordinator.wire import (
@@ -103,20 +103,23 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
     async def WatchVolumes(
         self, request: api.WatchVolumesRequest, context: Context
     ) -> AsyncIterator[api.WatchVolumesResponse]:
-        async for answer in watches.while_leading(watches.watch_volumes(self._office, request)):
-            yield answer
+        async with watches.while_leading(watches.watch_volumes(self._office, request)) as answers:
+            async for answer in answers:
+                yield answer
 
     async def WatchResyncs(
         self, request: api.WatchResyncsRequest, context: Context
     ) -> AsyncIterator[api.WatchResyncsResponse]:
-        async for answer in watches.while_leading(watches.watch_resyncs(self._office, request)):
-            yield answer
+        async with watches.while_leading(watches.watch_resyncs(self._office, request)) as answers:
+            async for answer in answers:
+                yield answer
 
     async def WatchEvents(
         self, request: api.WatchEventsRequest, context: Context
     ) -> AsyncIterator[api.WatchEventsResponse]:
-        async for answer in watches.while_leading(watches.watch_events(self._office, request, context)):
-            yield answer
+        async with watches.while_leading(watches.watch_events(self._office, request, context)) as answers:
+            async for answer in answers:
+                yield answer
 
     # ------------------------------------------------------------ resyncs
 
@@ -130,7 +133,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
         async def run() -> api.StartResyncResponse:
             started = await self._ask(asked, ResyncsStarted)
-            return bounded(
+            return _shortened(
                 api.StartResyncResponse(
                     resyncs=map(resync_to_proto, started.resyncs),
                     refusals=map(volume_refusal_to_proto, started.refusals),
@@ -178,7 +181,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
         asked = requests.prune(request, self._names(), principal_of(context))
 
         async def run() -> api.PruneSnapshotsResponse:
-            return bounded(pruned_to_proto(await self._ask(asked, Pruned)))
+            return pruned_to_proto(await self._ask(asked, Pruned))
 
         return await self._once(request, run)
 
@@ -217,7 +220,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
             self._check_mirrored(asked.volumes)
             if asked.volumes and not request.validate_only:
                 await self._ask(asked, object)
-            return bounded(api.PauseVolumeResponse(volumes=self._volumes(asked.volumes)))
+            return api.PauseVolumeResponse(volumes=self._volumes(asked.volumes))
 
         return await self._once(request, run)
 
@@ -232,7 +235,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
             self._check_mirrored(asked.volumes)
             if asked.volumes and not request.validate_only:
                 await self._ask(asked, object)
-            return bounded(api.ResumeVolumeResponse(volumes=self._volumes(asked.volumes)))
+            return api.ResumeVolumeResponse(volumes=self._volumes(asked.volumes))
 
         return await self._once(request, run)
 
@@ -253,7 +256,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
             engine = self._office.engine()
             concerned = tuple(name for name in engine.volume_names() if asked.node in engine.view(name).record.members)
             await self._ask(asked, object)
-            return bounded(api.RemoveNodeResponse(volumes=self._volumes(concerned)))
+            return api.RemoveNodeResponse(volumes=self._volumes(concerned))
 
         return await self._once(request, run)
 
@@ -324,9 +327,11 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
                 raise Refused("OPENING", message, next_command=f"resilver resync {volume}", volume=volume)
 
     def _volumes(self, names: tuple[str, ...]) -> list[volume_pb2.Volume]:
+        """As many as one message holds: what was done is done, and an answer that is too long would hide it."""
         engine, now_ms = self._office.engine(), self._office.now_ms()
         known = frozenset(engine.volume_names())
-        return [queries.volume(engine, name, now_ms) for name in names if name in known]
+        found = chunks(queries.volume(engine, name, now_ms) for name in names if name in known)
+        return next(iter(found), [])
 
     def _snapshot(self, volume: str, snapshot: Snapshot) -> volume_pb2.Snapshot:
         """As the cluster knows it; the primary's report may not have come yet."""
@@ -346,6 +351,14 @@ def bounded(message: M) -> M:
     size = message.ByteSize()
     if size > MESSAGE_BYTES_MAX - 1024:
         raise Exhausted("TOO_LARGE", f"the answer has {size} bytes, more than one message holds; ask for fewer volumes")
+    return message
+
+
+def _shortened(message: api.StartResyncResponse) -> api.StartResyncResponse:
+    """The answer without the plans, if it is too long with them: `GetResync` has them."""
+    if message.ByteSize() > PAGE_BYTES_MAX:
+        for resync in message.resyncs:
+            resync.ClearField("plan")
     return message
 
 

@@ -123,7 +123,10 @@ class Office(Protocol):
         """
 
     def post(self, event: Event) -> None:
-        """Hands an event to the engine. Raises `Superseded("NOT_LEADER")` on a standby."""
+        """Hands an event to the engine.
+
+        Raises `Superseded("NOT_LEADER")` on a standby, `Exhausted("TOO_LARGE")` while the engine is behind.
+        """
 
     def watch(self) -> Watch: ...
 

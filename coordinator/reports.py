@@ -13,7 +13,8 @@ The rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any, Final
 from urllib.parse import unquote
 from uuid import uuid4
@@ -68,12 +69,13 @@ class Reports(agent_pb2_grpc.ReportsServicer):
             raise Exhausted("TOO_LARGE", f"{self._streams} agents are connected, which is all that are served")
         self._streams += 1
         try:
-            async for response in self._serve(request_iterator, context.peer()):
-                yield response
+            async with aclosing(self._serve(request_iterator, context.peer())) as responses:
+                async for response in responses:
+                    yield response
         finally:
             self._streams -= 1
 
-    async def _serve(self, messages: Messages, peer: str) -> AsyncIterator[agent_pb2.ReportResponse]:
+    async def _serve(self, messages: Messages, peer: str) -> AsyncGenerator[agent_pb2.ReportResponse, None]:
         opening = await _next(messages, self._node_timeout_s, "a hello")
         if opening is None:
             return
@@ -92,8 +94,9 @@ class Reports(agent_pb2_grpc.ReportsServicer):
             )
             return
         session = _Session(self._office, hello, opening.seq, self._node_timeout_s)
-        async for response in session.run(messages, identity):
-            yield response
+        async with aclosing(session.run(messages, identity)) as responses:
+            async for response in responses:
+                yield response
 
 
 class _Session:
@@ -108,7 +111,7 @@ class _Session:
         self._heard = asyncio.Event()
         self._connected = False
 
-    async def run(self, messages: Messages, identity: Identity) -> AsyncIterator[agent_pb2.ReportResponse]:
+    async def run(self, messages: Messages, identity: Identity) -> AsyncGenerator[agent_pb2.ReportResponse, None]:
         """Reads on one side and answers on the other until either has ended."""
         outbox = self._office.open_stream(self._hello.stream)
         tasks: set[asyncio.Task[Any]] = set()

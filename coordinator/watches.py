@@ -11,9 +11,9 @@ The rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from contextlib import aclosing
 from typing import Final, TypeVar
 
 import grpc
@@ -164,11 +164,14 @@ def _digest(message: volume_pb2.Volume) -> bytes:
     return hashlib.sha256(lasting.SerializeToString(deterministic=True)).digest()
 
 
-async def while_leading(answers: AsyncGenerator[M, None]) -> AsyncIterator[M]:
-    """The same stream; the end of the reign is for the client what any absence of a leader is: to be tried again."""
-    async with aclosing(answers) as stream:
-        try:
-            async for answer in stream:
-                yield answer
-        except Conflict as error:
-            raise Unavailable("NO_LEADER", f"this coordinator has ceased to lead: {error.message}") from error
+@contextlib.asynccontextmanager
+async def while_leading(answers: AsyncGenerator[M, None]) -> AsyncIterator[AsyncGenerator[M, None]]:
+    """The same stream, closed at the end of the block.
+
+    The end of the reign is for the client what any absence of a leader is: to be tried again.
+    """
+    try:
+        async with contextlib.aclosing(answers):
+            yield answers
+    except Conflict as error:
+        raise Unavailable("NO_LEADER", f"this coordinator has ceased to lead: {error.message}") from error

@@ -40,6 +40,7 @@ from resilver.wire import SOURCES_MAX, cp_to_proto, time_to_proto
 ENTRIES_MAX: Final = 256
 """Nodes, candidates, losses or preserved copies in one message."""
 REASONS_MAX: Final = 32
+PRUNED_SHOWN_MAX: Final = 1000
 SPACE_LEAST_BYTES: Final = 64 << 20
 RANGE_BYTES: Final = 34
 """What a changed range costs in metadata: 17 bytes for its extent and as much for the clone's."""
@@ -313,10 +314,10 @@ def pruned_to_proto(pruned: Pruned) -> coordinator_pb2.PruneSnapshotsResponse:
     return coordinator_pb2.PruneSnapshotsResponse(
         dropped=[
             coordinator_pb2.PrunedSnapshot(id=snapshot_id, node=node, freed_bytes=freed_bytes)
-            for node, snapshot_id, freed_bytes in pruned.dropped
+            for node, snapshot_id, freed_bytes in pruned.dropped[:PRUNED_SHOWN_MAX]
         ],
         kept=[
             coordinator_pb2.PrunedSnapshot(id=snapshot_id, node=node, pinned_by=first(why))
-            for node, snapshot_id, why in pruned.kept
+            for node, snapshot_id, why in pruned.kept[:PRUNED_SHOWN_MAX]
         ],
     )
