@@ -102,15 +102,14 @@ class SqliteStore:
 
     async def commit(self, reign: Reign, writes: Sequence[Write]) -> int:
         encoded = encode_all(writes)
-        hung = Conflict("LEADERSHIP_LOST", f"a commit to {self._path} hangs and may yet be carried out: the reign ends")
+        hung = Conflict("LEADERSHIP_LOST", f"a commit to {self._path} hangs and may yet be done: the reign ends")
         return await self._run(lambda: self._commit(reign, encoded), hung)
 
     async def health(self) -> Health:
-        try:
+        with contextlib.suppress(ResilverError):
             await self._run(self._read_revision)
-        except ResilverError:
-            return Health("sqlite", 0, 1)
-        return Health("sqlite", 1, 1)
+            return Health("sqlite", 1, 1)
+        return Health("sqlite", 0, 1)
 
     async def close(self) -> None:
         """Frees the lock; the database stays as it is. Closed already is closed."""
@@ -141,9 +140,7 @@ class SqliteStore:
     # ------------------------------------------------------------ in the store's thread
 
     def _open(self) -> str:
-        if self._database is not None:
-            self._database.close()
-            self._database = None
+        self._close_database()
         _make_file(self._path)
         try:
             database = sqlite3.connect(self._path, timeout=TIMEOUT_S / 2, isolation_level=None, check_same_thread=False)
@@ -354,6 +351,9 @@ class SqliteStore:
 
     def _close(self) -> None:
         self._unlock()
+        self._close_database()
+
+    def _close_database(self) -> None:
         if self._database is not None:
             self._database.close()
             self._database = None
