@@ -9,6 +9,7 @@ PREPARING -> TRANSFERRING -> VERIFYING -> COMMITTING -> SUCCEEDED, in a thread o
 * The right to go on is checked at the start and again at the commit: both happen on the replica's worker.
 * Use, KEEPS_BEING_WRITTEN and PRESERVED_FULL block a run: the stage is kept, and the coordinator plans anew. A full or
   failing disk here, and data that does not read back as it was sent, cost the stage. Every other failure keeps it.
+* A live copy in use stands in the way of the commit alone: the stage is filled meanwhile, and waits for it.
 """
 
 from __future__ import annotations
@@ -128,7 +129,6 @@ class Run:
         if self._is_done(report):
             self._on_worker(lambda: self._succeed(report))
             return
-        _not_in_use(report)
         if self.wanted.base == self.wanted.target:
             self._restore(report)
             return
@@ -238,6 +238,7 @@ class Run:
             raise Stopped
         wanted, replica = self.wanted, self._replica
         report = self._checked()
+        _not_in_use(report)
         self._may_replace(report, lineage)
         self._tell(state=ResyncState.COMMITTING)
         preserved = replica.backend.commit(
