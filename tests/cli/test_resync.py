@@ -173,6 +173,8 @@ def test_resyncs_and_cancel(run, coordinator, table):
     assert run("cancel", "1111", "--discard-stage")[0] == 0
     assert run("cancel", "db1")[0] == 0
     assert run("cancel", "--all")[0] == 0
+    table["ListResyncs"] = api.ListResyncsResponse()
+    assert "no resync runs there" in run("cancel", "db1")[1]
     orders = coordinator.answers.of("CancelResync")
     assert [order.id for order in orders] == [sample.R1, sample.R2, sample.R1, sample.R2]
     assert [order.discard_stage for order in orders] == [True, False, False, False]

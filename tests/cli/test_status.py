@@ -40,6 +40,8 @@ def test_status_problems_leaves_healthy_volumes_out(run, table):
     table["ListVolumes"] = api.ListVolumesResponse(volumes=[healthy, sample.vm1()])
     assert "calm" in run("status")[1]
     assert "calm" not in run("status", "--problems")[1]
+    table["ListVolumes"] = api.ListVolumesResponse(volumes=[healthy])
+    assert "No problems." in run("status", "--problems")[1]
 
 
 def test_pages_are_followed(run, coordinator, table):

@@ -65,15 +65,18 @@ def with_problems(volumes: Iterable[pb.Volume]) -> list[pb.Volume]:
     return [volume for volume in volumes if word(volume, "state") != "HEALTHY" or troubles([volume])]
 
 
-def screen(cluster: Cluster, volumes: Sequence[pb.Volume], now: float) -> Group:
-    """The whole screen, as of `now` (Unix time in seconds)."""
+NO_VOLUMES = "No volumes. They appear when an agent that has some in its configuration reports."
+NO_PROBLEMS = "No problems."
+
+
+def screen(cluster: Cluster, volumes: Sequence[pb.Volume], now: float, *, empty: str = NO_VOLUMES) -> Group:
+    """The whole screen, as of `now` (Unix time in seconds); `empty` stands where no volume does."""
     parts: list[RenderableType] = [_head(cluster, now)]
     if volumes:
         parts.append(_replicas(volumes, now))
         parts.append(_newest(volumes, now))
     else:
-        parts.append(Text("No volumes. They appear when an agent that has some in its configuration reports."))
-    parts += [_paused(volume, now) for volume in volumes if volume.HasField("pause")]
+        parts.append(Text(empty))
     found = [*node_troubles(cluster.nodes), *troubles(volumes)]
     if found:
         parts.append(Text(count(len(found), "PROBLEM", "PROBLEMS"), style="bold"))
@@ -159,11 +162,3 @@ def _newest(volumes: Sequence[pb.Volume], now: float) -> Text:
         text = f"{cp}, {age(now - known)} ago" if cp and known else cp or "none yet"
         line.append(f"   {volume.name} {text}", style="not bold")
     return line.append("   (writes since then are on the primary alone)", style="not bold dim")
-
-
-def _paused(volume: pb.Volume, now: float) -> Text:
-    pause = volume.pause
-    until = seconds_of(pause.until_time)
-    rest = f"for another {age(until - now)}" if until else "until resilver unpause"
-    by = f" by {pause.principal}" if pause.principal else ""
-    return Text(f"PAUSED   {volume.name} {rest}{by}: {pause.reason or 'no reason given'}", style="yellow")

@@ -210,8 +210,9 @@ def cancel(session: Session, what: tuple[str, ...], all_resyncs: bool, discard_s
     async def work(client: Client) -> list[pb.Resync]:
         request = api.ListResyncsRequest(active_only=True)
         running = await client.pages(lambda s: s.ListResyncs, request, lambda page: page.resyncs)
+        names = await client.pages(lambda s: s.ListVolumes, api.ListVolumesRequest(), lambda page: page.volumes)
         ended = []
-        for identity in _chosen(what, running):
+        for identity in _chosen(what, running, {volume.name for volume in names}):
             order: Any = {"request_id": request_id(), "id": identity, "discard_stage": discard_stage}
             ended.append((await client.call(lambda s: s.CancelResync, api.CancelResyncRequest(**order))).resync)
         return ended
@@ -226,12 +227,14 @@ def cancel(session: Session, what: tuple[str, ...], all_resyncs: bool, discard_s
     return 0
 
 
-def _chosen(what: tuple[str, ...], running: Sequence[pb.Resync]) -> list[str]:
-    """The ids of the runs that the words name: a volume's name stands for all of its runs."""
+def _chosen(what: tuple[str, ...], running: Sequence[pb.Resync], volumes: set[str]) -> list[str]:
+    """The ids of the runs that the words name: a volume's name stands for all of its runs, if any."""
     if not what:
         return [one.id for one in running]
     ids: dict[str, None] = {}
     for text in what:
-        of_volume = [one.id for one in running if one.volume == text]
-        ids |= dict.fromkeys(of_volume or [resolve(text, (one.id for one in running), "resync")])
+        if text in volumes:
+            ids |= dict.fromkeys(one.id for one in running if one.volume == text)
+        else:
+            ids[resolve(text, (one.id for one in running), "resync")] = None
     return list(ids)
