@@ -129,10 +129,8 @@ class SqliteStore:
             raise hung or self._unavailable(f"it hangs for {TIMEOUT_S:g} s already")
         try:
             return future.result()
-        except (sqlite3.Error, _CommitFailed) as error:
-            raise self._unavailable(str(error)) from error
-        except OSError as error:
-            raise self._unavailable(error.strerror or str(error)) from error
+        except (sqlite3.Error, _CommitFailed, OSError) as error:
+            raise self._unavailable(getattr(error, "strerror", None) or str(error)) from error
 
     def _unavailable(self, why: str) -> Unavailable:
         return Unavailable("STORE_UNAVAILABLE", f"the store {self._path} cannot be used: {why}")
