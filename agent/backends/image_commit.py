@@ -122,9 +122,6 @@ def _plan(layout: Layout, state: State, stage: ImageStage, order: CommitOrder) -
             tip=state.tip,
         )
     _check_relation(layout, state, order)
-    stat = check_live(layout.live)
-    if stat is not None:
-        refuse_other_names(layout.live, stat)
     shared = newest_shared(state.lineage, order.lineage)
     leaving = state.lineage.after(shared.id) if shared is not None else state.lineage.records
     if leaving and shared is not None and not order.replace_own_data:
@@ -153,9 +150,11 @@ def _name(tip: Snapshot | None) -> str:
 
 def _commit(tools: Tools, stage: ImageStage, plan: _Plan, stack: contextlib.ExitStack) -> tuple[PreservedCopy, ...]:
     layout, state = tools.layout, plan.state
-    there = layout.live.exists()
-    if there:
+    stat = check_live(layout.live)
+    there = stat is not None
+    if stat is not None:
         Lease(layout.live).close()  # in use: found before anything is made
+        refuse_other_names(layout.live, stat)
     tools.step("commit.begun")
     stage.sync()
     new = _make_live(tools, plan, stack)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.backends.replica import Replica
+from tests.agent.backends.replica import STAGES, Replica
 from tests.loopfs import KINDS, mounted
 
 
@@ -42,6 +42,8 @@ def place(mounts: Callable[[str], Path], kind: str) -> Iterator[Path]:
     made = mounts(kind) / uuid.uuid4().hex
     made.mkdir()
     yield made
+    while STAGES:
+        STAGES.pop().close()
     shutil.rmtree(made)
 
 
@@ -54,3 +56,14 @@ def replica(place: Path) -> Replica:
 def other(place: Path) -> Replica:
     """A second node's replica, on the same file system."""
     return Replica(place / "b")
+
+
+@pytest.fixture
+def small(kind: str) -> Iterator[Path]:
+    """A file system of its own, which a test may fill."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount file systems")
+    with mounted(kind, 320 << 20) as point:
+        yield point
+        while STAGES:
+            STAGES.pop().close()

@@ -16,6 +16,7 @@ from resilver.volume import PreservedCopy
 
 BLOCK = 4096
 SIZE = 4 << 20
+STAGES: list[Stage] = []  # those that a test has opened; closed at its end, or their mount stays busy
 VOLUME_ID = "0b6a3c1e-0000-4000-8000-000000000001"
 
 
@@ -99,10 +100,15 @@ class Replica:
 
     # A transfer, without the wire.
 
+    def open_stage(self, base: str, target: str, size: int) -> Stage:
+        stage = self.backend.open_stage(base, target, size)
+        STAGES.append(stage)
+        return stage
+
     def stage_from(self, source: Replica, base: str, target: Snapshot) -> tuple[Stage, DeltaMap]:
         """Fills a stage with what the source's delta map names, and nothing else."""
         delta = source.backend.delta_map(base, target.id)
-        stage = self.backend.open_stage(base, target.id, target.size_bytes)
+        stage = self.open_stage(base, target.id, target.size_bytes)
         reader = source.backend.open_reader(target.id)
         for row in delta:
             if row.zero:
