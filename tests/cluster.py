@@ -151,6 +151,19 @@ class Cluster:
         )
         self.process(name, sys.executable, "-m", "coordinator.app", "--config", str(config))
 
+    def image(self, node: str, volume: str) -> Path:
+        """The live copy of a volume on a node."""
+        return self.paths[node, volume]
+
+    def records(self, node: str, volume: str) -> Path:
+        """The directory of a volume's snapshots and records on a node."""
+        live = self.paths[node, volume]
+        return live.parent / ".resilver" / volume
+
+    def snapshot_data(self, node: str, volume: str, snapshot: str) -> Path:
+        """The bytes of one snapshot on a node."""
+        return self.records(node, volume) / snapshot / "data"
+
     def agent_config(self, node: str, volumes: Mapping[str, Path], extra: str = "", volume_extra: str = "") -> Path:
         """Writes an agent's configuration and answers its path."""
         coordinators = ", ".join(f'"127.0.0.1:{port}"' for name, port in self.ports.items() if name in ("c1", "c2"))
@@ -195,15 +208,32 @@ class Cluster:
         assert ran.code == 0, f"{arguments}: exit {ran.code}\n{ran.out}\n{ran.err}"
         return ran.json
 
-    def replicas(self, volume: str) -> dict[str, Any]:
-        """The rows of `status`, by node; empty while the coordinator knows no such volume or does not answer."""
+    def refused(self, *arguments: str, reason: str) -> Ran:
+        """A run that must be refused: exit 3, and this reason first on stderr."""
+        ran = self.cli(*arguments)
+        assert ran.code == 3, f"{arguments}: exit {ran.code}\n{ran.out}\n{ran.err}"
+        assert reason in ran.err.splitlines()[0], ran.err
+        return ran
+
+    def volume(self, volume: str) -> Any:
+        """The volume as `status` has it; empty while the coordinator knows no such volume or does not answer."""
         ran = self.cli("status")
         if ran.code != 0:
             return {}
-        for one in ran.json["volumes"]:
-            if one["name"] == volume:
-                return {row["node"]: row for row in one["replicas"]}
-        return {}
+        return next((one for one in ran.json["volumes"] if one["name"] == volume), {})
+
+    def replicas(self, volume: str) -> dict[str, Any]:
+        """The rows of `status`, by node; empty as `volume` is."""
+        return {row["node"]: row for row in self.volume(volume).get("replicas", ())}
+
+    def wait_state(self, volume: str, node: str, state: str) -> Any:
+        """The replica's row once it is in that state and reachable."""
+
+        def there() -> Any:
+            row = self.replicas(volume).get(node, {})
+            return row if row.get("reachable") and row["state"] == state else None
+
+        return wait_for(there, f"{volume}/{node} is {state}")
 
     def wait_reachable(self, volume: str, *nodes: str) -> dict[str, Any]:
         def there() -> dict[str, Any] | None:
