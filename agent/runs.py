@@ -154,7 +154,10 @@ class Runs:
                 continue
             _log.info("run resumed", volume=volume, resync=saved.wanted.resync_id)
             progress = replace(saved.progress, state=ResyncState.QUEUED)
-            self._start(self._made(saved.wanted, replica, capacity_bytes=saved.capacity_bytes, progress=progress), None)
+            run = self._made(saved.wanted, replica, capacity_bytes=saved.capacity_bytes, progress=progress)
+            with self._mutex:
+                self._runs[volume] = run
+            self._start(run, None)
 
     def sweep(self, volume: str) -> None:
         """On the worker: discards a stage that no run has used for a day."""

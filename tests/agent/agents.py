@@ -71,6 +71,7 @@ class Leader:
     volume_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     epoch: int = 1
     epoch_id: str = "epoch-1"
+    resyncs: list[str] = field(default_factory=list)
 
     def header(self, expected_tip: str | None = None, **changes: Any) -> agent_pb2.OrderHeader:
         made = agent_pb2.OrderHeader(
@@ -104,11 +105,12 @@ class Leader:
 
 @dataclass
 class AgentProcess:
-    """One agent of the program under test; `ours` is what it serves."""
+    """One agent of the program under test, with a volume of its own for each test that shares it."""
 
     node: str
     directory: Path
-    image: Path
+    place: Path
+    volumes: tuple[str, ...] = ("vm1",)
     coordinator_port: int = field(default_factory=free_port)
     port: int = field(default_factory=free_port)
     stream_port: int = field(default_factory=free_port)
@@ -117,6 +119,12 @@ class AgentProcess:
     volume_extra: str = ""
     process: Process | None = None
     channel: Any = None
+
+    def image(self, volume: str = "vm1") -> Path:
+        return self.place / f"{volume}.img"
+
+    def snapshot_data(self, volume: str, snapshot_id: str) -> Path:
+        return self.place / ".resilver" / volume / snapshot_id / "data"
 
     @property
     def config(self) -> Path:
@@ -129,23 +137,34 @@ class AgentProcess:
             f'metrics_listen = "127.0.0.1:{self.metrics_port}"\nstate_dir = "{self.directory}/state-{self.node}"\n'
             f"include = []\n{self.extra}\n"
             "[space]\nreserve_ratio = 0.0\nreserve_min_bytes = 1048576\n"
-            f'[[volumes]]\nname = "vm1"\nbackend = "image"\npath = "{self.image}"\n{self.volume_extra}\n'
+            + "".join(
+                f'[[volumes]]\nname = "{volume}"\nbackend = "image"\npath = "{self.image(volume)}"\n'
+                f"{self.volume_extra}\n"
+                for volume in self.volumes
+            )
         )
         return self.config
 
-    def start(self) -> AgentProcess:
+    def start(self) -> None:
+        self.launch()
+        self.connect()
+
+    def launch(self) -> None:
         self.write_config()
         if self.process is None:
             command = [sys.executable, "-m", "agent.app", "--config", str(self.config)]
             self.process = Process(self.node, command, self.directory / f"{self.node}.log")
         self.process.start()
+
+    def connect(self) -> None:
+        """Returns when it serves."""
+        assert self.process is not None
         if self.channel is not None:
             self.channel.close()
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
         with contextlib.suppress(grpc.FutureTimeoutError):
             grpc.channel_ready_future(self.channel).result(timeout=DEADLINE_S)
         assert self.process.alive, self.log()
-        return self
 
     def kill(self) -> None:
         assert self.process is not None
@@ -167,17 +186,25 @@ class AgentProcess:
         except grpc.RpcError as error:
             raise to_error(error, unreachable="NODE_UNREACHABLE", who=self.node) from error
 
+    def stream(self, request: agent_pb2.StreamDeltaRequest, **changes: Any) -> Iterator[agent_pb2.StreamDeltaResponse]:
+        """StreamDelta's pages."""
+        for name, value in changes.items():
+            setattr(request, name, value)
+        try:
+            yield from agent_pb2_grpc.PeerStub(self.channel).StreamDelta(request, timeout=DEADLINE_S)
+        except grpc.RpcError as error:
+            raise to_error(error, unreachable="NODE_UNREACHABLE", who=self.node) from error
+
     # Orders.
 
-    def examine(self) -> volume_pb2.ReplicaReport:
-        return self.call("ExamineReplica", agent_pb2.ExamineReplicaRequest(volume="vm1")).replica
+    def examine(self, volume: str = "vm1") -> volume_pb2.ReplicaReport:
+        return self.call("ExamineReplica", agent_pb2.ExamineReplicaRequest(volume=volume)).replica
 
-    def records(self) -> list[volume_pb2.SnapshotRecord]:
-        return list(self.call("ExamineReplica", agent_pb2.ExamineReplicaRequest(volume="vm1")).records)
+    def records(self, volume: str = "vm1") -> list[volume_pb2.SnapshotRecord]:
+        return list(self.call("ExamineReplica", agent_pb2.ExamineReplicaRequest(volume=volume)).records)
 
-    @property
-    def tip(self) -> str:
-        return next((record.id for record in self.records()), "")
+    def tip(self, volume: str = "vm1") -> str:
+        return next((record.id for record in self.records(volume)), "")
 
     def open_epoch(self, leader: Leader, *, primary: str = "", grant: bool | None = None, **changes: Any) -> None:
         record = leader.record(primary or self.node, **changes)
@@ -237,6 +264,7 @@ class AgentProcess:
     ) -> volume_pb2.ResyncProgress:
         """The whole of it: orders to both sides, and the end."""
         resync_id = str(uuid.uuid4())
+        leader.resyncs.append(resync_id)
         source.prepare(leader, resync_id, base, target, self.node)
         self.receive(leader, resync_id, base, target, source, **options)
         return self.ended(resync_id)
@@ -249,10 +277,12 @@ def agents(directory: Path, disks: Path, *nodes: str, **options: Any) -> Iterato
     for node in nodes:
         place = disks / node
         place.mkdir(exist_ok=True)
-        made.append(AgentProcess(node, directory, place / "vm1.img", **options))
+        made.append(AgentProcess(node, directory, place, **options))
     try:
         for each in made:
-            each.start()
+            each.launch()
+        for each in made:
+            each.connect()
         yield made
     finally:
         for each in made:
