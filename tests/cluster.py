@@ -27,7 +27,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(what: Callable[[], Any], why: str, deadline_s: float = DEADLINE_S) -> Any:
+def wait_for(what: Callable[[], Any], why: str, deadline_s: float = DEADLINE_S, every_s: float = 0.1) -> Any:
     """The first true answer; fails with `why` after the deadline."""
     end = time.monotonic() + deadline_s
     while True:
@@ -35,7 +35,7 @@ def wait_for(what: Callable[[], Any], why: str, deadline_s: float = DEADLINE_S) 
         if found:
             return found
         assert time.monotonic() < end, f"{why}: not within {deadline_s:g} s"
-        time.sleep(0.1)  # a bounded poll of other processes: they have no event that could be waited for
+        time.sleep(every_s)  # a bounded poll of other processes: they have no event that could be waited for
 
 
 @dataclass(frozen=True)
@@ -172,14 +172,16 @@ class Cluster:
         text = (
             f'node = "{node}"\ncluster = "{self.name}"\ncoordinators = [{coordinators}]\n'
             f'listen = "127.0.0.1:{self.ports[node]}"\nstream_listen = "127.0.0.1:{self.ports[node + "-stream"]}"\n'
-            f'metrics_listen = "127.0.0.1:{self.ports[node + "-metrics"]}"\nstate_dir = "{self.directory}/{node}"\n{extra}\n'
+            f'metrics_listen = "127.0.0.1:{self.ports[node + "-metrics"]}"\n'
+            f'state_dir = "{self.directory}/{node}"\n{extra}\n'
         )
         if "[space]" not in extra:
             text += "[space]\nreserve_ratio = 0.0\nreserve_min_bytes = 16777216\n"
         for volume, path in volumes.items():
             self.paths[node, volume] = path
             priority = 10 if node == "a" else 0
-            text += f'[[volumes]]\nname = "{volume}"\nbackend = "image"\npath = "{path}"\npriority = {priority}\n{volume_extra}\n'
+            text += f'[[volumes]]\nname = "{volume}"\nbackend = "image"\npath = "{path}"\n'
+            text += f"priority = {priority}\n{volume_extra}\n"
         config = self.directory / f"{node}.toml"
         config.write_text(text)
         return config
