@@ -7,6 +7,7 @@ The rules:
 * What an agent sends is checked, bounded and slowed down, never trusted: volumes that the hello did not name, pages
   without end, more messages than a working agent has to send.
 * A stream on which nothing comes for the node timeout is closed: silence is how a node is known to be away.
+* Nothing is acknowledged to an agent of another cluster or store: all that it gets is the refusal.
 * A standby, and a leader whose reign has ended, name the leader and end the stream.
 """
 
@@ -34,7 +35,7 @@ from coordinator.core.events import (
     SendExamine,
     SendRecord,
 )
-from coordinator.office import Identity, Office
+from coordinator.office import Identity, Office, StreamOut
 from resilver.address import Address, parse_address
 from resilver.errors import Conflict, Exhausted, ResilverError, Superseded, Unavailable
 from resilver.fields import check_count, check_id, check_name, check_number, check_text, invalid
@@ -125,6 +126,9 @@ class _Session:
         try:
             self._office.post(self._hello)
             self._connected = True
+            if not self._belongs(identity):
+                yield self._down(identity, await self._refusal(outbox))
+                return
             yield self._ack(identity)
             reading, sending, hearing = begin(self._read(messages)), begin(outbox.get()), begin(self._heard.wait())
             while True:
@@ -149,6 +153,20 @@ class _Session:
             self._office.close_stream(self._hello.stream)
             for task in tuple(tasks):
                 task.cancel()
+
+    def _belongs(self, identity: Identity) -> bool:
+        """Whether this is the agent's own cluster and store: an acknowledgement from another one would be taken for
+        its own by an agent that has none yet, and ends the stream of one that has before it can be told to adopt.
+        """
+        mine = self._hello.store_id in ("", identity.store_id)
+        return mine and self._hello.cluster == identity.cluster
+
+    async def _refusal(self, outbox: StreamOut) -> SendExamine | SendRecord | RefuseAgent:
+        try:
+            async with asyncio.timeout(self._node_timeout_s):
+                return await outbox.get()
+        except TimeoutError as error:
+            raise Unavailable("DEADLINE", "this coordinator is behind with what it is told; try again") from error
 
     async def _read(self, messages: Messages) -> None:
         """Posts what the agent says until it stops, or says something that no agent says."""

@@ -139,13 +139,26 @@ async def test_a_stream_that_says_nothing_at_all_is_closed(coordinator):
 async def test_who_does_not_belong_here_is_told_why(coordinator, first, reason):
     async with client(coordinator) as stub, Line(coordinator) as line:
         await line.say(1, **first)
+        # Its first answer, before any acknowledgement, from which an agent would learn where it belongs.
         answer = await line.hear()
-        while answer.WhichOneof("body") is None:
-            answer = await line.hear()
         assert answer.refusal.reason == reason
         assert answer.refusal.message
+        assert not answer.adopt_store
         assert await line.ended() is grpc.StatusCode.OK
         assert not (await stub.ListNodes(api.ListNodesRequest())).nodes
+
+
+async def test_an_agent_of_another_store_is_told_to_adopt_this_one_after_an_operator_said_so(coordinator):
+    async with client(coordinator) as stub:
+        store_id = (await stub.GetCluster(api.GetClusterRequest())).store_id
+        await stub.AdoptStore(api.AdoptStoreRequest(store_id=store_id))
+        async with Line(coordinator) as line:
+            await line.say(1, hello=hello(store_id="the-old-store"))
+            answer = await line.hear()
+            assert (answer.refusal.reason, answer.adopt_store, answer.store_id) == ("WRONG_STORE", True, store_id)
+        async with Line(coordinator) as line:
+            await line.say(1, hello=hello(store_id=store_id))
+            assert (await line.hear()).acked_seq == 1
 
 
 @pytest.mark.parametrize(
