@@ -21,6 +21,12 @@ from resilver.volume import LiveState
 from tests.agent.backends.replica import SIZE, Replica, noise
 
 
+@pytest.fixture(params=["xfs", "btrfs", "ext4"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Compression makes no difference to what a crash leaves."""
+    return request.param
+
+
 def killed(work: Callable[[Callable[[str], None]], None], at: str) -> bool:
     """Runs the work in a child that SIGKILLs itself at a step; whether it came that far."""
     pid = os.fork()
