@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -202,7 +201,7 @@ def test_tables(place):
         os.pwrite(fd, old, at)
         assert contents.equals_table(fd, first_table)
     os.pwrite(fd, b"other", 200 << 20)
-    filled = next(row for row in differing(None, fd))
+    filled = next(row for row in differing(None, fd) if any(os.pread(fd, BLOCK, row.offset)))
     ioctl.punch_hole(fd, filled.offset, BLOCK)
     os.ftruncate(fd, (300 << 20) + 100)
     _second, second_table, second_digest = copied(one, place / "b")
@@ -229,7 +228,7 @@ def test_reading_beyond_the_end(tmp_path):
 # Size does not matter.
 
 FLOW = """
-import resource, sys
+import sys
 from pathlib import Path
 sys.path.insert(0, ".")
 from tests.agent.backends.replica import Replica, noise
@@ -254,14 +253,13 @@ with a.path.open("rb") as one, b.path.open("rb") as other:
         one.seek(part * 50_000_000_000), other.seek(part * 50_000_000_000)
         assert one.read(1 << 20) == other.read(1 << 20)
 assert b.path.stat().st_blocks * 512 < 40 << 20
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
-def test_a_sparse_tebibyte_works_like_a_small_one(place, kind):
+def test_a_sparse_tebibyte_works_like_a_small_one(place):
     done = subprocess.run(
         [sys.executable, "-c", FLOW, str(place)], capture_output=True, text=True, check=False, timeout=100
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 150, "MiB at most, of which numpy and Python are half"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert int(done.stdout) < 120 << 10, "KiB at most, of which numpy and Python are half"
