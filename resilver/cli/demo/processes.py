@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -68,9 +69,19 @@ class Program:
         assert self._process is not None, "asked for the pid of a program that runs"
         return self._process.pid
 
+    @property
+    def line(self) -> str:
+        """The command line that starts it."""
+        return shlex.join(self._command)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process is not None and self._process.poll() is not None
+
     def check(self) -> None:
         """Raises DemoFailed if it has ended by itself."""
-        if self._process is not None and self._process.poll() is not None:
+        if self._process is not None and self.ended:
             raise failed(f"{self.name} ended by itself, with {self._process.returncode}; its log says why")
 
     def log_end(self) -> str:

@@ -180,12 +180,15 @@ class Story:
             self._console.print(f"  {line}", soft_wrap=True)
 
     def stay(self) -> None:
-        """Keeps the cluster until Ctrl-C, and says so if one of its programs ends."""
-        self._console.print(
-            f"\nThe cluster stays until Ctrl-C. Its files and logs: {self._ground.base}", soft_wrap=True
-        )
+        """Keeps the cluster until Ctrl-C. Who kills a part of it, to see, is told how to start it again."""
+        place = self._ground.base
+        self._console.print(f"\nThe cluster stays until Ctrl-C. Its files and logs: {place}", soft_wrap=True)
+        told: set[str] = set()
         while True:
-            self.cluster.check()
+            for program in self.cluster.programs.values():
+                if program.ended and program.name not in told:
+                    told.add(program.name)
+                    self._console.print(f"{program.name} has ended; to start it again: {program.line}", soft_wrap=True)
             time.sleep(1)
 
     def logs(self) -> str:
