@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,9 +23,13 @@ DEADLINE_S = 30.0
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on, below those that the kernel gives to outgoing connections."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.sample(range(lowest // 2, lowest), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise AssertionError("a hundred ports, and something listens on each")
 
 
 def wait_for(what: Callable[[], Any], why: str, deadline_s: float = DEADLINE_S, every_s: float = 0.1) -> Any:
@@ -239,6 +244,9 @@ class Cluster:
 
     def wait_reachable(self, volume: str, *nodes: str) -> dict[str, Any]:
         def there() -> dict[str, Any] | None:
+            for node in nodes:
+                if node in self.processes:
+                    assert self.processes[node].alive, f"agent {node} has ended: {self.log(node)[-2000:]}"
             rows = self.replicas(volume)
             return rows if all(rows.get(node, {}).get("reachable") for node in nodes) else None
 
