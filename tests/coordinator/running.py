@@ -11,7 +11,7 @@ from resilver.rpc import make_channel
 from resilver.v1 import coordinator_pb2 as api
 from resilver.v1 import coordinator_pb2_grpc
 
-WITHIN_S = 20.0
+WITHIN_S = 40.0
 
 
 @contextlib.asynccontextmanager

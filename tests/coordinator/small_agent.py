@@ -59,7 +59,7 @@ class SmallAgent(agent_pb2_grpc.AgentServicer):
         self._spawn(self._report(channel))
         self._spawn(self._beat())
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(40):
                 await self.connected.wait()
             yield self
         finally:
