@@ -1,7 +1,11 @@
-"""The coordinator's metrics. Those of the cluster are read off the engine when asked for, on the leader only."""
+"""The coordinator's metrics. Those of the cluster are read off the engine when asked for, on the leader only.
+
+The metrics port is served by a thread of its own; the engine belongs to the event loop, so it is read there.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from importlib import metadata
@@ -18,21 +22,35 @@ from resilver.errors import ResilverError
 from resilver.volume import LiveState, ResyncState
 
 Metric = GaugeMetricFamily | InfoMetricFamily
+READ_MAX_S: Final = 5.0
 _REASON: Final = re.compile(r"[A-Z_]+")
 
 
 def register(front: Front) -> None:
     """Adds this coordinator's figures to what its metrics port serves."""
-    REGISTRY.register(ClusterCollector(front))
+    REGISTRY.register(ClusterCollector(front, asyncio.get_running_loop()))
 
 
 class ClusterCollector(Collector):
     """Volumes, replicas, nodes and resyncs, as the present engine sees them."""
 
-    def __init__(self, front: Front) -> None:
+    def __init__(self, front: Front, loop: asyncio.AbstractEventLoop) -> None:
         self._front = front
+        self._loop = loop
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: the registry would otherwise collect, on the loop's own thread, to find the names."""
+        return iter(())
 
     def collect(self) -> Iterator[Metric]:
+        """The figures of one moment; none if the event loop does not answer in time."""
+
+        async def read() -> list[Metric]:
+            return list(self._read())
+
+        return iter(asyncio.run_coroutine_threadsafe(read(), self._loop).result(READ_MAX_S))
+
+    def _read(self) -> Iterator[Metric]:
         yield InfoMetricFamily("resilver_build", "This program.", value={"version": metadata.version("resilver")})
         try:
             engine = self._front.engine()

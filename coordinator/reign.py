@@ -164,6 +164,8 @@ class CurrentReign:
         try:
             while True:
                 event = await self._events.get()
+                # A queue that is never empty must not keep gRPC from being served.
+                await asyncio.sleep(0)
                 for action in self.engine.step(event, now_ms()):
                     if not still_leading():
                         raise Conflict("LEADERSHIP_LOST", "the lease of the leadership may have ended")

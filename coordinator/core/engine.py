@@ -23,6 +23,7 @@ from typing import Any, Final
 from coordinator.core import decide, hearing, transfers, upkeep
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Refusal, Resync, Size, VolumeView
 from coordinator.core.context import Context, Identity, Settings
+from coordinator.core.etag import volume_etag
 from coordinator.core.events import (
     Action,
     AdoptStoreRequest,
@@ -192,6 +193,9 @@ class Engine:
         return Done()
 
     def _remove(self, request: RemoveRequest) -> Flow[Done]:
+        if request.volume:
+            self._context.require(request.volume)
+            self._check_etag(request.volume, request.etag)
         upkeep.remove(self._context, request)
         yield from at_once()
         return Done()
@@ -207,9 +211,18 @@ class Engine:
                 "OPENING", f"another operation on {request.volume} has not ended", next_command="resilver status"
             )
         try:
+            self._check_etag(request.volume, request.etag)
             return (yield from decide.election(context, request))
         finally:
             context.unlock(request.volume)
+
+    def _check_etag(self, volume: str, etag: str) -> None:
+        if etag and etag != volume_etag(self._context.view(volume)):
+            raise Conflict(
+                "ETAG_MISMATCH",
+                f"{volume} has changed since it was looked at",
+                next_command=f"resilver status {volume}",
+            )
 
     def _prepare_all(self, request: ResyncRequest | PlanRequest) -> Flow[tuple[transfers.Prepared, ...]]:
         """Examines and plans every volume named; each one's lock is held until `_release`."""

@@ -87,7 +87,9 @@ def disconnected(context: Context, stream: str) -> None:
     left = {boot for node, boot in context.streams.values() if node == name}
     context.nodes[name] = replace(known, connected=bool(left), duplicate=len(left) > 1)
     if len(left) == 1 and known.duplicate:
+        # The one that is left was not believed while there were two: it is asked anew.
         context.nodes[name] = replace(context.nodes[name], boot=next(iter(left)))
+        context.emit(SendExamine(context.stream_of(name), context.new_id(), known.volumes))
     for examine in context.examines.values():
         if name in examine.waiting and not left:
             examine.waiting.discard(name)

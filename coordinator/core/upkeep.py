@@ -234,9 +234,10 @@ def export(context: Context, request: ExportRequest) -> Flow[Exported]:
 def pause(context: Context, request: PauseRequest) -> tuple[str, ...]:
     """Pauses or resumes volumes; answers their names."""
     for volume in request.volumes:
-        entry = context.entries.get(volume)
-        if entry is None:
+        if volume not in context.entries:
             raise Refused("OPENING", f"{volume} has never been resynced", next_command=f"resilver resync {volume}")
+    for volume in request.volumes:
+        entry = context.entries[volume]
         context.persist(Volume(volume, replace(entry, pause=request.pause)))
         what = "PAUSED" if request.pause is not None else "RESUMED"
         reason = request.pause.reason if request.pause is not None else ""
