@@ -117,6 +117,7 @@ class AgentProcess:
     metrics_port: int = field(default_factory=free_port)
     extra: str = ""
     volume_extra: str = ""
+    reached_at: int = 0
     process: Process | None = None
     channel: Any = None
 
@@ -228,7 +229,9 @@ class AgentProcess:
 
     def as_source(self) -> agent_pb2.TransferSource:
         return agent_pb2.TransferSource(
-            node=self.node, address=f"127.0.0.1:{self.port}", stream_address=f"127.0.0.1:{self.stream_port}"
+            node=self.node,
+            address=f"127.0.0.1:{self.port}",
+            stream_address=f"127.0.0.1:{self.reached_at or self.stream_port}",
         )
 
     def receive(
