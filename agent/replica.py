@@ -188,7 +188,8 @@ class Replica:
         check_epoch(order, report.record)
         record = report.lineage.find(snapshot_id)
         if record is None and all(copy.id != snapshot_id for copy in report.preserved):
-            raise NotFound("SNAPSHOT_NOT_FOUND", f"{self.volume} on {self.node} has no snapshot {snapshot_id}")
+            said = f"{self.volume} on {self.node} has no snapshot {snapshot_id}"
+            raise NotFound("SNAPSHOT_NOT_FOUND", said, snapshot=snapshot_id)
         reason = "" if record is None else self._pinned_by(snapshot_id, report)
         if record is not None and reason:
             raise Refused("PINNED", f"snapshot {record.cp} of {self.volume} is {reason}", pinned_by=reason)

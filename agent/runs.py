@@ -99,7 +99,8 @@ class Runs:
         if known is None or known.wanted.resync_id != resync_id:
             if served:
                 return Progress(resync_id, volume, ResyncState.CANCELLED)
-            raise NotFound("RESYNC_NOT_FOUND", f"no transfer of {volume} here belongs to resync {resync_id}")
+            said = f"no transfer of {volume} here belongs to resync {resync_id}"
+            raise NotFound("RESYNC_NOT_FOUND", said, resync=resync_id)
         run = self._runs.get(volume)
         if run is not None and not run.ended.is_set():
             run.end(_cancelled())

@@ -262,9 +262,8 @@ class ImageBackend:
 
     def _known(self, state: State, snapshot_id: str) -> None:
         if snapshot_id not in state.known:
-            raise NotFound(
-                "SNAPSHOT_NOT_FOUND", f"no snapshot or preserved copy {snapshot_id} of {self._layout.volume}"
-            )
+            said = f"no snapshot or preserved copy {snapshot_id} of {self._layout.volume}"
+            raise NotFound("SNAPSHOT_NOT_FOUND", said, snapshot=snapshot_id)
 
     def _settled(self) -> State:
         """The state, once a commit that was interrupted in this very process is finished or undone."""

@@ -127,7 +127,7 @@ class Context:
         """Raises NotFound with the nearest name for a volume that nobody knows."""
         known = self.names()
         if volume not in known:
-            raise NotFound("VOLUME_NOT_FOUND", f"no volume is named {volume!r}{nearest(volume, known)}", name=volume)
+            raise NotFound("VOLUME_NOT_FOUND", f"no volume is named {volume!r}{nearest(volume, known)}", volume=volume)
 
     def view(self, volume: str, fresh: Iterable[str] | None = None) -> VolumeView:
         """One volume as decisions see it. `fresh` None: a report counts if its node is connected."""

@@ -293,7 +293,8 @@ class Engine:
         context = self._context
         resync = context.resyncs.get(request.resync_id)
         if resync is None:
-            raise NotFound("RESYNC_NOT_FOUND", f"no resync has the id {request.resync_id!r}")
+            message = f"no resync has the id {request.resync_id!r}"
+            raise NotFound("RESYNC_NOT_FOUND", message, resync=request.resync_id)
         if resync.state.final:
             return resync
         order = StopTransfer(context.header(resync.volume), resync.id, request.discard_stage)

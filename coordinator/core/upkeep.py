@@ -114,11 +114,11 @@ def drop(context: Context, request: DropRequest) -> Flow[Dropped]:
     """Lets a snapshot or a preserved copy go on the nodes named. PINNED and LAST_COPY are refused."""
     found = _holders(context, request.snapshot_id)
     if not found:
-        raise NotFound("SNAPSHOT_NOT_FOUND", f"no connected node has a snapshot {request.snapshot_id!r}")
+        raise _no_snapshot(f"no connected node has a snapshot {request.snapshot_id!r}", request.snapshot_id)
     volume, holders, preserved = found
     nodes = request.nodes or frozenset(holders)
     for node in sorted(nodes - holders):
-        raise NotFound("SNAPSHOT_NOT_FOUND", f"node {node} has no snapshot {request.snapshot_id!r}", node=node)
+        raise _no_snapshot(f"node {node} has no snapshot {request.snapshot_id!r}", request.snapshot_id, node=node)
     view = context.view(volume)
     if not preserved:
         for node in sorted(nodes):
@@ -217,12 +217,13 @@ def export(context: Context, request: ExportRequest) -> Flow[Exported]:
     """Copies a snapshot or a preserved copy to a path of that node."""
     found = _holders(context, request.snapshot_id)
     if found is None:
-        raise NotFound("SNAPSHOT_NOT_FOUND", f"no connected node has a snapshot {request.snapshot_id!r}")
+        raise _no_snapshot(f"no connected node has a snapshot {request.snapshot_id!r}", request.snapshot_id)
     volume, holders, _ = found
     require_node(context, request.node)
     if request.node not in holders:
         where = ", ".join(sorted(holders))
-        raise NotFound("SNAPSHOT_NOT_FOUND", f"{request.snapshot_id} is not on {request.node}, but on {where}")
+        message = f"{request.snapshot_id} is not on {request.node}, but on {where}"
+        raise _no_snapshot(message, request.snapshot_id, node=request.node)
     order = CloneSnapshot(context.header(volume), request.snapshot_id, request.path, request.writable)
     answer = (yield from context.give({request.node: order}))[request.node]
     if isinstance(answer, ResilverError):
@@ -288,7 +289,7 @@ def _check_removable(context: Context, volume: str, node: str) -> None:
             next_command=f"resilver elect {volume}",
         )
     if node and entry is not None and node not in context.view(volume).replicas:
-        raise NotFound("NODE_NOT_FOUND", f"{node} has no replica of {volume}")
+        raise NotFound("NODE_NOT_FOUND", f"{node} has no replica of {volume}", node=node, volume=volume)
 
 
 def _forget(context: Context, volume: str, node: str) -> None:
@@ -309,5 +310,9 @@ def _forget(context: Context, volume: str, node: str) -> None:
 def require_node(context: Context, node: str) -> NodeView:
     known = context.nodes.get(node)
     if known is None:
-        raise NotFound("NODE_NOT_FOUND", f"no node is named {node!r}{nearest(node, context.nodes)}", name=node)
+        raise NotFound("NODE_NOT_FOUND", f"no node is named {node!r}{nearest(node, context.nodes)}", node=node)
     return known
+
+
+def _no_snapshot(message: str, snapshot_id: str, **about: str) -> NotFound:
+    return NotFound("SNAPSHOT_NOT_FOUND", message, snapshot=snapshot_id, **about)

@@ -1,0 +1,35 @@
+"""What is not there is named in the error as data, so that a client need not read the sentence."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.core import events as e
+from resilver.errors import NotFound
+from tests.coordinator.core.scenario import Scenario
+
+KNOWN = "connect a vm1\nconnect b vm1\nreport a vm1 modified\nreport b vm1 empty\n"
+NOTHING = e.Loaded({}, {}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind", "name"),
+    [
+        (e.ElectRequest("vm2"), "volume", "vm2"),
+        (e.PlanRequest(("vm2",)), "volume", "vm2"),
+        (e.ElectRequest("vm1", choose="d"), "node", "d"),
+        (e.ResyncRequest(("vm1",), nodes=frozenset({"d"})), "node", "d"),
+        (e.RemoveRequest("vm1", "d"), "node", "d"),
+        (e.CancelRequest("r9"), "resync", "r9"),
+        (e.DropRequest("s9"), "snapshot", "s9"),
+        (e.ExportRequest("s9", "a", "/tmp/out"), "snapshot", "s9"),
+    ],
+)
+def test_an_unknown_name_stands_in_the_error(request_, kind, name):
+    scenario = Scenario(NOTHING)
+    scenario.run(KNOWN)
+    actions = scenario.engine.step(e.Requested("q", request_), scenario.now_ms)
+    (answer,) = [action.answer for action in actions if isinstance(action, e.Answer)]
+    assert isinstance(answer, NotFound)
+    assert answer.reason == f"{kind.upper()}_NOT_FOUND"
+    assert answer.metadata[kind] == name
