@@ -187,7 +187,10 @@ def load_state(layout: Layout) -> State:
     known.update({key: value.snapshot for key, value in stored.items()})
     tip = _tip_of(layout, stored, known)
     present = {key for key in stored if layout.data(key).exists()}
-    lineage = Lineage.from_tip(tip, known).with_presence(present)
+    try:
+        lineage = Lineage.from_tip(tip, known).with_presence(present)
+    except ValueError as error:
+        raise Damaged("IO_ERROR", f"the records in {layout.root} contradict each other: {error}") from error
     return State(lineage, stored[tip].volume_id if tip else "", stored, known, journal)
 
 

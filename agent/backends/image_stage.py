@@ -81,7 +81,11 @@ def open_stage(layout: Layout, copier: Copier, base: str, target: str, size_byte
     if not whole:
         discard(layout)
         with disk_errors(layout.stage):
-            _make(layout, copier, base, target, size_bytes)
+            try:
+                _make(layout, copier, base, target, size_bytes)
+            except BaseException:
+                remove_tree(layout.new("stage"))
+                raise
     return ImageStage(layout, base, target, size_bytes, resumed=whole)
 
 

@@ -140,13 +140,16 @@ def _open_modes(process: Path, stat: os.stat_result, besides_fd: int) -> Iterato
     The inode is asked of fdinfo first: a stat of a descriptor on a dead network mount could hang.
     """
     try:
-        numbers = [entry.name for entry in (process / "fdinfo").iterdir()]
+        numbers = os.listdir(process / "fd")  # noqa: PTH208  # a Path for each descriptor of a machine is too many
     except OSError:
         return
     for number in numbers:
         if number == str(besides_fd):
             continue
         try:
+            # Sockets, pipes and the like, which are most, have no path.
+            if not os.readlink(f"{process}/fd/{number}").startswith("/"):  # noqa: PTH115  # as above
+                continue
             fields = dict(line.split(":", 1) for line in (process / "fdinfo" / number).read_text().splitlines()[:4])
             if "ino" in fields and int(fields["ino"]) != stat.st_ino:
                 continue
@@ -162,11 +165,11 @@ def _mapped_modes(process: Path, stat: os.stat_result) -> Iterator[bool]:
     The device in maps is not that of stat on Btrfs: map_files tells, and where it may not be read, a match counts.
     """
     try:
-        lines = (process / "maps").read_bytes().splitlines()
+        raw = (process / "maps").read_bytes()
     except OSError:
         return
     inode = str(stat.st_ino).encode()
-    for line in lines:
+    for line in raw.splitlines() if b" %b " % inode in raw else ():
         fields = line.split(None, 5)
         if len(fields) < 5 or fields[4] != inode:
             continue
