@@ -72,5 +72,7 @@ def loss_text(loss: error_pb2.Loss) -> str:
         parts.append(span + cps)
     if loss.live_modified:
         parts.append("writes to its live copy")
-    unseen = f", last heard of {age(loss.unseen_seconds)} ago" if loss.HasField("unseen_seconds") else ""
-    return f"{loss.node}: {' and '.join(parts) or 'nothing known of it, so anything'}{unseen}"
+    if not loss.HasField("unseen_seconds"):
+        return f"{loss.node}: {' and '.join(parts) or 'whatever it has'}, never heard of"
+    parts.append(f"whatever it has written since it was last heard of, {age(loss.unseen_seconds)} ago")
+    return f"{loss.node}: {' and '.join(parts)}"

@@ -140,8 +140,9 @@ def _total(plan: pb.Plan) -> Text:
     total = sum(replica.copy_bytes for replica in copying)
     bound = "" if all(replica.exact for replica in copying) else ">= "
     head = f"{count(len(copying), 'replica')}, {bound}{size(total)} to copy."
-    if not copying and not blocked and not refused:
-        head = f"Nothing to do: {count(len(replicas), 'replica')} in sync."
+    if not copying:
+        idle = f"Nothing to do: {count(len(replicas), 'replica')} in sync."
+        head = "Nothing can be copied." if blocked or refused else idle
     return Text(f"{head} Full copies: {_short(full)}. Blocked: {_short([*refused, *blocked])}. Discarded: nothing.")
 
 
