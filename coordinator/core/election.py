@@ -27,6 +27,7 @@ from coordinator.core.reign import (
     PRIMARY_UNCLEAR,
     Problem,
     exceeds,
+    forgotten_branches,
     is_foreign,
     is_here,
     missing_members,
@@ -77,10 +78,12 @@ def elect(
     """
     view = _as_known(view, choose)
     against = primary_problems(view, now_ms)
-    recovering = recovering_problem(view)
-    if view.record.epoch and view.record.primary and not against + recovering and choose in ("", view.record.primary):
+    primary = view.record.primary
+    reigns = bool(view.record.epoch and primary) and choose in ("", primary)
+    if reigns and not against + recovering_problem(view, view.replica(primary).lineage):
         return _stays(view, accept_loss)
     found = _chosen(view, choose) if choose else ballot(view)
+    recovering = recovering_problem(view, found.winner.lineage if found.winner is not None else Lineage())
     case = _Case(view, accept_loss, choose, now_ms, found, against + found.problems + recovering)
     if found.winner is None:
         return _refused(case, ())
@@ -147,18 +150,35 @@ def _losses(case: _Case, winner: ReplicaView) -> tuple[Loss, ...]:
 def _losers(case: _Case, winner: ReplicaView) -> set[str]:
     """The nodes of which something is given up that may have been acknowledged, or that nobody can know."""
     view, record = case.view, case.view.record
-    nodes = {*missing_members(view), *case.ballot.beyond}
+    nodes = {*missing_members(view), *forgotten_branches(view, winner.lineage), *case.ballot.beyond}
     if PRIMARY_AWAY in case.reasons or PRIMARY_BEHIND in case.reasons:
         nodes.add(record.primary)
     others = [one for one in sorted_replicas(view) if one.node != winner.node and not is_foreign(view, one)]
     if record.newest_id and winner.lineage.find(record.newest_id) is None:
-        holders = {one.node for one in others if one.lineage.find(record.newest_id) is not None}
-        nodes |= holders or {record.primary or winner.node}
+        nodes |= _holders_of_lost(view, winner) or {record.primary or winner.node}
     if case.choose:
         nodes |= {one.node for one in others if exceeds(one.lineage, winner.lineage)}
         claims = {record.primary, *rivals(view)}
         nodes |= {one.node for one in others if one.node in claims and _has_own(view, one, winner)}
     return nodes
+
+
+def _holders_of_lost(view: VolumeView, winner: ReplicaView) -> set[str]:
+    """Who has, or may have, acknowledged CPs that a winner without the newest known one lacks.
+
+    All that was acknowledged stands in the lineage of the newest known CP. If nobody's last report has that lineage,
+    every CP that the winner lacks may be in it. A member that was never heard may have anything.
+    """
+    known = [one for one in sorted_replicas(view) if not is_foreign(view, one)]
+    acknowledged = next((line for one in known if (line := one.lineage.since(view.record.newest_id))), None)
+    counted_ids = acknowledged.ids() if acknowledged is not None else None
+    mine = winner.lineage.ids()
+    holders = {node for node in view.record.members if view.replica(node).report is None}
+    for one in known:
+        lost = one.lineage.ids() - mine
+        if lost if counted_ids is None else lost & counted_ids:
+            holders.add(one.node)
+    return holders
 
 
 def _has_own(view: VolumeView, one: ReplicaView, winner: ReplicaView) -> bool:

@@ -160,12 +160,29 @@ def missing_members(view: VolumeView) -> tuple[str, ...]:
     return tuple(node for node in sorted(view.record.members) if not _answered(view.replica(node)))
 
 
-def recovering_problem(view: VolumeView) -> tuple[Problem, ...]:
-    missing = missing_members(view)
-    if not missing:
+def forgotten_branches(view: VolumeView, lineage: Lineage) -> tuple[str, ...]:
+    """While the store is recovering: who has CPs that are not in the lineage given.
+
+    Usually they were given up long ago. But a store that forgot does not know that: they may as well have been
+    acknowledged in a reign of which only they have kept the traces.
+    """
+    if view.entry is None or not view.entry.recovering:
         return ()
-    message = f"the store knew less than a replica, so every known member must answer; {listed(missing)} does not"
-    return (Problem(RECOVERING, message),)
+    others = (one for one in sorted_replicas(view) if not is_foreign(view, one))
+    return tuple(one.node for one in others if not lineage.contains(one.lineage))
+
+
+def recovering_problem(view: VolumeView, lineage: Lineage) -> tuple[Problem, ...]:
+    """Why the store's gap forbids that the volume goes on with that lineage."""
+    missing, branches = missing_members(view), forgotten_branches(view, lineage)
+    parts = []
+    if missing:
+        parts.append(f"every known member must answer, and {listed(missing)} does not")
+    if branches:
+        parts.append(f"CPs that only {listed(branches)} has may have counted")
+    if not parts:
+        return ()
+    return (Problem(RECOVERING, f"the store knew less than a replica: {'; '.join(parts)}"),)
 
 
 def rivals(view: VolumeView) -> dict[str, str]:

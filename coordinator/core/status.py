@@ -137,7 +137,9 @@ def problems_of_volume(view: VolumeView, now_ms: int) -> tuple[Problem, ...]:
         found.append(_first_sight(view))
     else:
         elect = f"resilver elect {name}"
-        found.extend(problem._replace(next_command=elect) for problem in recovering_problem(view))
+        found.extend(
+            problem._replace(next_command=elect) for problem in recovering_problem(view, reference_lineage(view))
+        )
         found.extend(problem._replace(next_command=elect) for problem in primary_problems(view, now_ms))
         if not entry.record.primary:
             found.append(Problem("PRIMARY_AWAY", f"{name} has no primary any more", elect))

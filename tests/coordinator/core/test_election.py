@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, replace
 
 import pytest
 
-from coordinator.core.cluster import Elected, Loss, NotElected, VolumeView
-from coordinator.core.election import elect, next_epoch, reconcile
+from coordinator.core.cluster import Elected, Loss, VolumeView
 from resilver.lineage import ConsistencyPoint
-from resilver.volume import VolumeRecord
-from tests.coordinator.core.histories import NOW_MS, VOLUME_ID, cp_of, id_of, view
-
-
-def run(seen: VolumeView, command: str) -> Elected | NotElected:
-    """What `resilver elect vm1 …` decides."""
-    words = shlex.split(command)
-    assert words[:3] == ["resilver", "elect", "vm1"], command
-    pairs = list(zip(words[3::2], words[4::2], strict=True))
-    accepted = frozenset(node for option, node in pairs if option == "--accept-loss")
-    choose = next((node for option, node in pairs if option == "--choose"), "")
-    return elect(seen, accept_loss=accepted, choose=choose, now_ms=NOW_MS)
-
-
-def elected(seen: VolumeView, options: str = "") -> Elected:
-    found = run(seen, f"resilver elect vm1 {options}")
-    assert isinstance(found, Elected), found
-    return found
-
-
-def refused(seen: VolumeView, options: str = "") -> NotElected:
-    found = run(seen, f"resilver elect vm1 {options}")
-    assert isinstance(found, NotElected), found
-    return found
+from tests.coordinator.core.commands import elected, refused, run
+from tests.coordinator.core.histories import view
 
 
 class TestThePrimaryStays:
@@ -107,6 +83,7 @@ class TestReasons:
             (view("a: 1 2 | b: lost", recovering=True), "RECOVERING", "a", "b"),
             (view("a: 1 2 | b: away 1 2 3 | c: 1", recovering=True, newest="2"), "RECOVERING", "a", "b"),
             (view("a: away 1 2 | b: 1 2 | c: silent", recovering=True), "PRIMARY_AWAY RECOVERING", "b", "a c"),
+            (view("a: away 1 2-2 | b: 1 2-2 | c: 1 2", recovering=True), "PRIMARY_AWAY RECOVERING", "b", "a c"),
             # Who is ahead but has no live copy is not passed over in silence.
             (
                 view("a: away 1 2 | b: 1 2 | c: 1 2 3 !", newest="2"),
@@ -269,209 +246,6 @@ class TestTheMostUpToDateReplica:
         orphan = replace(seen, entry=replace(seen.entry, record=replace(seen.record, primary="", members=("a", "b"))))
         found = elected(orphan)
         assert (found.winner, found.new_epoch) == ("b", True)
-
-
-class TestChoose:
-    def test_a_handover_to_one_that_has_everything_costs_nothing(self) -> None:
-        found = elected(view("a: 1 2 | b: 1 2"), "--choose b")
-        assert (found.winner, found.new_epoch, found.accepted) == ("b", True, ())
-
-    @pytest.mark.parametrize(
-        ("histories", "losses"),
-        [
-            ("a: 1 2 * | b: 1 2", "a"),
-            ("a: 1 2 ? | b: 1 2", "a"),
-            ("a: 1 2 3 | b: 1 2", "a"),
-            ("a: 1 2 3 | b: 1 2 | c: 1 2 3 | d: 1", "a c"),
-            ("a: 1 2 3 | b: 1 2 | c: away 1 2 3", "a c"),
-            ("a: 1 2 3 4 | b: 1 2 3' | c: 1 2 3 4 | d: 1 2", "a c"),
-            ("a: 1 2 3 4 | b: * | c: 1 2 3 4", "a c"),
-        ],
-    )
-    def test_one_that_lacks_something_costs_everybody_who_has_it(self, histories: str, losses: str) -> None:
-        seen = view(histories)
-        found = refused(seen, "--choose b")
-        assert found.refusal.reasons == ("LOSS_NOT_NAMED",)
-        assert [loss.node for loss in found.refusal.losses] == losses.split()
-        assert found.would_win == "b"
-        assert isinstance(run(seen, found.refusal.next_command), Elected)
-
-    def test_does_not_stand_in_for_acceptance(self) -> None:
-        seen = view("a: away 1 2 | b: 1 2 | c: 1 2")
-        found = refused(seen, "--choose c")
-        assert found.refusal.reasons == ("PRIMARY_AWAY",)
-        assert found.refusal.next_command == "resilver elect vm1 --choose c --accept-loss a"
-        assert elected(seen, "--choose c --accept-loss a").winner == "c"
-
-    @pytest.mark.parametrize(
-        ("b", "reason"),
-        [
-            ("away 1 2", "NODE_OFFLINE"),
-            ("silent", "NODE_OFFLINE"),
-            ("empty", "NO_DATA"),
-            ("lost", "REPLICA_LOST"),
-            ("foreign 1 2", "REPLICA_FOREIGN"),
-            ("1 2 !", "NO_DATA"),
-        ],
-    )
-    def test_who_cannot_be_chosen_and_why(self, b: str, reason: str) -> None:
-        for accepted in ("", "--accept-loss a", "--accept-loss a --accept-loss b"):
-            found = refused(view(f"a: 1 2 | b: {b} | c: 1"), f"--choose b {accepted}")
-            assert found.refusal.reasons == (reason,)
-            assert "it cannot be chosen" in found.refusal.message
-
-    def test_a_node_that_nobody_knows(self) -> None:
-        assert refused(view("a: 1 2 | b: 1"), "--choose x").refusal.reasons == ("NODE_OFFLINE",)
-
-
-class TestFirstSight:
-    @pytest.mark.parametrize(
-        ("histories", "winner"),
-        [
-            ("a: empty | b: raw * | c: empty", "b"),
-            ("a: raw", "a"),
-            ("a: 1 2 3 | b: 1 2 | c: empty", "a"),
-            ("a: 1 2 | b: 1 2 *", "b"),
-            ("a: 1 2 | b: 1 2 ?", "b"),
-            ("a: 1 2 | b: 1 2 prio=1", "b"),
-            ("a: 1 2 ! | b: 1 2", "b"),
-        ],
-    )
-    def test_the_one_that_contains_all_others_wins_without_a_word(self, histories: str, winner: str) -> None:
-        found = elected(view(histories, primary=""))
-        assert (found.winner, found.new_epoch, found.accepted) == (winner, True, ())
-        assert found.fork == view(histories, primary="").replicas[winner].lineage.tip
-
-    @pytest.mark.parametrize(
-        ("histories", "choices"),
-        [
-            ("a: raw * | b: raw * | c: empty", "a b"),
-            ("a: raw | b: raw", "a b"),
-            ("a: 1 2 | b: 1 2'", "a b"),
-            ("a: 1 2 3 | b: 1 2 2-3", "a b"),
-            ("a: 1 2 * | b: 1 2 *", "a b"),
-            ("a: 1 2 3 | b: 1 2 *", "a"),
-            ("a: 1 2 | b: raw *", "a b"),
-            ("a: 1 2 | b: foreign 1 2", "a b"),
-            ("a: 1 2 | b: lost", "a"),
-            ("a: 1 2 | b: silent", "a"),
-            ("a: 1 2 | b: away empty", "a"),
-        ],
-    )
-    def test_several_or_a_silent_one_need_a_choice(self, histories: str, choices: str) -> None:
-        seen = view(histories, primary="")
-        found = refused(seen)
-        assert found.refusal.reasons == ("AMBIGUOUS",)
-        for node in choices.split():
-            assert elected(seen, f"--choose {node}").winner == node
-
-    def test_a_silent_one_is_named(self) -> None:
-        found = refused(view("a: 1 | b: silent | c: lost", primary=""))
-        assert found.refusal.missing_nodes == ("b", "c")
-        assert found.refusal.next_command == "resilver elect vm1 --choose a"
-
-    def test_choosing_one_that_another_exceeds_costs_the_other(self) -> None:
-        seen = view("a: 1 2 3 | b: 1 2", primary="")
-        assert refused(seen, "--choose b").refusal.next_command == "resilver elect vm1 --choose b --accept-loss a"
-
-    def test_no_data_anywhere(self) -> None:
-        found = refused(view("a: empty | b: empty", primary=""))
-        assert found.refusal.reasons == ("NO_DATA",)
-        assert refused(view("a: empty", primary=""), "--choose a").refusal.reasons == ("NO_DATA",)
-
-    def test_the_most_is_where_no_live_copy_is(self) -> None:
-        found = refused(view("a: 1 2 3 ! | b: 1 2", primary=""))
-        assert found.refusal.reasons == ("NEWEST_COPY_MISSING",)
-        assert found.refusal.next_command == "resilver elect vm1 --accept-loss a"
-
-
-class TestReconcile:
-    """The store forgot, or was restored from a backup; the replicas' own records know."""
-
-    def told(self, epoch: int, newest: str, **facts: object) -> VolumeRecord:
-        members = ("a", "b", "c")
-        record = VolumeRecord("vm1", VOLUME_ID, epoch, f"e{epoch}", "b", members, cp_of(newest), id_of(newest))
-        return replace(record, **facts)  # type: ignore[arg-type]  # fields by name
-
-    def seen(self, histories: str, *, forgotten: bool = False, **told: VolumeRecord | None) -> VolumeView:
-        made = view(histories)
-        replicas = dict(made.replicas)
-        for node, record in told.items():
-            one = replicas[node]
-            assert one.report is not None
-            replicas[node] = replace(one, report=replace(one.report, record=record))
-        return replace(made, replicas=replicas, entry=None if forgotten else made.entry)
-
-    def test_a_store_that_knows_as_much_is_right(self) -> None:
-        assert reconcile(view("a: 1 2 3 | b: 1 2")) is None
-        assert reconcile(self.seen("a: 1 2 | b: 1 2", b=self.told(1, "1"))) is None, "older is no news"
-        assert reconcile(self.seen("a: 1 2 | b: 1 2", b=self.told(1, "3", epoch_id="other"))) is None
-        assert reconcile(self.seen("a: 1 2 | b: 1 2", b=self.told(9, "3", volume_id="W"))) is None
-        assert reconcile(view("a: 1 2 3 | b: 1", newest="2")) is None, "the primary's own tip is acknowledged, not news"
-
-    def test_a_higher_epoch_is_taken_on_whole(self) -> None:
-        found = reconcile(self.seen("a: 1 2 3 | b: 1 2 2-3", b=self.told(2, "2-3")))
-        assert found is not None
-        assert found.recovering
-        assert not found.opening
-        assert (found.record.epoch, found.record.primary, found.record.newest_id) == (2, "b", "2-3")
-        assert found.record.members == ("a", "b", "c")
-
-    def test_a_newer_known_cp_of_the_same_epoch_is_taken_on(self) -> None:
-        found = reconcile(self.seen("a: 1 2 | b: 1 2 3", b=self.told(1, "3", primary="a")))
-        assert found is not None
-        assert (found.record.newest_id, found.record.primary, found.recovering) == ("1-3", "a", True)
-
-    def test_an_empty_store_learns_everything_also_from_the_empty_and_the_away(self) -> None:
-        for b in ("1 2 2-3", "empty", "away 1 2"):
-            found = reconcile(self.seen(f"a: 1 2 3 | b: {b}", forgotten=True, b=self.told(2, "2-3")))
-            assert found is not None
-            assert (found.record.epoch, found.record.epoch_id, found.record.newest_id) == (2, "e2", "2-3")
-
-    def test_an_opening_that_the_store_forgot_is_one_still(self) -> None:
-        found = reconcile(self.seen("a: 1 2 3 | b: 1 2", b=self.told(2, "2")))
-        assert found is not None
-        assert found.opening
-        found = reconcile(self.seen("a: 1 2 3 | b: 1 2 2-3", b=self.told(2, "2")))
-        assert found is not None
-        assert not found.opening, "its opening CP has been seen"
-
-    def test_records_of_two_volumes_and_no_store_cannot_be_reconciled(self) -> None:
-        seen = self.seen(
-            "a: 1 2 | b: foreign 1 2", forgotten=True, a=self.told(1, "2"), b=self.told(3, "2", volume_id="W")
-        )
-        assert reconcile(seen) is None
-        assert refused(seen).refusal.reasons == ("AMBIGUOUS",)
-        # The one that is chosen says which volume is meant; what its own record wants still holds.
-        assert refused(seen, "--choose a").refusal.reasons[0] == "PRIMARY_AWAY"
-
-    def test_a_removed_member_is_not_wanted_unless_the_highest_record_has_it(self) -> None:
-        seen = self.seen("a: 1 2 | b: 1 2", b=self.told(2, "2", members=("a", "b")), a=self.told(1, "2"))
-        assert seen.entry is not None
-        found = reconcile(replace(seen, entry=replace(seen.entry, removed=("c",))))
-        assert found is not None
-        assert found.record.members == ("a", "b")
-
-    def test_what_was_learnt_is_learnt_once(self) -> None:
-        seen = self.seen("a: 1 2 3 | b: 1 2 2-3", b=self.told(2, "2-3"))
-        raised = reconcile(seen)
-        assert reconcile(replace(seen, entry=raised)) is None
-
-    def test_the_election_knows_it_at_once_and_wants_every_member(self) -> None:
-        seen = self.seen("a: 1 2 3 | b: 1 2 2-3 grant=2", forgotten=True, b=self.told(2, "2-3"), a=self.told(1, "3"))
-        found = refused(seen)
-        assert found.refusal.reasons == ("RECOVERING",)
-        assert [loss.node for loss in found.refusal.losses] == ["c"]
-        with_c = replace(seen, replicas={**seen.replicas, "c": view("c: 1 2", primary="").replicas["c"]})
-        stays = elected(with_c)
-        assert (stays.winner, stays.new_epoch) == ("b", False)
-
-    def test_the_next_epoch_is_above_everything_that_anybody_knows(self) -> None:
-        assert next_epoch(view("a: 1 2 | b: 1", epoch=4)) == 5
-        assert next_epoch(view("a: 1 2 | b: away 1 6-2")) == 7
-        assert next_epoch(view("a: 1 2 | b: 1 grant=8")) == 9
-        assert next_epoch(view("a: 1 2 | b: empty told=3")) == 4
-        assert next_epoch(view("a: raw * | b: empty", primary="")) == 1
 
 
 class TestVerdicts:
