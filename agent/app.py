@@ -113,11 +113,11 @@ def _reload(path: str, node: AgentNode) -> None:
     try:
         config = load_agent_config(path)
         changed = reload_of(node.config, config)
+        node.take_on(config)
     except ResilverError as error:
         _log.error("not reloaded", why=error.message)
         return
     set_level(config.log_level)
-    node.take_on(config)
     _log.info("reloaded", changed=sorted(changed))
 
 

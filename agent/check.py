@@ -11,8 +11,8 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
-from agent.node import make_backend
-from resilver.errors import ResilverError
+from agent.node import check_limits, make_backend
+from resilver.errors import Invalid, ResilverError
 from resilver.volume import Presence
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ def _lines(config: AgentConfig) -> Iterator[Line]:
         yield _resolves(address.host, address.port, f"coordinator {address}")
     yield _state_dir(config.state_dir)
     yield _sees_users()
+    try:
+        check_limits(config)
+    except Invalid as error:
+        yield True, error.message
     for volume in config.volumes:
         yield from _volume(volume, config)
 

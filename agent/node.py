@@ -70,11 +70,20 @@ def make_backend(volume: VolumeConfig, config: AgentConfig) -> ImageBackend:
     )
 
 
+def check_limits(config: AgentConfig) -> None:
+    """A rate that nothing keeps to would be worse than none."""
+    for field in ("receive_max_bytes_s", "send_max_bytes_s"):
+        if getattr(config.limits, field):
+            said = f"limits.{field} is not available in this version: leave it out, or set it to 0"
+            raise Invalid("CONFIG_INVALID", said, field=f"limits.{field}")
+
+
 class AgentNode:
     """Everything of one agent. `start` takes ports and begins to serve; `close` ends in a few seconds at most."""
 
     def __init__(self, config: AgentConfig) -> None:
         loop = asyncio.get_running_loop()
+        check_limits(config)
         backends = {volume.name: make_backend(volume, config) for volume in config.volumes}
         self._config = config
         self._identity: Final = Identity(config.state_dir, config.cluster, config.node)
@@ -177,6 +186,7 @@ class AgentNode:
 
     def take_on(self, config: AgentConfig) -> None:
         """Takes on what may change while running; the caller has made sure that nothing else has."""
+        check_limits(config)
         self._config = config
         self._runs.slots.resize(config.limits.receive_max_count)
         for volume in config.volumes:

@@ -269,8 +269,10 @@ class Reporter:
         for volume, replica in self._replicas.items():
             if replica.last is not None:
                 self._outbox.put_report(replica.last)
+            # Comparing may mean to read the whole volume: once at the start, and then when there is a reason to.
+            job = replica.examine if replica.last is None else replica.look
             with contextlib.suppress(Unavailable):
-                asyncio.wrap_future(replica.examine_soon()).add_done_callback(partial(_log_failure, volume))
+                asyncio.wrap_future(replica.worker.submit(job)).add_done_callback(partial(_log_failure, volume))
 
     def _opening(self) -> agent_pb2.ReportRequest:
         hello, pin = self._hello(), self._identity.pin

@@ -17,6 +17,10 @@ class Slots:
         self._count = 0
         self._waiting: deque[object] = deque()
 
+    @property
+    def waiting_count(self) -> int:
+        return len(self._waiting)
+
     def resize(self, count_max: int) -> None:
         with self._turn:
             self._count_max = count_max

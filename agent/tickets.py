@@ -1,8 +1,8 @@
 """What a source has been told to serve.
 
 A ticket belongs to (resync, target node, base, target) and serves any number of connections of that node. Tickets are
-kept on disk, so that a restarted source goes on; each lives for a duration that traffic renews, and while it lives its
-two snapshots are pinned. Lifetimes run on the clock that does not jump; across a restart wall time has to do.
+kept on disk, so that a restarted source goes on; each lives for a duration that traffic renews, and while it is in use
+its two snapshots are pinned. Lifetimes run on the clock that does not jump; across a restart wall time has to do.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ TICKETS_MAX: Final = 1024
 LIFETIME_S_MIN: Final = 10
 LIFETIME_S_MAX: Final = 7 * 24 * 3600
 LIFETIME_S_DEFAULT: Final = 3600
+PINNED_S: Final = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +116,19 @@ class Tickets:
             return dropped
 
     def pinned(self, volume: str) -> frozenset[str]:
-        """The snapshots of a volume that a living ticket needs."""
+        """The snapshots of a volume that a transfer needs at this moment: those whose ticket was shown lately.
+
+        A target that has done its work says no word of it. One that is slow or away shows its ticket every few
+        seconds; one that waits for its turn is known to the coordinator, who orders nothing dropped that it needs.
+        """
         with self._mutex:
             self._sweep()
-            held = [ticket for ticket in self._tickets.values() if ticket.volume == volume]
+            since = self._clock() - PINNED_S
+            held = [
+                ticket
+                for ticket in self._tickets.values()
+                if ticket.volume == volume and ticket.ends_at - ticket.lifetime_s > since
+            ]
         return frozenset(each for ticket in held for each in (ticket.base, ticket.target) if each)
 
     def live(self) -> tuple[Ticket, ...]:

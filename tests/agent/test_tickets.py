@@ -78,6 +78,17 @@ def test_it_ends_after_its_lifetime_unless_traffic_renews_it(tickets, clock):
     assert tickets.pinned("vm1") == frozenset()
 
 
+def test_it_pins_its_snapshots_while_it_is_shown(tickets, clock):
+    tickets.keep(Ticket("secret", "r1", "vm1", "b", "s1", "s2", lifetime_s=3600))
+    clock.move(module.PINNED_S - 1)
+    assert tickets.pinned("vm1") == {"s1", "s2"}
+    assert tickets.pinned("vm2") == frozenset()
+    clock.move(2)
+    assert tickets.pinned("vm1") == frozenset(), "nobody has shown it for long"
+    tickets.check(**SHOWN)
+    assert tickets.pinned("vm1") == {"s1", "s2"}
+
+
 def test_a_restart_keeps_it_and_its_age(tmp_path, tickets, clock):
     tickets.keep(GOOD)
     clock.move(60)

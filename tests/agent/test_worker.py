@@ -1,0 +1,95 @@
+"""One thread for each disk: in order, bounded, and no burden on anybody else when the disk hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from agent.slots import Slots
+from agent.stream.work import Stopped
+from agent.worker import Worker
+from resilver.errors import Unavailable
+
+
+def test_jobs_run_in_order_and_one_at_a_time():
+    worker, seen = Worker("disk"), []
+    futures = [worker.submit(lambda number=number: seen.append(number)) for number in range(50)]
+    for future in futures:
+        future.result(5)
+    assert seen == list(range(50))
+    worker.close()
+
+
+def test_an_error_belongs_to_whoever_waits():
+    worker = Worker("disk")
+    with pytest.raises(ZeroDivisionError):
+        worker.call(lambda: 1 // 0)
+    assert worker.call(lambda: 7) == 7
+    assert worker.busy_s == 0
+    worker.close()
+
+
+async def test_a_disk_that_hangs_refuses_what_it_cannot_take():
+    worker, hangs, begun = Worker("disk of vm1", jobs_max=2), threading.Event(), threading.Event()
+
+    def hang():
+        begun.set()
+        hangs.wait(10)
+
+    stuck = worker.submit(hang)
+    assert begun.wait(5)
+    waiting = [worker.submit(lambda: 1) for _ in range(2)]
+    with pytest.raises(Unavailable, match="disk of vm1") as caught:
+        worker.submit(lambda: 1)
+    assert caught.value.reason == "DEADLINE"
+    assert worker.busy_s > 0
+    worker.close()
+    hangs.set()
+    await asyncio.wrap_future(stuck)
+    assert [await asyncio.wrap_future(future) for future in waiting] == [1, 1]
+
+
+async def test_a_caller_that_goes_away_does_not_stop_the_work():
+    worker, hangs, done = Worker("disk"), threading.Event(), threading.Event()
+    calling = asyncio.create_task(worker.run(lambda: (hangs.wait(10), done.set())))
+    await asyncio.sleep(0.05)
+    calling.cancel()
+    hangs.set()
+    assert await asyncio.to_thread(done.wait, 5)
+    worker.close()
+
+
+def test_slots_are_given_in_the_order_in_which_they_were_asked_for():
+    slots, never, order = Slots(1), threading.Event(), []
+    slots.take(never)
+    asked = [threading.Event() for _ in range(3)]
+
+    def wait(number):
+        asked[number].set()
+        slots.take(never)
+        order.append(number)
+        slots.give_back()
+
+    threads = []
+    for number in range(3):
+        threads.append(threading.Thread(target=wait, args=(number,)))
+        threads[-1].start()
+        assert asked[number].wait(5)
+        while slots.waiting_count <= number:
+            threading.Event().wait(0.001)
+    slots.give_back()
+    for thread in threads:
+        thread.join(5)
+    assert order == [0, 1, 2]
+
+
+def test_whoever_stops_waiting_is_in_nobodys_way():
+    slots, stop, never = Slots(1), threading.Event(), threading.Event()
+    slots.take(never)
+    stop.set()
+    with pytest.raises(Stopped):
+        slots.take(stop)
+    slots.resize(2)
+    slots.take(never)
