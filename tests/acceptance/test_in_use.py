@@ -39,7 +39,7 @@ KILL_WITHIN_S = (0.02, 0.05, 0.1, 0.2)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Cluster]:
-    """Two nodes with a volume for each story, in sync; `packed` is on compressed Btrfs, b's `filled` on a small disk."""
+    """Two nodes with a volume for each story, in sync; `packed` on compressed Btrfs, `filled` on a small disk."""
     with (
         mounted("btrfs-compressed", 2 << 30) as packed,
         mounted("xfs", SMALL_DISK_BYTES) as small,
