@@ -37,7 +37,7 @@ from coordinator.core.events import (
 )
 from coordinator.core.planner import plan_volume
 from coordinator.core.tasks import Flow, Wait
-from resilver.errors import ResilverError
+from resilver.errors import ResilverError, Superseded, Unavailable
 from resilver.lineage import NO_CP
 from resilver.volume import LiveState, Progress, ResyncState, VolumeRecord
 
@@ -242,10 +242,11 @@ def _order(context: Context, resync: Resync) -> Flow[ResilverError | None]:
     """Tells every source to expect the target, then tells the target. A target that needs no source gets none."""
     row, volume = resync.plan, resync.volume
     sources: dict[str, Source] = {}
-    problem: ResilverError | None = None
-    ticket = resync.id
     if row.base != row.target:
-        prepare_send = PrepareSend(context.header(volume), resync.id, row.base, row.target, resync.node, ticket)
+        problem = _outlived(context, resync)
+        if problem is not None:
+            return problem
+        prepare_send = PrepareSend(context.header(volume), resync.id, row.base, row.target, resync.node, resync.id)
         answers = yield from context.give(dict.fromkeys(row.sources, prepare_send))
         for node, answer in answers.items():
             if isinstance(answer, ResilverError):
@@ -254,13 +255,17 @@ def _order(context: Context, resync: Resync) -> Flow[ResilverError | None]:
                 known = context.nodes[node]
                 sources[node] = Source(node, known.address, known.stream_address)
         if not sources:
-            return problem
+            return problem or Unavailable("NODE_UNREACHABLE", f"no source of {volume} is connected any more")
+    # What was decided while the sources were asked counts: nobody is told to receive what is not wanted any more.
+    problem = _outlived(context, resync)
+    if problem is not None or context.resyncs[resync.id].state.final:
+        return problem
     receive = Receive(
         context.header(volume, row.expected_tip),
         resync.id,
         row.base,
         row.target,
-        ticket,
+        resync.id,
         tuple(sources.values()),
         replace_own_data=row.replace_own_data,
         replace_unrelated=row.replace_unrelated,
@@ -273,6 +278,15 @@ def _order(context: Context, resync: Resync) -> Flow[ResilverError | None]:
     if isinstance(answer, Progress):
         note_progress(context, resync.node, answer)
     return None
+
+
+def _outlived(context: Context, resync: Resync) -> ResilverError | None:
+    """A resync is ordered in its own epoch and in no other: what it replaces was weighed against that one's primary."""
+    entry = context.entries.get(resync.volume)
+    if entry is not None and entry.record.epoch == resync.epoch:
+        return None
+    now = f"epoch {entry.record.epoch} was opened" if entry is not None else f"{resync.volume} was removed"
+    return Superseded("STALE_EPOCH", f"{now} after the resync of {resync.volume} on {resync.node} had been planned")
 
 
 def _watch(context: Context, resync_id: str, boot: str | None, heard_ms: int) -> Flow[int]:
