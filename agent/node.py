@@ -84,12 +84,14 @@ class AgentNode:
     def __init__(self, config: AgentConfig) -> None:
         loop = asyncio.get_running_loop()
         check_limits(config)
-        backends = {volume.name: make_backend(volume, config) for volume in config.volumes}
+        self._backends: Final = {volume.name: make_backend(volume, config) for volume in config.volumes}
         self._config = config
         self._identity: Final = Identity(config.state_dir, config.cluster, config.node)
         self._control: Final = Worker("state_dir")
         self._replicas: Final = {
-            volume.name: Replica(volume.name, config.node, backends[volume.name], self._identity, _settings(volume))
+            volume.name: Replica(
+                volume.name, config.node, self._backends[volume.name], self._identity, _settings(volume)
+            )
             for volume in config.volumes
         }
         self._tickets: Final = Tickets(config.state_dir / "tickets.json")
@@ -189,6 +191,9 @@ class AgentNode:
         check_limits(config)
         self._config = config
         self._runs.slots.resize(config.limits.receive_max_count)
+        self._blocks.resize(config.limits.send_max_count)
+        for backend in self._backends.values():
+            backend.set_reserve(config.space.reserve_ratio, config.space.reserve_min_bytes)
         for volume in config.volumes:
             replica = self._replicas[volume.name]
             replica.settings = _settings(volume)

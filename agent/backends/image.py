@@ -91,14 +91,17 @@ class ImageBackend:
         step: Callable[[str], None] = _no_step,
     ) -> None:
         self.keep_last: Final = keep_last
-        self._reserve_ratio: Final = reserve_ratio
-        self._reserve_min_bytes: Final = reserve_min_bytes
+        self._reserve = (reserve_ratio, reserve_min_bytes)
         self._layout: Final = Layout(volume, path.absolute(), snapshot_dir.absolute())
         self._copier: Final = Copier(self._layout)
         self._step: Final = step
         self._tools: Final = image_commit.Tools(
             self._layout, self._copier, step, preserved_max_count, preserved_max_bytes
         )
+
+    def set_reserve(self, ratio: float, min_bytes: int) -> None:
+        """Another reserve, from the next look at the space on."""
+        self._reserve = (ratio, min_bytes)
 
     def recover(self) -> None:
         layout = self._layout
@@ -274,7 +277,8 @@ class ImageBackend:
     def _space(self) -> tuple[int, int]:
         """Free bytes, and those that are never used up."""
         stat = os.statvfs(self._layout.live.parent)
-        reserve = max(self._reserve_min_bytes, int(stat.f_blocks * stat.f_frsize * self._reserve_ratio))
+        ratio, least = self._reserve
+        reserve = max(least, int(stat.f_blocks * stat.f_frsize * ratio))
         return stat.f_bavail * stat.f_frsize, reserve
 
     def _check_free(self, need: int, what: str) -> None:

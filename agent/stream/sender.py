@@ -106,6 +106,10 @@ class BlockServer:
         assert isinstance(port, int)
         return port
 
+    def resize(self, connections_max: int) -> None:
+        """Another bound, for connections that come from now on."""
+        self._connections_max = connections_max
+
     def start(self) -> None:
         """Returns when connections are taken; Invalid("CONFIG_INVALID") if the address cannot be had."""
         assert self._listener is None, "a block server starts once"

@@ -165,9 +165,11 @@ def test_a_damaged_record_is_a_problem_of_its_replica(agent):
 
 def test_sighup_takes_all_or_nothing(running):
     config = running.config.read_text()
-    running.config.write_text(config.replace("[space]", "[space]").replace('path = "', 'priority = 7\npath = "'))
+    changed = config.replace("reserve_min_bytes = 1048576", "reserve_min_bytes = 2097152")
+    running.config.write_text(changed.replace('path = "', 'priority = 7\npath = "'))
     running.process.send(signal.SIGHUP)
     until(lambda: running.examine().priority == 7, "the priority is taken on")
+    assert running.examine().reserve_bytes == 2 * MIB
     changed = running.config.read_text().replace("priority = 7", "priority = 9").replace('"test"', '"prod"')
     running.config.write_text(changed)
     running.process.send(signal.SIGHUP)

@@ -104,6 +104,28 @@ def test_an_image_that_grew_or_shrank(mirrored, size_bytes):
     assert same(a, b, leader.volume)
 
 
+def test_memory_and_time_do_not_grow_with_the_size_of_the_volume(pair, leader):
+    a, b = pair
+    with a.image(leader.volume).open("wb") as image:
+        image.truncate(1 << 40)
+        for at in range(0, 1 << 40, 1 << 36):
+            image.seek(at)
+            image.write(os.urandom(MIB))
+    a.open_epoch(leader)
+    first = a.snapshot(leader, opening=True)
+    run = b.resync(leader, a, "", first.id, expected_tip="")
+    assert (run.state, run.done_bytes) == (SUCCEEDED, 16 * MIB), run
+    scatter(a.image(leader.volume), 50)
+    second = a.snapshot(leader)
+    assert b.resync(leader, a, first.id, second.id).done_bytes == 50 * 4096
+    stat = b.image(leader.volume).stat()
+    assert stat.st_size == 1 << 40
+    assert stat.st_blocks * 512 < 32 * MIB, "holes stay holes"
+    assert b.examine(leader.volume).live.state == UNMODIFIED
+    for agent in pair:
+        assert agent.process.memory_peak_bytes() < 200 * MIB
+
+
 def test_orders_are_idempotent(mirrored):
     a, b, leader, base = mirrored
     request = str(uuid.uuid4())
