@@ -80,10 +80,7 @@ class Cluster:
     # What the coordinator does.
 
     def report(self, node: str) -> None:
-        """A node is heard; a CP of the present epoch by the primary is acknowledged; the node is told the record.
-
-        Not while the store is recovering: the epoch that it knows may have been given up for a later one.
-        """
+        """A node is heard; a CP of the present epoch by the primary is acknowledged; the node is told the record."""
         disk = self.disks[node]
         if not disk.up:
             return
@@ -97,7 +94,7 @@ class Cluster:
         mine = Grant("V", record.epoch, record.epoch_id)
         reigns = record.primary == node and disk.grant == mine
         goes_on = not record.newest_id or disk.has(record.newest_id)
-        counts = tip is not None and tip.epoch_id == record.epoch_id and not self.entry.recovering
+        counts = tip is not None and tip.epoch_id == record.epoch_id
         if reigns and goes_on and tip is not None and counts:
             record = replace(record, newest_cp=tip.cp, newest_id=tip.id)
             self.entry = replace(self.entry, record=record, opening=False)
