@@ -134,7 +134,11 @@ class Context:
         entry = self.entries.get(volume)
         heard = self.heard.get(volume, {})
         removed = set(entry.removed) if entry else set()
-        offering = {name for name, node in self.nodes.items() if node.connected and volume in node.volumes}
+        # Before the first epoch whoever once offered the volume may have its newest data, also after a restart here.
+        silent_too = entry is None or not entry.record.epoch
+        offering = {
+            name for name, node in self.nodes.items() if (node.connected or silent_too) and volume in node.volumes
+        }
         names = ({*heard} - removed) | offering | set(entry.record.members if entry else ())
         wanted = None if fresh is None else frozenset(fresh)
         replicas: dict[str, ReplicaView] = {}

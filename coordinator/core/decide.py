@@ -61,7 +61,8 @@ def examine(context: Context, volume: str) -> Flow[Examined]:
     )
     if context.examines.get(volume) is mine:
         del context.examines[volume]
-    fresh = frozenset(mine.answered)
+    # Who has gone since, or turned out to be two, has answered nothing.
+    fresh = frozenset(node for node in mine.answered if context.reachable(node))
     return Examined(context.view(volume, fresh), fresh)
 
 
@@ -177,7 +178,8 @@ def establish(context: Context, volume: str) -> Flow[ResilverError | None]:
     granted = (yield from context.give({winner: OpenEpoch(context.header(volume), record, grant=True)}))[winner]
     if isinstance(granted, ResilverError):
         return granted
-    opening = TakeSnapshot(context.header(volume, record.newest_id), f"open-{record.epoch_id}", opening=True)
+    tip = _winners_tip(context, record)
+    opening = TakeSnapshot(context.header(volume, tip), f"open-{record.epoch_id}", opening=True)
     taken = (yield from context.give({winner: opening}))[winner]
     if isinstance(taken, ResilverError):
         return taken
@@ -191,6 +193,12 @@ def establish(context: Context, volume: str) -> Flow[ResilverError | None]:
     if context.entries[volume].record.epoch != record.epoch:
         return Conflict("LEADERSHIP_LOST", f"another epoch of {volume} was opened meanwhile")
     return None
+
+
+def _winners_tip(context: Context, record: VolumeRecord) -> str:
+    """What the opening CP is taken on: the fork, or what a transfer put on top of it after the winner had answered."""
+    lineage = context.view(record.volume).replica(record.primary).lineage
+    return lineage.tip_id if lineage.find(record.newest_id) is not None else record.newest_id
 
 
 def finish_opening(context: Context, volume: str) -> Flow[None]:

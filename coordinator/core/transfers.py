@@ -242,22 +242,11 @@ def _order(context: Context, resync: Resync) -> Flow[ResilverError | None]:
     """Tells every source to expect the target, then tells the target. A target that needs no source gets none."""
     row, volume = resync.plan, resync.volume
     sources: dict[str, Source] = {}
-    if row.base != row.target:
-        problem = _outlived(context, resync)
-        if problem is not None:
-            return problem
-        prepare_send = PrepareSend(context.header(volume), resync.id, row.base, row.target, resync.node, resync.id)
-        answers = yield from context.give(dict.fromkeys(row.sources, prepare_send))
-        for node, answer in answers.items():
-            if isinstance(answer, ResilverError):
-                problem = problem or answer
-            elif context.reachable(node):
-                known = context.nodes[node]
-                sources[node] = Source(node, known.address, known.stream_address)
-        if not sources:
-            return problem or Unavailable("NODE_UNREACHABLE", f"no source of {volume} is connected any more")
-    # What was decided while the sources were asked counts: nobody is told to receive what is not wanted any more.
     problem = _outlived(context, resync)
+    if problem is None and row.base != row.target:
+        problem = yield from _tell_sources(context, resync, sources)
+    # What was decided while the sources were asked counts: nobody is told to receive what is not wanted any more.
+    problem = _outlived(context, resync) or problem
     if problem is not None or context.resyncs[resync.id].state.final:
         return problem
     receive = Receive(
@@ -278,6 +267,23 @@ def _order(context: Context, resync: Resync) -> Flow[ResilverError | None]:
     if isinstance(answer, Progress):
         note_progress(context, resync.node, answer)
     return None
+
+
+def _tell_sources(context: Context, resync: Resync, sources: dict[str, Source]) -> Flow[ResilverError | None]:
+    """Fills in those that will serve; a problem only if there are none."""
+    row, volume = resync.plan, resync.volume
+    prepare_send = PrepareSend(context.header(volume), resync.id, row.base, row.target, resync.node, resync.id)
+    answers = yield from context.give(dict.fromkeys(row.sources, prepare_send))
+    problem: ResilverError | None = None
+    for node, answer in answers.items():
+        if isinstance(answer, ResilverError):
+            problem = problem or answer
+        elif context.reachable(node):
+            known = context.nodes[node]
+            sources[node] = Source(node, known.address, known.stream_address)
+    if sources:
+        return None
+    return problem or Unavailable("NODE_UNREACHABLE", f"no source of {volume} is connected any more")
 
 
 def _outlived(context: Context, resync: Resync) -> ResilverError | None:

@@ -5,6 +5,7 @@ scenario may name them. A line that starts with `#` is kept as it is.
 
     given vm1 3 E3 a a,b 3-2:s2 s1     what the store held: volume, epoch, epoch_id, primary, members, newest, bases of
                                        the other members; `opening` may follow
+    known b vm1                        a node that the store held, with what it offered
     connect a vm1                      an agent's stream opens (its boot is `a1`, after a reconnect `a2`)
     disconnect a
     report a vm1 empty                 what a node says of its replica: empty | lost, or
@@ -50,7 +51,9 @@ class Scenario:
     def play(cls, text: str) -> str:
         """The whole output: each event line with what the engine did indented below it."""
         volumes = dict(given(line.split()[1:]) for line in text.splitlines() if line.startswith("given "))
-        return cls(e.Loaded(volumes, {}, {}, {})).run(text)
+        known = [line.split()[1:] for line in text.splitlines() if line.startswith("known ")]
+        nodes = {name: NodeView(name, volumes=tuple(offers)) for name, *offers in known}
+        return cls(e.Loaded(volumes, {}, {}, nodes)).run(text)
 
     def run(self, text: str) -> str:
         lines: list[str] = []
@@ -58,7 +61,7 @@ class Scenario:
             if line.startswith("    "):
                 continue
             lines.append(line)
-            if not line.strip() or line.startswith(("#", "given ")):
+            if not line.strip() or line.startswith(("#", "given ", "known ")):
                 continue
             for event in self.events(line.split()):
                 for action in self.engine.step(event, self.now_ms):
