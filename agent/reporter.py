@@ -121,8 +121,10 @@ class Reporter:
                     continue
                 self._log_once(f"{address} does not lead, and knows nobody who does", address)
             except ResilverError as error:
-                worked = worked or self._worked
+                worked = self._worked
                 self._log_once(f"{error.reason}: {error.message}", address)
+            except Exception as error:  # noqa: BLE001 - whatever a coordinator made of us, transfers and disks go on
+                _log.error("a stream failed for an unforeseen reason", coordinator=str(address), exc_info=error)
             redirected = 0
             pause_s = BACKOFF_FIRST_S if worked else min(pause_s * 2, BACKOFF_MAX_S)
             turn += 1
@@ -184,7 +186,10 @@ class Reporter:
             await asyncio.wait({sending, receiving}, return_when=asyncio.FIRST_COMPLETED)
             # A stream that has ended fails the sender; why it did is what there may still be to read.
             await asyncio.wait({receiving}, timeout=LAST_WORDS_S)
-            (receiving if receiving.done() else sending).result()
+            ended = receiving if receiving.done() else sending
+            if ended.cancelled():  # by gRPC: nobody here has done it yet
+                raise Unavailable("NO_LEADER", "the stream was cancelled")
+            ended.result()
         finally:
             for task in (sending, receiving):
                 task.cancel()

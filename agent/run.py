@@ -101,9 +101,10 @@ class Run:
     def end(self, why: ResilverError | None) -> None:
         """Asks the run to end as soon as it can: CANCELLED, or FAILED for a reason that is no cancelling.
 
-        None: the agent is stopping, and will go on with the run when it is started again.
+        None: the agent is stopping, and will go on with the run when it is started again. The first reason holds.
         """
-        self._stopping = why
+        if self._stopping is None:
+            self._stopping = why
         self.stop.set()
 
     def work(self, slots: Slots) -> None:
@@ -159,8 +160,8 @@ class Run:
         """The live copy becomes a clone of its own tip; no source is needed."""
         backend, wanted = self._replica.backend, self.wanted
         tip = report.lineage.tip
-        if tip is None or not tip.present:
-            raise Refused("TARGET_GONE", f"the tip {wanted.target} is not here")
+        if tip is None or tip.id != wanted.target or not tip.present:
+            raise Refused("TARGET_GONE", f"snapshot {wanted.target} is not the tip here, or its data is gone")
         self._tell(total_bytes=0, range_count=0)
         stage = self._on_worker(lambda: backend.open_stage(wanted.base, wanted.target, tip.size_bytes))
         try:

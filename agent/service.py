@@ -125,7 +125,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     ) -> agent_pb2.ExamineReplicaResponse:
         del context
         replica = self._node.replica(request.volume)
-        report = await asyncio.wrap_future(replica.examine_soon())
+        # Shielded, because others may wait for the same look.
+        report = await asyncio.shield(asyncio.wrap_future(replica.examine_soon()))
         first = report_pages(report, node=self._node.name)[0]
         return agent_pb2.ExamineReplicaResponse(replica=first.replica, records=first.records, truncated=not first.last)
 

@@ -54,7 +54,9 @@ class Worker:
         return future
 
     async def run(self, job: Callable[[], T]) -> T:
-        """Waits for a job without blocking the event loop; a caller that goes away does not stop it."""
+        """Waits for a job without blocking the event loop. If the caller goes away, a job that has begun is finished,
+        and one that waits is not begun.
+        """
         return await asyncio.wrap_future(self.submit(job))
 
     def call(self, job: Callable[[], T]) -> T:
