@@ -9,6 +9,7 @@ A look that leaves the live copy uncompared keeps what the last comparison said 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, replace
@@ -90,10 +91,14 @@ class Examiner:
         return before != self._outline
 
     def remember(self, tip: str, volume_id: str) -> None:
-        """After an order gave the replica a new tip: also if the next look fails, its absence is then a loss."""
-        seen = self._identity.remembered(self._volume)
-        file_system_id = seen.file_system_id if seen is not None else ""
-        self._identity.remember(self._volume, Remembered(file_system_id, tip, volume_id))
+        """After an order gave the replica a new tip: also if the next look fails, its absence is then a loss.
+
+        The order was obeyed, whatever becomes of this: the next look tells what could not be written.
+        """
+        with contextlib.suppress(ResilverError):
+            seen = self._identity.remembered(self._volume)
+            file_system_id = seen.file_system_id if seen is not None else ""
+            self._identity.remember(self._volume, Remembered(file_system_id, tip, volume_id))
 
     def _report(self, examined: Examined, *, compared: bool) -> ReplicaReport:
         remembered = self._identity.remembered(self._volume)
@@ -120,7 +125,12 @@ class Examiner:
             return self._lost(made, remembered, lost)
         if examined.presence is Presence.PRESENT:
             seen = Remembered(examined.file_system_id, examined.lineage.tip_id, examined.volume_id)
-            self._identity.remember(self._volume, seen)
+            try:
+                self._identity.remember(self._volume, seen)
+            except ResilverError as error:
+                # What is here is here; only a later absence would not be known for a loss.
+                said = f"{error.reason}: what is here cannot be remembered: {error.message}"
+                made = replace(made, problems=(*made.problems, said))
         if self._written_again(made):
             said = f"KEEPS_BEING_WRITTEN: {keeps_being_written(self._volume, self._node)}"
             return replace(made, problems=(*made.problems, said))

@@ -337,6 +337,9 @@ class Run:
             if self._stopping is None:
                 return  # the agent is stopping: the run goes on from what is on the disk at the next start
             error = self._stopping
+        if self.progress.state is ResyncState.SUCCEEDED:
+            _log.error("what follows a commit failed", resync=self.wanted.resync_id, exc_info=error)
+            return
         if not isinstance(error, ResilverError):
             _log.error("run failed for an unforeseen reason", resync=self.wanted.resync_id, exc_info=error)
             error = ResilverError("INTERNAL", f"unforeseen: {type(error).__name__}; this node's log says more")
