@@ -263,10 +263,11 @@ def _intend(tools: Tools, plan: _Plan, own: Lease | None, new_inode: int) -> tup
 
 
 def _describe_leaving(tools: Tools, plan: _Plan, record: Snapshot) -> PreservedCopy:
-    layout = tools.layout
-    parent = layout.snapshot(record.parent) if record.parent in plan.state.stored else None
+    """What it holds alone is counted from its newest ancestor that is here: its parent may be pruned, or never came."""
+    layout, older = tools.layout, plan.state.lineage.since(record.id).records[1:]
+    against = next((layout.snapshot(one.id) for one in older if one.id in plan.state.stored), None)
     return keeping.describe(
-        tools.copier, layout.data(record.id), record, parent, live=False, resync_id=plan.order.resync_id
+        tools.copier, layout.data(record.id), record, against, live=False, resync_id=plan.order.resync_id
     )
 
 
