@@ -142,21 +142,18 @@ def _heading(engine: Engine, view: VolumeView, node: str, decided: ElectionRecor
 def _why_primary(decided: ElectionRecord) -> str:
     lines = [f"WHY {decided.winner}     rule: {decided.rule}"]
     rows: list[tuple[str, ...]] = [("NODE", "ANSWERED", "NEWEST CP", "LIVE COPY", "VERDICT")]
-    rows += [_candidate_row(one, decided) for one in decided.candidates[:CANDIDATES_SHOWN_MAX]]
+    rows += [_candidate_row(one) for one in decided.candidates[:CANDIDATES_SHOWN_MAX]]
     return "\n".join(lines + _table(rows))
 
 
-def _candidate_row(candidate: Candidate, decided: ElectionRecord) -> tuple[str, ...]:
+def _candidate_row(candidate: Candidate) -> tuple[str, ...]:
     if candidate.reported:
         answered = "yes"
     elif candidate.report_time_ms:
         answered = f"no, last report {_clock(candidate.report_time_ms)}"
     else:
         answered = "no, never"
-    verdict = candidate.verdict
-    if candidate.node in decided.accepted:
-        verdict += f"; what only it has was accepted as lost: --accept-loss {candidate.node}"
-    return (candidate.node, answered, _cp(candidate.cp), candidate.live.value, verdict)
+    return (candidate.node, answered, _cp(candidate.cp), candidate.live.value, candidate.verdict)
 
 
 def _why_refused(title: str, election: ElectionRecord) -> str:
