@@ -66,10 +66,11 @@ class Settings:
 
 @dataclass(slots=True)
 class Heard:
-    """The last report of one replica and the stream that it came by."""
+    """The last report of one replica, the stream that it came by, and the start of the agent that it is of."""
 
     report: ReplicaReport
     stream: str
+    boot: str
     seq: int
     time_ms: int
 
@@ -103,7 +104,7 @@ class Context:
     actions: list[Action] = field(default_factory=list)
     entries: dict[str, VolumeEntry] = field(default_factory=dict)
     nodes: dict[str, NodeView] = field(default_factory=dict)
-    streams: dict[str, tuple[str, str]] = field(default_factory=dict)
+    streams: dict[str, NodeView] = field(default_factory=dict)
     heard: dict[str, dict[str, Heard]] = field(default_factory=dict)
     examines: dict[str, Examine] = field(default_factory=dict)
     orders: dict[str, OrderSlot] = field(default_factory=dict)
@@ -159,9 +160,13 @@ class Context:
         known = self.nodes.get(node)
         return known is not None and known.reachable
 
+    def speaker(self, stream: str) -> NodeView:
+        """Who opened a stream, as it introduced itself; without a name if the stream has ended."""
+        return self.streams.get(stream) or NodeView("")
+
     def stream_of(self, node: str) -> str:
-        """The node's stream, empty if it has none."""
-        return next((stream for stream, (name, _) in self.streams.items() if name == node), "")
+        """The node's newest stream, empty if it has none: an older one may be dead, and nobody has noticed yet."""
+        return next((stream for stream, one in reversed(self.streams.items()) if one.name == node), "")
 
     def active_resync(self, volume: str, node: str) -> Resync | None:
         return next(

@@ -51,9 +51,10 @@ def connected(context: Context, event: AgentConnected) -> None:
         context.tell("AGENT_REFUSED", message, node=node.name, reason="WRONG_STORE")
         return
     if event.highest_term > context.identity.term:
+        _store_forgot(context, event)
         context.emit(RaiseTerm(event.highest_term))
-    context.streams[event.stream] = (node.name, node.boot)
-    boots = {boot for name, boot in context.streams.values() if name == node.name}
+    context.streams[event.stream] = node
+    boots = {one.boot for one in context.streams.values() if one.name == node.name}
     known = context.nodes.get(node.name)
     if len(boots) > 1:
         duplicate = replace(known or node, connected=True, duplicate=True, last_heard_ms=context.now_ms)
@@ -65,6 +66,15 @@ def connected(context: Context, event: AgentConnected) -> None:
     context.tasks.touch(f"node:{node.name}")
     for volume in node.volumes:
         context.changed(volume)
+
+
+def _store_forgot(context: Context, event: AgentConnected) -> None:
+    """Terms are stored before anybody hears of them: a store that does not know this one is an older copy of itself."""
+    said = f"{event.node.name} has obeyed term {event.highest_term}, which the store has never given"
+    for volume, entry in list(context.entries.items()):
+        if entry.record.epoch and not entry.recovering:
+            context.persist(Volume(volume, replace(entry, recovering=True)))
+            context.tell("RECOVERING", f"{said}; the next election of {volume} wants every known member", volume=volume)
 
 
 def _introduce(context: Context, known: NodeView | None, node: NodeView) -> None:
@@ -80,16 +90,18 @@ def _introduce(context: Context, known: NodeView | None, node: NodeView) -> None
 
 
 def disconnected(context: Context, stream: str) -> None:
-    name, _ = context.streams.pop(stream, ("", ""))
+    gone = context.streams.pop(stream, None)
+    name = gone.name if gone is not None else ""
     known = context.nodes.get(name)
     if known is None:
         return
-    left = {boot for node, boot in context.streams.values() if node == name}
+    left = {one.boot: one for one in context.streams.values() if one.name == name}
     context.nodes[name] = replace(known, connected=bool(left), duplicate=len(left) > 1)
     if len(left) == 1 and known.duplicate:
-        # The one that is left was not believed while there were two: it is asked anew.
-        context.nodes[name] = replace(context.nodes[name], boot=next(iter(left)))
-        context.emit(SendExamine(context.stream_of(name), context.new_id(), known.volumes))
+        # The one that is left was not believed while there were two: it is itself again, and asked anew.
+        last = next(iter(left.values()))
+        _introduce(context, context.nodes[name], last)
+        context.emit(SendExamine(context.stream_of(name), context.new_id(), last.volumes))
     for examine in context.examines.values():
         if name in examine.waiting and not left:
             examine.waiting.discard(name)
@@ -100,10 +112,9 @@ def disconnected(context: Context, stream: str) -> None:
 
 
 def heard_from(context: Context, stream: str) -> None:
-    name, _ = context.streams.get(stream, ("", ""))
-    known = context.nodes.get(name)
+    known = context.nodes.get(context.speaker(stream).name)
     if known is not None:
-        context.nodes[name] = replace(known, last_heard_ms=context.now_ms)
+        context.nodes[known.name] = replace(known, last_heard_ms=context.now_ms)
 
 
 # ------------------------------------------------------------ reports
@@ -111,16 +122,17 @@ def heard_from(context: Context, stream: str) -> None:
 
 def reported(context: Context, event: ReplicaReported) -> None:
     heard_from(context, event.stream)
-    name, _ = context.streams.get(event.stream, ("", ""))
+    speaker = context.speaker(event.stream)
+    name = speaker.name
     if not name:
         return
     volume = event.report.volume
     heard = context.heard.setdefault(volume, {})
     old = heard.get(name)
-    if old is not None and old.stream == event.stream and event.seq <= old.seq:
-        return
+    if old is not None and old.boot == speaker.boot and event.seq <= old.seq:
+        return  # also from a stream that was left for a newer one, and is read to its end only now
     changed = old is None or not _same(old.report, event.report)
-    heard[name] = Heard(event.report, event.stream, event.seq, context.now_ms)
+    heard[name] = Heard(event.report, event.stream, speaker.boot, event.seq, context.now_ms)
     examine = context.examines.get(volume)
     if examine is not None and event.examine_id == examine.id and context.reachable(name):
         examine.answered.add(name)
@@ -275,7 +287,7 @@ def _spawn_once(context: Context, name: str, flow: Flow[None]) -> None:
 
 def progressed(context: Context, event: ProgressReported) -> None:
     heard_from(context, event.stream)
-    name, _ = context.streams.get(event.stream, ("", ""))
+    name = context.speaker(event.stream).name
     if not name or not context.reachable(name):
         return
     transfers.note_progress(context, name, event.progress)

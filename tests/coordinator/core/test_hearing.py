@@ -1,0 +1,87 @@
+"""What counts of what agents say, when it comes twice, late, or from two of one name."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from coordinator.core import events as e
+from coordinator.core.cluster import NodeView, VolumeEntry
+from coordinator.core.context import Identity, Settings
+from coordinator.core.engine import Engine
+from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
+from resilver.volume import LiveCopy, LiveState, Presence, ReplicaReport, VolumeRecord
+
+NOW_MS = 1_700_000_000_000
+
+
+@pytest.fixture
+def engine() -> Engine:
+    record = VolumeRecord("vm1", "V1", 1, "E1", "a", ("a", "b"), ConsistencyPoint(1, 1), "s1")
+    ids = itertools.count(1)
+    loaded = e.Loaded({"vm1": VolumeEntry(record)}, {}, {}, {})
+    return Engine(Identity("demo", "store-1", 3, "leader-1"), Settings(), loaded, NOW_MS, lambda: f"i{next(ids)}")
+
+
+def connect(
+    engine: Engine, stream: str, node: str, boot: str, *, address: str = "x:1", term: int = 0
+) -> list[e.Action]:
+    hello = NodeView(node, boot, address, address, "1", ("vm1",))
+    return engine.step(e.AgentConnected(stream, hello, "demo", "store-1", term), NOW_MS)
+
+
+def report(engine: Engine, stream: str, seq: int, *ids: str, examine: str = "") -> list[e.Action]:
+    records = [
+        Snapshot(name, ConsistencyPoint(1, len(ids) - at), parent=parent)
+        for at, (name, parent) in enumerate(zip(ids, (*ids[1:], ""), strict=True))
+    ]
+    lineage = Lineage(tuple(records))
+    said = ReplicaReport("vm1", Presence.PRESENT, "V1", lineage, LiveCopy(LiveState.UNMODIFIED))
+    return engine.step(e.ReplicaReported(stream, seq, said, examine), NOW_MS)
+
+
+def tip(engine: Engine, node: str) -> str:
+    return engine.view("vm1").replica(node).lineage.tip_id
+
+
+def test_an_older_report_that_comes_by_the_stream_before_is_dropped(engine):
+    connect(engine, "first", "b", "boot-1")
+    report(engine, "first", 2, "s1")
+    connect(engine, "second", "b", "boot-1")
+    report(engine, "second", 9, "s2", "s1")
+    report(engine, "first", 5, "s1")
+    assert tip(engine, "b") == "s2"
+    connect(engine, "third", "b", "boot-1")
+    report(engine, "third", 11, "s3", "s2", "s1")
+    assert tip(engine, "b") == "s3"
+
+
+def test_a_node_that_has_reconnected_is_asked_by_its_newest_stream(engine):
+    connect(engine, "first", "b", "boot-1")
+    connect(engine, "second", "b", "boot-1")
+    asked = engine.step(e.Requested("r1", e.ElectRequest("vm1")), NOW_MS)
+    assert [one.stream for one in asked if isinstance(one, e.SendExamine)] == ["second"]
+
+
+def test_the_twin_that_is_left_is_reached_where_it_is(engine):
+    connect(engine, "first", "b", "boot-1", address="original:1")
+    connect(engine, "second", "b", "boot-2", address="clone:1")
+    assert engine.nodes()["b"].duplicate
+    engine.step(e.AgentDisconnected("first"), NOW_MS)
+    left = engine.nodes()["b"]
+    assert (left.boot, left.address, left.duplicate, left.reachable) == ("boot-2", "clone:1", False, True)
+
+
+def test_a_store_that_has_forgotten_a_term_has_forgotten_what_was_stored_under_it(engine):
+    done = connect(engine, "first", "b", "boot-1", term=7)
+    stored = [record for one in done if isinstance(one, e.Persist) for record in one.records]
+    assert [record.entry.recovering for record in stored if isinstance(record, e.Volume)] == [True]
+    kinds = [type(one) for one in done]
+    assert kinds.index(e.Persist) < kinds.index(e.RaiseTerm)
+
+
+@pytest.mark.parametrize("term", [0, 2, 3])
+def test_a_term_that_the_store_has_given_proves_nothing(engine, term):
+    connect(engine, "first", "b", "boot-1", term=term)
+    assert not engine.view("vm1").entry.recovering
