@@ -5,8 +5,8 @@ device is brought to rest around it, so that the clone has what the mount had. E
 of a file that somebody writes is no point in time. It counts only if
 
 * a lease held from beginning to end: nobody had the file open (`closed`), or
-* the file was synced, and its times are the same after as before: kernels from 6.13 on stamp every change that follows
-  a look, and a synced file is stamped at the first write through a mapping too, or
+* its times are the same after the copy as before a sync that came before the copy: kernels from 6.13 on stamp every
+  write that follows a look, and after a sync the first write through each mapped page too, or
 * everything that could write was frozen, and was still when the copy was done (30 seconds at most).
 
 Else it is `SNAPSHOT_NOT_ATOMIC`. The record says how it was: closed, frozen, synced or crash.
@@ -126,6 +126,8 @@ def _copy_in_use(layout: Layout, copier: Copier, making: Path, users: list[User]
             for _attempt in range(_COPY_ATTEMPTS_MAX):
                 with quiesced(stat, layout.frozen, others_write=others_write, may_freeze=False) as rest:
                     before = _stamp(fd)
+                    # In this order: the sync makes every mapped page stamp its next write, and the copy has all before.
+                    os.fsync(fd)
                     table = copier.duplicate(fd, making)
                     same = _stamp(fd) == before
                 if same:
@@ -147,8 +149,7 @@ def _copy_in_use(layout: Layout, copier: Copier, making: Path, users: list[User]
 
 
 def _stamp(fd: int) -> tuple[int, ...]:
-    """What changes with any change, of a file whose writes so far are on the disk."""
-    os.fsync(fd)
+    """What any write changes, and the first one through a mapping after a sync."""
     stat = os.fstat(fd)
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
