@@ -140,13 +140,17 @@ def take_snapshot(
     if isinstance(answer, ResilverError):
         return answer
     assert isinstance(answer, Taken)
-    if answer.taken:
-        yield Wait(
-            frozenset({f"volume:{volume}"}),
-            lambda: context.entries[volume].record.newest_id == answer.snapshot.id,
-            context.now_ms + context.settings.opening_timeout_ms,
-        )
-    return answer
+    if not answer.taken:
+        return answer
+    recorded = yield Wait(
+        frozenset({f"volume:{volume}"}),
+        lambda: context.entries[volume].record.newest_id == answer.snapshot.id,
+        context.now_ms + context.settings.opening_timeout_ms,
+    )
+    if recorded:
+        return answer
+    message = f"{primary} took {answer.snapshot.cp} of {volume}, but has not reported it yet: it does not count so far"
+    return Unavailable("DEADLINE", message, node=primary)
 
 
 def create(
