@@ -183,7 +183,7 @@ def _to_be_named(goal: _Goal, row: ReplicaPlan, replica: ReplicaView) -> Replica
     reason, why = _MUST_BE_NAMED[row.state]
     node = replica.node
     if node not in goal.replaced:
-        message = f"{node}: {why}; nothing replaces it until it is named"
+        message = f"{why}; nothing replaces it until {node} is named"
         return _blocked(row, reason, message, f"resilver resync {goal.view.name} --replace {node}")
     kept = () if row.state is _S.LOST else _all_it_has(replica)
     # A lost disk has no tip to compare with; the agent looks at what is there when it commits.
@@ -214,7 +214,7 @@ def _changed(goal: _Goal, row: ReplicaPlan, replica: ReplicaView) -> ReplicaPlan
     base = _base(goal, replica, sources)
     if base is None and isinstance(found, BaseGone):
         next_command = f"resilver resync {goal.view.name} --to {row.node} --full"
-        return _blocked(row, "BASE_GONE", f"{row.node}: {found}", next_command)
+        return _blocked(row, "BASE_GONE", str(found), next_command)
     if base is None:
         return _no_source(goal, row)
     able = tuple(one.node for one in sources if _has(one, base.id))
@@ -231,7 +231,7 @@ def _full(goal: _Goal, row: ReplicaPlan) -> ReplicaPlan:
 
 def _no_source(goal: _Goal, row: ReplicaPlan) -> ReplicaPlan:
     name = name_of(goal.snapshot) if goal.snapshot is not None else str(goal.cp)
-    message = f"{row.node}: no other node that answers still has {name} and a snapshot to start from"
+    message = f"no other node that answers still has {name} and a snapshot to start from"
     return _blocked(row, "NO_SOURCE", message, f"resilver snapshots {goal.view.name}")
 
 

@@ -202,7 +202,7 @@ def blocked_plan():
             pb.VolumePlan(
                 volume="vm1", primary="a", target_cp=cp("3-42"),
                 replicas=[
-                    row("b", "UNRELATED", "BLOCKED", refusal=unrelated, sources=()),
+                    row("b", "UNRELATED", "BLOCKED", refusal=unrelated, sources=(), why=unrelated.message),
                     row("c", "STALE", "FULL", "", 20 * GIB, ranges=1, need=21 * GIB, exact=True,
                         why="the newest snapshot in common, 3-12, was pruned on a"),
                 ],

@@ -116,10 +116,10 @@ def _beneath(replica: pb.ReplicaPlan) -> list[RenderableType]:
         kept = f", {size(replica.preserve_bytes)}" if replica.HasField("preserve_bytes") else ""
         what = " and ".join(part for part in (", ".join(replica.preserve[:-1]), replica.preserve[-1]) if part)
         parts.append(indented(Text(f"first {node}'s own {what} are preserved (kept until dropped{kept})"), 6))
-    if word(replica, "action") in ("FULL", "BLOCKED") and replica.why:
-        parts.append(indented(Text(f"{node}: {replica.why}"), 6))
     if replica.HasField("refusal"):
-        parts += _refusal(replica.refusal, 6, node)
+        parts += _refusal(replica.refusal, 6, node)  # its sentence is the why of a blocked replica
+    elif word(replica, "action") in ("FULL", "BLOCKED") and replica.why:
+        parts.append(indented(Text(f"{node}: {replica.why}"), 6))
     return parts
 
 
