@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from agent import metrics
+from agent.backends.base import Backend
 from agent.backends.image import ImageBackend
 from agent.deltas import Deltas
 from agent.examiner import ReplicaSettings
@@ -52,7 +53,7 @@ RENEW_S: Final = 2.0
 _log = structlog.get_logger(__name__)
 
 
-def make_backend(volume: VolumeConfig, config: AgentConfig) -> ImageBackend:
+def make_backend(volume: VolumeConfig, config: AgentConfig) -> Backend:
     """The backend of a volume; the kinds that are not built yet are named as such."""
     if volume.backend != "image":
         raise Invalid(

@@ -86,7 +86,7 @@ class ImageBackend:
         keep_last: int = 16,
         reserve_ratio: float = 0.05,
         reserve_min_bytes: int = 1 << 30,
-        preserved_max_count: int = 16,
+        preserved_max_count: int = 64,
         preserved_max_bytes: int = 0,
         step: Callable[[str], None] = _no_step,
     ) -> None:
