@@ -216,13 +216,15 @@ def finish_opening(context: Context, volume: str) -> Flow[None]:
 
 
 def _record(context: Context, view: VolumeView, decision: Elected | NotElected, principal: str) -> ElectionRecord:
-    elected = isinstance(decision, Elected)
+    """The decision as it is remembered; `_open` fills in the id of a new epoch, which a dry run has none of."""
+    stays = isinstance(decision, Elected) and not decision.new_epoch
+    opens = isinstance(decision, Elected) and decision.new_epoch
     record = view.record
     return ElectionRecord(
         volume=view.name,
         create_time_ms=context.now_ms,
-        epoch=record.epoch if elected else 0,
-        epoch_id=record.epoch_id if elected else "",
+        epoch=next_epoch(view) if opens else record.epoch if stays else 0,
+        epoch_id=record.epoch_id if stays else "",
         winner=decision.winner if isinstance(decision, Elected) else "",
         previous_primary=record.primary,
         cp=decision.fork.cp if isinstance(decision, Elected) and decision.fork is not None else NO_CP,
