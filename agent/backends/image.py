@@ -227,6 +227,8 @@ class ImageBackend:
         return image_stage.open_stage(self._layout, self._copier, base, target, size_bytes)
 
     def discard_stage(self) -> None:
+        with disk_errors(self._layout.root):
+            image_commit.settle(self._tools)  # a commit that was given up in the middle puts its tree back first
         image_stage.discard(self._layout)
 
     def commit(self, stage: Stage, order: CommitOrder) -> tuple[PreservedCopy, ...]:

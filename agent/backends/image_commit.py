@@ -22,6 +22,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from agent.backends import image_keep as keeping
 from agent.backends.base import CommitOrder
@@ -343,7 +344,7 @@ def _undo(tools: Tools, journal: Journal, lease: Lease | None) -> None:
         target.rename(layout.tree)
         fsync_dir(layout.root)
         fsync_dir(layout.stage)
-    if lease is not None and not lease.broken():
+    if lease is not None and not lease.broken() and _is_at(lease, layout.incoming):
         remove_tree(layout.incoming)
     else:
         equal = layout.tree if journal.made_target else target
@@ -353,6 +354,14 @@ def _undo(tools: Tools, journal: Journal, lease: Lease | None) -> None:
     if journal.live_pid:
         remove_tree(layout.keep(journal.live_pid))
     remove_file(layout.commit)
+
+
+def _is_at(lease: Lease, path: Path) -> bool:
+    """Whether the path is still the file under the lease, and not one that somebody put there meanwhile."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(lease.fd))
+    except FileNotFoundError:
+        return False
 
 
 def settle(tools: Tools) -> None:
