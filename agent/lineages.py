@@ -1,7 +1,8 @@
-"""A lineage as JSON, for the file beside a stage's journal."""
+"""Records of snapshots as JSON: beside their data, in a replica's log, and beside a stage's journal."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from resilver.lineage import Consistency, ConsistencyPoint, Lineage, Origin, Snapshot
@@ -11,24 +12,25 @@ if TYPE_CHECKING:
 
 
 def lineage_to_json(lineage: Lineage) -> Json:
-    """Every record, tip first."""
-    return {"records": [_record_to_json(record) for record in lineage]}
+    """Every record, tip first, with what the teller still has."""
+    return {"records": [{**record_to_json(record), "present": record.present} for record in lineage]}
 
 
 def lineage_from_json(value: Json) -> Lineage | None:
     """The lineage; None for anything that is not one, such as the file of another version."""
     try:
-        return Lineage(tuple(_record_from_json(row) for row in value["records"]))
+        rows = value["records"]
+        return Lineage(tuple(replace(record_from_json(row), present=row["present"]) for row in rows))
     except (KeyError, TypeError, ValueError):
         return None
 
 
-def _record_to_json(record: Snapshot) -> Json:
+def record_to_json(record: Snapshot) -> Json:
+    """What is true of a snapshot on every node, so not whether it is present."""
     return {
         "id": record.id,
         "cp": str(record.cp),
         "parent": record.parent,
-        "present": record.present,
         "epoch_id": record.epoch_id,
         "create_time_ms": record.create_time_ms,
         "size_bytes": record.size_bytes,
@@ -38,16 +40,16 @@ def _record_to_json(record: Snapshot) -> Json:
     }
 
 
-def _record_from_json(row: Json) -> Snapshot:
+def record_from_json(value: Json) -> Snapshot:
+    """The record, as present: whoever reads it knows better if it is not. Raises KeyError or ValueError."""
     return Snapshot(
-        id=row["id"],
-        cp=ConsistencyPoint.parse(row["cp"]),
-        parent=row["parent"],
-        present=row["present"],
-        epoch_id=row["epoch_id"],
-        create_time_ms=row["create_time_ms"],
-        size_bytes=row["size_bytes"],
-        consistency=Consistency(row["consistency"]),
-        origin=Origin(row["origin"]),
-        note=row["note"],
+        id=value["id"],
+        cp=ConsistencyPoint.parse(value["cp"]),
+        parent=value["parent"],
+        epoch_id=value["epoch_id"],
+        create_time_ms=value["create_time_ms"],
+        size_bytes=value["size_bytes"],
+        consistency=Consistency(value["consistency"]),
+        origin=Origin(value["origin"]),
+        note=value["note"],
     )

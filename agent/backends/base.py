@@ -131,6 +131,9 @@ class Backend(Protocol):
 
     kind: str
 
+    def set_reserve(self, ratio: float, min_bytes: int) -> None:
+        """What must stay free of the file system, the larger of the two, from the next look at the space on."""
+
     def recover(self) -> None:
         """At start: thaws what was left frozen, finishes or undoes an interrupted commit, sweeps debris."""
 

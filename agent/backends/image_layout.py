@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Final
 
 from agent.disk.durable import Json, append_log, disk_errors, make_dir, read_json, read_log, write_json
+from agent.lineages import record_from_json, record_to_json
 from resilver.errors import Damaged, Invalid
-from resilver.lineage import Consistency, ConsistencyPoint, Lineage, Origin, Snapshot
+from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
 from resilver.volume import Grant, PreservedCopy, VolumeRecord
 
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -237,44 +238,15 @@ def append_records(layout: Layout, records: Iterable[Snapshot], state: State, lo
         if record.id not in in_log and (record.id in wanted or record.id not in state.stored)
     ]
     if missing:
-        append_log(layout.ancestry, {"records": [snapshot_json(record) for record in missing]})
+        append_log(layout.ancestry, {"records": [record_to_json(record) for record in missing]})
 
 
 def _records(line: Json) -> list[Snapshot]:
-    return [snapshot_from(record) for record in line["records"]]
-
-
-def snapshot_json(record: Snapshot) -> Json:
-    return {
-        "id": record.id,
-        "cp": str(record.cp),
-        "parent": record.parent,
-        "epoch_id": record.epoch_id,
-        "create_time_ms": record.create_time_ms,
-        "size_bytes": record.size_bytes,
-        "consistency": record.consistency.value,
-        "origin": record.origin.value,
-        "note": record.note,
-    }
-
-
-def snapshot_from(value: Json) -> Snapshot:
-    """The record; present, because whoever reads it knows better if it is not."""
-    return Snapshot(
-        id=value["id"],
-        cp=ConsistencyPoint.parse(value["cp"]),
-        parent=value["parent"],
-        epoch_id=value["epoch_id"],
-        create_time_ms=value["create_time_ms"],
-        size_bytes=value["size_bytes"],
-        consistency=Consistency(value["consistency"]),
-        origin=Origin(value["origin"]),
-        note=value["note"],
-    )
+    return [record_from_json(record) for record in line["records"]]
 
 
 def save_stored(directory: Path, stored: Stored) -> None:
-    value = {**snapshot_json(stored.snapshot), "volume_id": stored.volume_id, "table": stored.table}
+    value = {**record_to_json(stored.snapshot), "volume_id": stored.volume_id, "table": stored.table}
     write_json(directory / "record.json", value)
 
 
@@ -283,7 +255,7 @@ def load_stored(directory: Path) -> Stored:
     value = read_json(path)
     if value is None:
         raise Damaged("IO_ERROR", f"{path} is missing", path=str(path))
-    return Stored(snapshot_from(value), value["volume_id"], value["table"])
+    return Stored(record_from_json(value), value["volume_id"], value["table"])
 
 
 def save_journal(layout: Layout, journal: Journal) -> None:
