@@ -394,10 +394,10 @@ def fill_sizes(context: Context, plan: VolumePlan) -> Flow[VolumePlan]:
 
 def size_of(context: Context, volume: str, node: str, base: str, target: str) -> Flow[Size | None]:
     """What the delta costs, asked once; None if the node cannot tell, or there is no target yet."""
-    if base == target:
-        return Size(0, 0, 0)
     if not target:
         return None
+    if base == target:
+        return Size(0, 0, 0)
     known = context.sizes.get((volume, base, target))
     if known is not None:
         return known

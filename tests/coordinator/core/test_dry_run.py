@@ -8,7 +8,7 @@ from tests.coordinator.core.scenario import Scenario, given
 
 
 def test_a_dry_run_names_the_epoch_that_would_be_opened_and_stores_nothing():
-    volume = given("vm1 1 E1 a a,b 1-2:s2 s2".split())
+    volume = given(["vm1", "1", "E1", "a", "a,b", "1-2:s2", "s2"])
     scenario = Scenario(e.Loaded(dict([volume]), {}, {}, {}))
     scenario.run("connect b vm1\nreport b vm1 1-2:s2 1-1:s1 unmodified +record\n")
     request = e.ElectRequest("vm1", accept_loss=frozenset({"a"}), dry_run=True)
