@@ -166,6 +166,9 @@ def _row(goal: _Goal, replica: ReplicaView) -> ReplicaPlan:
         exact=goal.snapshot is not None,
         free_bytes=report.free_bytes if report is not None else 0,
     )
+    if state is _S.UNKNOWN and replica.fresh:
+        message = f"{replica.node} cannot be compared: the primary is without the newest known CP"
+        return _blocked(blank, "PRIMARY_BEHIND", message, f"resilver elect {goal.view.name}")
     if state is _S.UNKNOWN:
         message = f"{replica.node} does not answer; {last_seen(replica, goal.now_ms)}"
         return _blocked(blank, "NODE_OFFLINE", message, "resilver nodes")
@@ -200,11 +203,8 @@ def _changed(goal: _Goal, row: ReplicaPlan, replica: ReplicaView) -> ReplicaPlan
         return replace(row, action=PlanAction.NONE, why="it has the target, and its live copy is unmodified")
     kept = goal.lineage.ids()
     own = [record for record in lineage if record.id not in kept]
-    row = replace(
-        row,
-        preserve=_own_data(own, live) if row.state is _S.DIVERGED else (),
-        replace_own_data=row.state is _S.DIVERGED,
-    )
+    if own or row.state is _S.DIVERGED:
+        row = replace(row, preserve=_own_data(own, live), replace_own_data=True)
     if goal.full and not holds:
         return _full(goal, replace(row, why=_why(goal, replica, "a full copy was asked for")))
     found = newest_in_common(lineage, goal.lineage)

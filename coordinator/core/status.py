@@ -20,6 +20,7 @@ from coordinator.core.reign import (
     Problem,
     has_data,
     is_foreign,
+    is_here,
     primary_problems,
     recovering_problem,
     sorted_replicas,
@@ -47,10 +48,10 @@ _S = ReplicaState
 def reference_lineage(view: VolumeView) -> Lineage:
     """What replicas are compared with: the primary's last known lineage, also if it is away.
 
-    Failing that, the lineage up to the newest known CP as any replica has it; else nothing.
+    If nothing is known of that, the lineage up to the newest known CP as any replica has it; else nothing.
     """
     primary = view.primary
-    if primary is not None and primary.lineage.records and not is_foreign(view, primary):
+    if primary is not None and not is_foreign(view, primary) and (primary.lineage.records or is_here(view, primary)):
         return primary.lineage
     newest = view.record.newest_id
     holders = [one for one in sorted_replicas(view) if not is_foreign(view, one) and one.lineage.find(newest)]
@@ -91,7 +92,7 @@ def _state(view: VolumeView, replica: ReplicaView, reference: Lineage) -> Replic
     if replica.node == view.record.primary:
         return _S.IN_SYNC
     if report.lineage.records and not reference.records and view.record.newest_id:
-        # Nobody who has been heard has the newest known CP: what this one is to it cannot be said.
+        # Neither the primary nor anybody else shows the newest known CP: what this one is to it cannot be said.
         return _S.UNKNOWN
     return _compared(report.lineage, reference, report.live.state)
 
@@ -182,7 +183,7 @@ def _of_state(view: VolumeView, replica: ReplicaView, status: Status, now_ms: in
     found = []
     match status.state:
         case ReplicaState.UNKNOWN if replica.fresh:
-            message = f"cannot be compared: nobody who answers has the newest known CP {view.record.newest_cp}"
+            message = f"cannot be compared: the primary does not show the newest known CP {view.record.newest_cp}"
             found.append(Problem("UNKNOWN", message, f"resilver elect {name}"))
         case ReplicaState.UNKNOWN:
             message = f"{node} does not answer; {last_seen(replica, now_ms)}"

@@ -209,10 +209,17 @@ class TestWholePlans:
             ("d", PlanAction.DELTA, "1-1", ("a", "c")),
         ]
 
+    def test_a_primary_without_what_was_acknowledged_is_nobodys_measure(self) -> None:
+        found = row(view("a: * | b: 1 2", newest="2"), takes_snapshot=True)
+        assert found.refusal is not None
+        assert found.refusal.reasons == ("PRIMARY_BEHIND",)
+
     def test_going_back_to_an_older_target_preserves_all_that_is_off_its_lineage(self) -> None:
         seen = view("a: 1 2 3 | b: 1 2 3'")
         found = row(seen, target=snapshot("1", "1"))
         assert (found.base, found.preserve) == ("1-1", ("1-2, 1-3",))
+        found = row(view("a: 1 2 3 | b: 1 2 !"), target=snapshot("1", "1"))
+        assert (found.base, found.preserve, found.replace_own_data) == ("1-1", ("1-2",), True)
 
 
 class TestEtag:

@@ -62,6 +62,7 @@ def changed(seen: VolumeView, node: str, **facts: object) -> VolumeView:
         ("a: away 1 2 3 | b: 1 2", "STALE", 1, 0),
         ("a: empty | b: 1 2 | c: 1 2 3", "STALE", 1, 0),
         ("a: silent | b: 1 2", "UNKNOWN", None, None),
+        ("a: * | b: 1 2 3", "UNKNOWN", None, None),
     ],
 )
 def test_every_state(histories: str, state: str, behind: int | None, own: int | None) -> None:
