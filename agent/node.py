@@ -25,8 +25,8 @@ from agent.identity import Identity
 from agent.outbox import Outbox
 from agent.peers import Peers
 from agent.replica import Replica
+from agent.reporter import LOOK_S, Reporter
 from agent.reporter import Hello as AgentHello
-from agent.reporter import Reporter
 from agent.runs import Runs
 from agent.service import AgentService, Node, PeerService
 from agent.stream.sender import BlockServer, ServedSnapshot
@@ -82,11 +82,12 @@ def check_limits(config: AgentConfig) -> None:
 class AgentNode:
     """Everything of one agent. `start` takes ports and begins to serve; `close` ends in a few seconds at most."""
 
-    def __init__(self, config: AgentConfig) -> None:
+    def __init__(self, config: AgentConfig, *, look_s: float = LOOK_S) -> None:
         loop = asyncio.get_running_loop()
         check_limits(config)
         self._backends: Final = {volume.name: make_backend(volume, config) for volume in config.volumes}
         self._config = config
+        self._look_s: Final = look_s
         self._identity: Final = Identity(config.state_dir, config.cluster, config.node)
         self._control: Final = Worker("state_dir")
         self._replicas: Final = {
@@ -154,6 +155,7 @@ class AgentNode:
             runs=self._runs,
             outbox=self._outbox,
             control=self._control,
+            look_s=self._look_s,
         )
         self._tasks = [asyncio.create_task(job) for job in (reporter.run(), reporter.look(), self._sweep())]
         _log.info("serving", node=config.node, port=self._port, stream_port=self._blocks.port, boot=self._identity.boot)

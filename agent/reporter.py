@@ -92,6 +92,7 @@ class Reporter:
         runs: Runs,
         outbox: Outbox,
         control: Worker,
+        look_s: float = LOOK_S,
     ) -> None:
         self._coordinators: Final = tuple(coordinators)
         self._hello: Final = hello
@@ -100,6 +101,7 @@ class Reporter:
         self._runs: Final = runs
         self._outbox: Final = outbox
         self._control: Final = control
+        self._look_s: Final = look_s
         self._seq = 0
         self._said = ""
         self._worked = False
@@ -136,7 +138,7 @@ class Reporter:
         waiting: dict[str, asyncio.Future[Any]] = {}
         looks = 0
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(self._look_s)
             looks += 1
             for volume, replica in self._replicas.items():
                 if volume in waiting and not waiting[volume].done():

@@ -158,14 +158,17 @@ class AgentProcess:
         self.process.start()
 
     def connect(self) -> None:
-        """Returns when it serves."""
+        """Returns when its process serves."""
+        self.dial()
         assert self.process is not None
+        assert self.process.alive, self.log()
+
+    def dial(self) -> None:
         if self.channel is not None:
             self.channel.close()
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
         with contextlib.suppress(grpc.FutureTimeoutError):
             grpc.channel_ready_future(self.channel).result(timeout=DEADLINE_S)
-        assert self.process.alive, self.log()
 
     def kill(self) -> None:
         assert self.process is not None
