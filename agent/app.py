@@ -65,9 +65,7 @@ def _run(path: str, *, only_check: bool) -> int:
         asyncio.new_event_loop().run_until_complete(_serve(path, config))
     except ResilverError as error:
         _say(error.message)
-        # A port that is taken is no mistake in the file.
-        listens = error.metadata.get("field", "").endswith("listen")
-        return EXIT_USAGE if isinstance(error, Invalid) and not listens else EXIT_FAILED
+        return EXIT_USAGE if isinstance(error, Invalid) else EXIT_FAILED
     except KeyboardInterrupt:
         return 0
     except Exception as error:  # noqa: BLE001 - the edge of the process: the log has it whole, the user a sentence

@@ -20,7 +20,7 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from agent.disk.durable import disk_errors, make_dir, read_json, write_json
+from agent.disk.durable import disk_error, disk_errors, make_dir, read_json, write_json
 from resilver.errors import Forbidden, Invalid, Refused, Superseded
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ class Identity:
         self.boot: Final = str(uuid.uuid4())
         self.state_dir: Final = state_dir
         self._mutex = threading.Lock()
-        make_dir(state_dir)
-        make_dir(state_dir / "volumes")
+        _make(state_dir)
         self._lock_fd = _locked(state_dir)
         try:
             self._pin = self._load(cluster, node)
@@ -169,6 +168,16 @@ class Identity:
                     field="state_dir",
                 )
         return Pin(cluster, str(value["store_id"]), int(value["term"]), str(value["leader_id"]))
+
+
+def _make(state_dir: Path) -> None:
+    try:
+        make_dir(state_dir / "volumes")
+    except (NotADirectoryError, PermissionError) as error:
+        said = f"state_dir {state_dir}: {error.strerror}; name a directory that this user can write to, or a new one"
+        raise Invalid("CONFIG_INVALID", said, field="state_dir") from error
+    except OSError as error:
+        raise disk_error(error, state_dir) from error
 
 
 def _locked(state_dir: Path) -> int:

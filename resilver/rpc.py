@@ -19,7 +19,7 @@ import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Final, TypeAlias
 
 import grpc
@@ -116,12 +116,13 @@ def make_server(*, interceptors: Sequence[aio.ServerInterceptor] = ()) -> aio.Se
 def bind(server: aio.Server, address: Address, field: str = "listen") -> int:
     """Takes the port and answers its number; raises Invalid with the reason if it cannot be had."""
     target = str(Address(address.host or "::", address.port))
-    try:
-        port = server.add_insecure_port(target)
-    except RuntimeError:
-        port = 0
+    why, port = _why_not(address), 0
+    if not why:
+        with suppress(RuntimeError):
+            port = server.add_insecure_port(target)
+        why = "it was taken for a moment; try again"
     if port == 0:
-        raise Invalid("CONFIG_INVALID", f"{field}: cannot listen on {address}: {_why_not(address)}", field=field)
+        raise Invalid("CONFIG_INVALID", f"{field}: cannot listen on {address}: {why}", field=field)
     return port
 
 
@@ -254,7 +255,7 @@ def _dialled(target: str) -> str:
 
 
 def _why_not(address: Address) -> str:
-    """What the kernel says to the same address, because gRPC does not pass it on."""
+    """What forbids listening there, empty if nothing does. gRPC would not pass it on, and write to stderr itself."""
     host = address.host or "::"
     try:
         family, kind, proto, _, where = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
@@ -264,7 +265,7 @@ def _why_not(address: Address) -> str:
             probe.listen(1)
     except OSError as error:
         return f"{error.strerror}; stop what uses it, or choose another address"
-    return "it was taken for a moment; try again"
+    return ""
 
 
 def _add_reflection(server: aio.Server, names: frozenset[str]) -> None:

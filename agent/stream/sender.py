@@ -16,7 +16,6 @@ The rules:
 from __future__ import annotations
 
 import contextlib
-import errno
 import select
 import socket
 import threading
@@ -357,7 +356,7 @@ def _listener(listen: Address) -> socket.socket:
         family, _type, _proto, _name, address = found[0]
         return socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as error:
-        why = "the port is in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error)).lower()
+        why = f"{error.strerror or error}; stop what uses it, or choose another address"
         raise Invalid(
-            "CONFIG_INVALID", f"stream_listen: {listen} cannot be listened on: {why}", field="stream_listen"
+            "CONFIG_INVALID", f"stream_listen: cannot listen on {listen}: {why}", field="stream_listen"
         ) from error

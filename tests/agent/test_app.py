@@ -84,11 +84,12 @@ def test_arguments_and_files_that_are_missing_are_2(agent):
 
 
 @pytest.mark.parametrize("which", ["port", "stream_port", "metrics_port"])
-def test_a_port_in_use_is_named_and_1(agent, which):
+def test_a_port_in_use_is_named_and_2(agent, which):
     agent.write_config()
     with socket.create_server(("127.0.0.1", getattr(agent, which))):
         code, text = ends(agent)
-    assert code == 1, text
+    assert code == 2, text
+    assert "choose another address" in text
     assert str(getattr(agent, which)) in text
     assert "in use" in text
 

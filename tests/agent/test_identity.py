@@ -16,6 +16,16 @@ def order(term, leader="L1", store="S1", cluster="prod"):
     return Order(cluster, store, term, leader, "vm1")
 
 
+def test_a_state_dir_that_is_a_file_is_a_mistake_in_the_configuration(tmp_path):
+    path = tmp_path / "state"
+    path.write_text("mine")
+    with pytest.raises(Invalid) as caught:
+        Identity(path, "prod", "a")
+    assert caught.value.reason == "CONFIG_INVALID"
+    assert str(path) in caught.value.message
+    assert path.read_text() == "mine"
+
+
 @pytest.fixture
 def identity(tmp_path):
     opened = Identity(tmp_path / "state", "prod", "a")
