@@ -134,9 +134,6 @@ class Backend(Protocol):
     def set_reserve(self, ratio: float, min_bytes: int) -> None:
         """What must stay free of the file system, the larger of the two, from the next look at the space on."""
 
-    def set_reserve(self, ratio: float, min_bytes: int) -> None:
-        """Another reserve than it was made with; may be called from any thread."""
-
     def recover(self) -> None:
         """At start: thaws what was left frozen, finishes or undoes an interrupted commit, sweeps debris."""
 
