@@ -91,7 +91,7 @@ class Outbox:
             volume = answer.report.volume
             # What was seen since is an answer too, and an older report must never follow a newer one.
             newest = self._newest.get(volume, answer.report)
-            if newest.examine_time_ms > answer.report.examine_time_ms:
+            if newest.examine_time_ms >= answer.report.examine_time_ms:
                 answer = Answer(newest, answer.examine_id)
             self._reports.pop(volume, None)
             return answer

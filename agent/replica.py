@@ -20,7 +20,15 @@ import structlog
 
 from agent.backends.base import NewSnapshot
 from agent.examiner import Examiner, ReplicaSettings, keeps_being_written, now_ms
-from agent.rights import check_epoch, check_grant, check_tip, check_volume, compare_epochs, merge_record
+from agent.rights import (
+    check_epoch,
+    check_grant,
+    check_secondary,
+    check_tip,
+    check_volume,
+    compare_epochs,
+    merge_record,
+)
 from agent.worker import Worker
 from resilver.errors import Invalid, NotFound, Refused, ResilverError, Superseded
 from resilver.lineage import ConsistencyPoint
@@ -207,6 +215,7 @@ class Replica:
         report = self._examiner.examine(compare_live=True)
         check_volume(order, report, replaces=replaces)
         check_epoch(order, report.record)
+        check_secondary(order, report.record, self.node)
         grant = report.grant
         if grant is not None and grant.volume_id == order.volume_id:
             if grant.epoch >= order.epoch:

@@ -44,6 +44,14 @@ def check_epoch(order: Order, record: VolumeRecord | None) -> None:
     compare_epochs(order.epoch, order.epoch_id, record.epoch, record.epoch_id)
 
 
+def check_secondary(order: Order, record: VolumeRecord | None, node: str) -> None:
+    """The primary of the order's own epoch never receives, also while its grant is still on its way."""
+    if record is None or (record.volume_id, record.epoch) != (order.volume_id, order.epoch) or record.primary != node:
+        return
+    said = f"{node} is the primary of {order.volume} in epoch {record.epoch}: a primary never receives"
+    raise Refused("PRIMARY_UNCLEAR", said)
+
+
 def check_grant(order: Order, grant: Grant | None, node: str) -> None:
     """CPs are taken under the grant of the order's own epoch and no other."""
     if grant is None or grant.epoch < order.epoch:

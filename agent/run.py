@@ -126,9 +126,8 @@ class Run:
 
     def _run(self) -> None:
         self._tell(state=ResyncState.PREPARING)
-        report = self._on_worker(self._checked)
-        if self._is_done(report):
-            self._on_worker(lambda: self._succeed(report))
+        report = self._on_worker(self._begun)
+        if report is None:
             return
         if self.wanted.base == self.wanted.target:
             self._restore(report)
@@ -147,6 +146,16 @@ class Run:
         if report.lineage.find(wanted.target) is None:
             check_tip(wanted.order, report.lineage)
         return report
+
+    def _begun(self) -> ReplicaReport | None:
+        """What there is to begin from; None if the goal is there already. One job, so that what it tells is no older
+        than what others have told meanwhile.
+        """
+        report = self._checked()
+        if not self._is_done(report):
+            return report
+        self._succeed(report)
+        return None
 
     def _is_done(self, report: ReplicaReport) -> bool:
         """The goal is in the lineage; only an order to set the live copy right (base and target are one) goes on."""

@@ -68,6 +68,14 @@ async def test_an_answer_is_never_older_than_what_was_told():
     assert await outbox.next(1.0) == Answer(report("s2", at=20), "x1")
 
 
+async def test_of_two_reports_of_one_millisecond_the_later_one_is_told():
+    outbox = Outbox(asyncio.get_running_loop())
+    outbox.put_report(report("s1", at=10))
+    outbox.put_answer(report("s1", at=10), "x1")
+    outbox.put_report(report("s2", at=10))
+    assert await told(outbox, 2, 0.05) == [Answer(report("s2", at=10), "x1"), None]
+
+
 async def test_nothing_is_a_reason_for_a_heartbeat():
     outbox = Outbox(asyncio.get_running_loop())
     assert await outbox.next(0.01) is None

@@ -221,6 +221,17 @@ def test_a_copy_in_use_blocks_and_goes_on_when_it_is_closed(mirrored):
     assert same(a, b, leader.volume)
 
 
+def test_a_primary_whose_grant_is_on_its_way_does_not_receive(mirrored):
+    """The record of its epoch came, and then somebody died: what was elected stays what it is."""
+    a, b, leader, base = mirrored
+    scatter(a.image(leader.volume), 3)
+    second = a.snapshot(leader)
+    leader.epoch, leader.epoch_id = 2, "epoch-2"
+    b.open_epoch(leader, primary="b", grant=False)
+    assert reason_of(b.receive, leader, "r", base, second.id, a, expected_tip=base) == "PRIMARY_UNCLEAR"
+    assert b.tip(leader.volume) == base
+
+
 def test_epochs_and_grants_are_held_to(mirrored):
     a, b, leader, base = mirrored
     late = Leader(volume=leader.volume, volume_id=leader.volume_id, epoch=2, epoch_id="epoch-2")
