@@ -187,6 +187,9 @@ def prune(context: Context, request: PruneRequest) -> Flow[Pruned]:
             answer = (yield from context.give({node: order}))[node]
             if isinstance(answer, Dropped):
                 dropped.append((node, record.id, answer.freed_bytes))
+            elif isinstance(answer, ResilverError):
+                # The node knows what it is reading from at this moment, and the coordinator does not.
+                kept.append((node, record.id, (answer.metadata.get("pinned_by", answer.message),)))
     return Pruned(tuple(dropped), tuple(kept))
 
 
