@@ -291,7 +291,7 @@ class ImageBackend:
             raise Refused(
                 "NO_SPACE",
                 f"{what} needs {need:,} bytes above the reserve of {reserve:,}, and {free:,} are free in "
-                f"{self._layout.live.parent}",
+                f"{self._layout.live.parent}; free {need + reserve - free:,} more there",
                 need_bytes=str(need),
                 free_bytes=str(free),
                 reserve_bytes=str(reserve),

@@ -72,6 +72,19 @@ def test_resync_exit_codes(run, table, states, refusals, code):
     assert err.count("PRIMARY_AWAY") == refusals
 
 
+@pytest.mark.parametrize(
+    ("reasons", "code"),
+    [(["NO_SPACE"], 3), (["NO_SPACE", "TARGET_GONE"], 3), (["IO_ERROR"], 1), (["NO_SPACE", "INTERNAL"], 1)],
+)
+def test_what_a_run_failed_for_decides_the_exit_code(run, table, reasons, code):
+    ended = [sample.resync(str(uuid.uuid4()), f"n{n}", "FAILED", 0, 5) for n in range(len(reasons))]
+    for one, reason in zip(ended, reasons, strict=True):
+        one.refusal.reasons.append(reason)
+    table["StartResync"] = started(*ended)
+    table["WatchResyncs"] = watched(*ended)
+    assert run("resync", "--all")[0] == code
+
+
 def test_resync_shows_lines_without_a_terminal(run, coordinator, table):
     table["StartResync"] = started(sample.resync(sample.R1, "c", "QUEUED", 0, 3 << 20))
     table["WatchResyncs"] = [

@@ -15,7 +15,7 @@ from resilver.cli.screens import lists
 from resilver.cli.session import Session, pass_session, request_id, resolve, select
 from resilver.cli.watching import watch
 from resilver.cli.words import age, count, now, size
-from resilver.errors import Invalid, ResilverError
+from resilver.errors import Invalid, ResilverError, class_of
 from resilver.v1 import coordinator_pb2 as api
 
 if TYPE_CHECKING:
@@ -88,13 +88,22 @@ def resync(
 
 def exit_code(resyncs: Iterable[pb.Resync], refusals: Sequence[api.VolumeRefusal]) -> int:
     """0 all in sync, 3 all refused or blocked, 5 some in sync and some not, 1 none in sync and one failed."""
-    states = [word(one, "state") for one in resyncs]
-    good = states.count("SUCCEEDED")
-    if good == len(states) and not refusals:
+    ended = list(resyncs)
+    good = sum(word(one, "state") == "SUCCEEDED" for one in ended)
+    if good == len(ended) and not refusals:
         return 0
     if good:
         return EXIT_PARTLY
-    return EXIT_REFUSED if all(state == "BLOCKED" for state in states) else EXIT_FAILED
+    return EXIT_REFUSED if all(_was_refused(one) for one in ended) else EXIT_FAILED
+
+
+def _was_refused(resync: pb.Resync) -> bool:
+    """Whether the state of things stands in its way, as a full disk does: what its reason ends with elsewhere too."""
+    reasons = resync.refusal.reasons
+    state = word(resync, "state")
+    return state == "BLOCKED" or (
+        state == "FAILED" and bool(reasons) and class_of(reasons[0]).exit_code == EXIT_REFUSED
+    )
 
 
 def started_code(resyncs: Sequence[pb.Resync], refusals: Sequence[api.VolumeRefusal]) -> int:
