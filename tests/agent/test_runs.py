@@ -1,0 +1,153 @@
+"""What of a run is kept on disk, and how long a stage that nobody uses is."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from agent import runs as module
+from agent.backends.image import ImageBackend
+from agent.basecheck import BLOCKS_MAX, check_lineages, pick_blocks
+from agent.delta import DeltaMap, DeltaRange
+from agent.disk.durable import write_json
+from agent.examiner import ReplicaSettings
+from agent.identity import Identity
+from agent.peers import Peers, Source
+from agent.replica import Replica
+from agent.runfile import RunOrder, SavedRun, run_from_json, run_to_json
+from agent.runs import Runs
+from agent.tickets import Tickets
+from resilver.errors import ResilverError
+from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
+from resilver.volume import Order, Progress, ResyncState, SourceShare
+
+MIB = 1 << 20
+NOW_MS = 1_700_000_000_000
+DAY_MS = 24 * 3_600_000
+
+
+def saved(state=ResyncState.BLOCKED, time_ms=NOW_MS):
+    order = Order("prod", "S", 3, "L", "vm1", "V", 2, "e2", "s1")
+    source = Source("a", "h:1", "h:2")
+    wanted = RunOrder(order, "r1", "s1", "s2", "t", (source,), replace_own_data=True)
+    progress = Progress("r1", "vm1", state, 9, 1, 5, 6, 0, (SourceShare("a", 6, 1),), "IN_USE", "by qemu", ("p1",))
+    return SavedRun(wanted, progress, MIB, time_ms)
+
+
+def test_a_run_comes_back_as_it_was_kept():
+    assert run_from_json(run_to_json(saved())) == saved()
+    for broken in ({}, {"wanted": 1}, run_to_json(saved()) | {"progress": {"state": "dancing"}}):
+        assert run_from_json(broken) is None
+
+
+@pytest.fixture
+def replica(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    identity = Identity(tmp_path / "state", "prod", "b")
+    backend = ImageBackend("vm1", disk / "vm1.img", disk / ".resilver" / "vm1", reserve_min_bytes=0)
+    made = Replica("vm1", "b", backend, identity, ReplicaSettings())
+    yield made
+    made.close()
+    identity.close()
+
+
+@pytest.fixture
+def kept(replica, tmp_path):
+    """Runs that have read what was left by an earlier start."""
+
+    def make(*left):
+        loop = asyncio.new_event_loop()
+        loop.close()
+        tickets = Tickets(tmp_path / "tickets.json")
+        runs = Runs(
+            tmp_path / "runs",
+            {"vm1": replica},
+            Peers(loop),
+            tickets,
+            receive_max_count=1,
+            on_progress=lambda _progress: None,
+        )
+        for one in left:
+            write_json(tmp_path / "runs" / "vm1.json", run_to_json(one))
+        runs.resume()
+        return runs
+
+    return make
+
+
+def stage_of(replica):
+    stage = replica.backend.open_stage("", "s2", MIB)
+    stage.close()
+    return stage.directory
+
+
+def test_a_stage_is_kept_for_a_day_after_its_run(replica, kept, monkeypatch):
+    stage = stage_of(replica)
+    runs = kept(saved())
+    monkeypatch.setattr(module, "now_ms", lambda: NOW_MS + DAY_MS - 1)
+    runs.sweep("vm1")
+    assert stage.exists()
+    monkeypatch.setattr(module, "now_ms", lambda: NOW_MS + DAY_MS + 1)
+    runs.sweep("vm1")
+    assert not stage.exists()
+
+
+def test_a_stage_without_a_run_is_debris(replica, kept):
+    stage = stage_of(replica)
+    kept().sweep("vm1")
+    assert not stage.exists()
+
+
+def test_a_run_that_has_ended_still_answers_for_itself(kept):
+    runs = kept(saved(ResyncState.FAILED))
+    assert runs.progresses() == (saved(ResyncState.FAILED).progress,)
+    assert runs.receive(saved().wanted) == saved(ResyncState.FAILED).progress
+    assert runs.pinned("vm1") == frozenset()
+    with pytest.raises(ResilverError) as caught:
+        runs.stop("vm1", "another", discard_stage=True)
+    assert caught.value.reason == "RESYNC_NOT_FOUND"
+
+
+def test_a_damaged_run_file_costs_the_run_and_nothing_else(kept, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "vm1.json").write_text("{")
+    assert kept().progresses() == ()
+
+
+def test_the_sample_lies_where_the_data_is():
+    data = DeltaMap.of(1 << 40, [DeltaRange(7 << 30, 64 << 10), DeltaRange(1 << 39, 1 << 20, zero=True)])
+    blocks = pick_blocks(1 << 40, data, random.Random(1))
+    assert len(blocks) <= BLOCKS_MAX
+    assert blocks == sorted(set(blocks))
+    assert sum((7 << 30) <= block.offset < (7 << 30) + (64 << 10) for block in blocks) > 5
+    assert all(block.offset + block.length <= 1 << 40 for block in blocks)
+    assert pick_blocks(0, DeltaMap.of(0, []), random.Random(1)) == []
+    assert pick_blocks(100, DeltaMap.of(100, [DeltaRange(0, 100)]), random.Random(1)) == [DeltaRange(0, 100)]
+
+
+def record(name="s1", *, size=4096, present=True, cp=1):
+    return Lineage((Snapshot(name, ConsistencyPoint(1, cp), present=present, size_bytes=size),))
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "reason"),
+    [
+        (record(), record(), ""),
+        (record(), record(present=False), ""),
+        (record(present=False), record(), "BASE_GONE"),
+        (Lineage(), record(), "BASE_GONE"),
+        (record(), record("other"), "BASE_GONE"),
+        (record(), record(size=8192), "BASE_MISMATCH"),
+        (record(), record(cp=2), "BASE_MISMATCH"),
+    ],
+)
+def test_a_base_is_one_and_the_same_on_both_sides(mine, theirs, reason):
+    if not reason:
+        check_lineages("s1", mine, theirs)
+        return
+    with pytest.raises(ResilverError) as caught:
+        check_lineages("s1", mine, theirs)
+    assert caught.value.reason == reason
