@@ -37,7 +37,7 @@ from coordinator.core.events import (
 )
 from coordinator.core.planner import plan_volume
 from coordinator.core.tasks import Flow, Wait
-from resilver.errors import ResilverError, Superseded, Unavailable
+from resilver.errors import Conflict, ResilverError, Superseded, Unavailable
 from resilver.lineage import NO_CP
 from resilver.volume import LiveState, Progress, ResyncState, VolumeRecord
 
@@ -64,58 +64,82 @@ BLOCKING_REASONS: Final = frozenset({"IN_USE", "PAUSED", "PRESERVED_FULL", "KEEP
 class Prepared:
     """One volume, examined, its primary settled or refused. While `locked` its lock is the caller's to release."""
 
-    volume: str
+    view: VolumeView
     fresh: frozenset[str]
     plan: VolumePlan
     first: Elected | None = None
-    view: VolumeView | None = None
     locked: bool = True
+
+    @property
+    def volume(self) -> str:
+        return self.view.name
 
 
 def prepare(context: Context, volume: str, request: ResyncRequest | PlanRequest) -> Flow[Prepared]:
     """Takes the volume's lock, examines, and plans what is there now."""
     if not (yield from context.lock(volume)):
         refusal = Refusal(("OPENING",), f"another operation on {volume} has not ended", next_command="resilver status")
-        return Prepared(volume, frozenset(), _refused(context.view(volume), refusal), locked=False)
+        view = context.view(volume)
+        return Prepared(view, frozenset(), _refused(view, refusal), locked=False)
     examined = yield from examine(context, volume)
     learn(context, volume, examined.fresh)
     view = context.view(volume, examined.fresh)
     pause = view.entry.pause if view.entry is not None else None
     if isinstance(request, ResyncRequest) and pause is not None:
         said = Refusal(("PAUSED",), f"{volume} is paused: {pause.reason}", next_command=f"resilver unpause {volume}")
-        return Prepared(volume, examined.fresh, _refused(view, said))
+        return Prepared(view, examined.fresh, _refused(view, said))
     decision = elect(view, now_ms=context.now_ms)
     if isinstance(decision, Elected) and decision.new_epoch and view.record.epoch:
         decision = would_change(view, decision)
     if isinstance(decision, NotElected):
         if isinstance(request, ResyncRequest) and not request.validate_only:
             refuse(context, view, decision, request.principal)
-        return Prepared(volume, examined.fresh, _refused(view, decision.refusal))
+        return Prepared(view, examined.fresh, _refused(view, decision.refusal))
     if decision.new_epoch:
         imagined = replace(view, entry=_imagined(view, decision))
         plan = _plan(context, imagined, request, takes_snapshot=True)
-        return Prepared(volume, examined.fresh, plan, decision, view)
+        return Prepared(view, examined.fresh, plan, decision)
     settle(context, view)
     view = context.view(volume, examined.fresh)
     modified = view.primary is not None and view.primary.live_modified
     plan = _plan(context, view, request, takes_snapshot=modified)
-    return Prepared(volume, examined.fresh, plan)
+    return Prepared(view, examined.fresh, plan)
 
 
 def take_point(context: Context, prepared: Prepared, principal: str) -> Flow[Refusal | None]:
     """Opens the first epoch, or lets a modified primary take a CP; returns once that CP is recorded."""
     volume = prepared.volume
-    problem: ResilverError | None = None
-    if prepared.first is not None and prepared.view is not None:
+    problem: ResilverError | None = _outdated(context, prepared)
+    if problem is not None:
+        return refusal_of(problem)
+    if prepared.first is not None:
         problem = yield from first_sight(context, prepared.view, prepared.first, principal)
     elif context.entries[volume].opening:
         problem = yield from establish(context, volume)
     elif prepared.plan.takes_snapshot:
         answer = yield from take_snapshot(context, volume, only_if_modified=True)
-        problem = answer if isinstance(answer, ResilverError) else None
+        problem = answer if isinstance(answer, ResilverError) else _outdated(context, prepared)
     if problem is None:
         return None
     return refusal_of(problem, next_command=problem.next_command or f"resilver explain {volume}")
+
+
+def _outdated(context: Context, prepared: Prepared) -> ResilverError | None:
+    """Other volumes, or the CP, may have taken their time: whether the primary is still what it was found to be."""
+    was, now = prepared.view, context.view(prepared.volume)
+    same = _reign(was.entry) == _reign(now.entry)
+    if prepared.first is not None:
+        same = same and now.replicas.keys() <= was.replicas.keys()
+    if same:
+        return None
+    message = f"more has become known of {prepared.volume} since it was examined"
+    return Conflict("PLAN_CHANGED", message, next_command=f"resilver resync {prepared.volume}")
+
+
+def _reign(entry: VolumeEntry | None) -> tuple[object, ...]:
+    if entry is None:
+        return ()
+    return entry.record.volume_id, entry.record.epoch, entry.record.epoch_id, entry.record.primary, entry.recovering
 
 
 def plan_with_point(context: Context, prepared: Prepared, request: PlanRequest) -> Flow[VolumePlan]:

@@ -6,11 +6,13 @@ scenario may name them. A line that starts with `#` is kept as it is.
     given vm1 3 E3 a a,b 3-2:s2 s1     what the store held: volume, epoch, epoch_id, primary, members, newest, bases of
                                        the other members; `opening` may follow
     known b vm1                        a node that the store held, with what it offered
-    connect a vm1                      an agent's stream opens (its boot is `a1`, after a reconnect `a2`)
+    connect a vm1                      an agent's stream opens (its boot is `a1`, after a reconnect `a2`);
+                                       `cluster=X`, `store=X`: to which it says that it belongs
     disconnect a
     report a vm1 empty                 what a node says of its replica: empty | lost, or
     report a vm1 1-2:s2 1-1:s1 modified    its lineage tip first as CP:id, then the live copy's state;
                                        `+grant` and `+record`: it has what the store has; `!x`: answers examine x;
+                                       `knows=V1,5,E5,b`: its record is of that volume_id, epoch, epoch_id, primary;
                                        `-s1` for a record whose data is pruned; `epoch=ID` of the tip
     progress a i7 transferring 10/20
     answer i5 taken s3 1-3 ID          an order came back: taken | same | done | size BYTES RANGES | refused REASON
@@ -72,10 +74,13 @@ class Scenario:
         verb, rest = words[0], words[1:]
         return getattr(self, f"on_{verb}")(*rest)
 
-    def on_connect(self, node: str, *volumes: str) -> list[e.Event]:
+    def on_connect(self, node: str, *words: str) -> list[e.Event]:
         self.boots[node] = self.boots.get(node, 0) + 1
         boot = f"{node}{self.boots[node]}"
-        return [e.AgentConnected(boot, NodeView(node, boot, f"{node}:1", f"{node}:2", "1", volumes), "demo", "", 0)]
+        volumes = tuple(word for word in words if "=" not in word)
+        said = dict(word.split("=") for word in words if "=" in word)
+        view = NodeView(node, boot, f"{node}:1", f"{node}:2", "1", volumes)
+        return [e.AgentConnected(boot, view, said.get("cluster", "demo"), said.get("store", ""), 0)]
 
     def on_disconnect(self, node: str) -> list[e.Event]:
         return [e.AgentDisconnected(f"{node}{self.boots[node]}")]
@@ -99,6 +104,10 @@ class Scenario:
                 report = replace(report, grant=grant)
             elif word.startswith("!"):
                 examine = word[1:]
+            elif word.startswith("knows="):
+                volume_id, epoch, told_id, primary = word[6:].split(",")
+                told = VolumeRecord(volume, volume_id, int(epoch), told_id, primary, (primary,))
+                report = replace(report, record=told, volume_id=volume_id)
             elif word.startswith("epoch="):
                 epoch_id = word[6:]
             else:
