@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol, Self
 
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Resync, Size, VolumeView
+from coordinator.core.context import RefusedAgent
 from coordinator.core.events import Changed, Event, RefuseAgent, Request, SendExamine, SendRecord
 from coordinator.store.base import Health, Leader
 
@@ -48,6 +49,9 @@ class Engine(Protocol):
         """One volume, where fresh means connected. Raises `NotFound("VOLUME_NOT_FOUND")` with the nearest name."""
 
     def nodes(self) -> Mapping[str, NodeView]: ...
+
+    def refused(self) -> Mapping[str, RefusedAgent]:
+        """The agents that were turned away lately, by the names that they gave."""
 
     def resyncs(self) -> Mapping[str, Resync]:
         """All that are kept, by id, finished ones among them."""

@@ -53,10 +53,15 @@ async def get_cluster(office: Office) -> api.GetClusterResponse:
 
 
 def _node(engine: Engine, name: str, now_ms: int) -> volume_pb2.Node:
-    nodes = engine.nodes()
-    if check_name(name, "node") not in nodes:
+    """A node that is known, or an agent that was turned away and says so by its problem."""
+    nodes, refused = engine.nodes(), engine.refused().get(check_name(name, "node"))
+    known = nodes.get(name) or (refused.node if refused is not None else None)
+    if known is None:
         raise NotFound("NODE_NOT_FOUND", f"no node is named {name!r}{nearest(name, nodes)}", node=name)
-    return node_to_proto(nodes[name], views.problems_to_proto(views.problems_of_node(nodes[name], now_ms)))
+    problems = views.problems_of_node(known, now_ms) if name in nodes else ()
+    if refused is not None:
+        problems = (refused.problem, *problems)
+    return node_to_proto(known, views.problems_to_proto(problems))
 
 
 def get_node(engine: Engine, request: api.GetNodeRequest, now_ms: int) -> api.GetNodeResponse:
@@ -64,7 +69,8 @@ def get_node(engine: Engine, request: api.GetNodeRequest, now_ms: int) -> api.Ge
 
 
 def list_nodes(engine: Engine, request: api.ListNodesRequest, now_ms: int) -> api.ListNodesResponse:
-    found = page(request, engine.nodes(), str, lambda name: _node(engine, name, now_ms))
+    names = {*engine.nodes(), *engine.refused()}
+    found = page(request, names, str, lambda name: _node(engine, name, now_ms))
     return api.ListNodesResponse(nodes=found.messages, next_page_token=found.next_page_token)
 
 

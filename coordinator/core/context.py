@@ -31,6 +31,7 @@ from coordinator.core.events import (
     Tell,
     Volume,
 )
+from coordinator.core.reign import Problem
 from coordinator.core.tasks import Flow, Tasks, Wait
 from resilver.errors import NotFound, ResilverError, Unavailable
 from resilver.volume import Order, ReplicaReport, VolumeRecord
@@ -75,6 +76,15 @@ class Heard:
     time_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class RefusedAgent:
+    """An agent that this coordinator would not serve, and when it last asked."""
+
+    node: NodeView
+    problem: Problem
+    time_ms: int
+
+
 @dataclass(slots=True)
 class Examine:
     """One question to every member; later callers join it."""
@@ -105,6 +115,7 @@ class Context:
     entries: dict[str, VolumeEntry] = field(default_factory=dict)
     nodes: dict[str, NodeView] = field(default_factory=dict)
     streams: dict[str, NodeView] = field(default_factory=dict)
+    refused: dict[str, RefusedAgent] = field(default_factory=dict)
     heard: dict[str, dict[str, Heard]] = field(default_factory=dict)
     examines: dict[str, Examine] = field(default_factory=dict)
     orders: dict[str, OrderSlot] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from coordinator.core import decide, hearing, transfers, upkeep
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Refusal, Resync, Size, VolumeView
-from coordinator.core.context import Context, Identity, Settings
+from coordinator.core.context import Context, Identity, RefusedAgent, Settings
 from coordinator.core.etag import volume_etag
 from coordinator.core.events import (
     Action,
@@ -99,6 +99,10 @@ class Engine:
 
     def nodes(self) -> Mapping[str, NodeView]:
         return self._context.nodes
+
+    def refused(self) -> Mapping[str, RefusedAgent]:
+        """The agents that were turned away lately, by the names that they gave."""
+        return self._context.refused
 
     def resyncs(self) -> Mapping[str, Resync]:
         return self._context.resyncs

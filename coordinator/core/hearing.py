@@ -11,7 +11,7 @@ from typing import Final
 
 from coordinator.core import decide, transfers, upkeep
 from coordinator.core.cluster import NodeView
-from coordinator.core.context import Context, Heard
+from coordinator.core.context import Context, Heard, RefusedAgent
 from coordinator.core.events import (
     AgentConnected,
     Forgotten,
@@ -23,7 +23,7 @@ from coordinator.core.events import (
     SendRecord,
     Volume,
 )
-from coordinator.core.reign import reconcile
+from coordinator.core.reign import Problem, reconcile
 from coordinator.core.status import status_of
 from coordinator.core.tasks import Flow
 from resilver.volume import Grant, Progress, ReplicaReport, ResyncState
@@ -31,6 +31,8 @@ from resilver.volume import Grant, Progress, ReplicaReport, ResyncState
 OPENING_AGAIN_MS: Final = 5_000
 RESYNCS_KEPT_MAX: Final = 200
 STAGE_LIFE_MS: Final = 24 * 3600 * 1000
+REFUSED_MAX: Final = 100
+REFUSED_SHOWN_MS: Final = 30_000
 
 
 # ------------------------------------------------------------ agents come and go
@@ -38,18 +40,11 @@ STAGE_LIFE_MS: Final = 24 * 3600 * 1000
 
 def connected(context: Context, event: AgentConnected) -> None:
     node = event.node
-    if event.cluster != context.identity.cluster:
-        message = f"this is cluster {context.identity.cluster!r}, node {node.name} belongs to {event.cluster!r}"
-        context.emit(RefuseAgent(event.stream, "CLUSTER_MISMATCH", message))
+    problem = _mismatch(context, event)
+    if problem is not None:
+        _refuse(context, event, problem)
         return
-    if event.store_id and event.store_id != context.identity.store_id:
-        message = (
-            f"node {node.name} belongs to store {event.store_id}, this is store {context.identity.store_id}; if the "
-            f"store was replaced, run `resilver store adopt {context.identity.store_id}`"
-        )
-        context.emit(RefuseAgent(event.stream, "WRONG_STORE", message, adopt=context.adopting))
-        context.tell("AGENT_REFUSED", message, node=node.name, reason="WRONG_STORE")
-        return
+    context.refused.pop(node.name, None)
     if event.highest_term > context.identity.term:
         _store_forgot(context, event)
         context.emit(RaiseTerm(event.highest_term))
@@ -66,6 +61,43 @@ def connected(context: Context, event: AgentConnected) -> None:
     context.tasks.touch(f"node:{node.name}")
     for volume in node.volumes:
         context.changed(volume)
+
+
+def _mismatch(context: Context, event: AgentConnected) -> Problem | None:
+    """Why this coordinator is not the agent's."""
+    mine, name = context.identity, event.node.name
+    if event.cluster != mine.cluster:
+        message = (
+            f"this is cluster {mine.cluster!r}, and the agent of node {name} belongs to {event.cluster!r}: correct "
+            "`cluster` or `coordinators` in its configuration"
+        )
+        return Problem("CLUSTER_MISMATCH", message)
+    if event.store_id and event.store_id != mine.store_id:
+        adopt = f"resilver store adopt {mine.store_id}"
+        message = (
+            f"node {name} belongs to store {event.store_id}, this is store {mine.store_id}; if the store was "
+            f"replaced, run `{adopt}`"
+        )
+        return Problem("WRONG_STORE", message, adopt)
+    return None
+
+
+def _refuse(context: Context, event: AgentConnected, problem: Problem) -> None:
+    """Tells the agent, which will ask again every few seconds, and once the operator."""
+    name = event.node.name
+    context.emit(
+        RefuseAgent(
+            event.stream,
+            problem.reason,
+            problem.message,
+            adopt=problem.reason == "WRONG_STORE" and context.adopting,
+        )
+    )
+    known = context.refused.get(name)
+    if known is None or known.problem != problem:
+        context.tell("AGENT_REFUSED", problem.message, node=name, reason=problem.reason)
+    if known is not None or len(context.refused) < REFUSED_MAX:
+        context.refused[name] = RefusedAgent(replace(event.node, connected=False), problem, context.now_ms)
 
 
 def _store_forgot(context: Context, event: AgentConnected) -> None:
@@ -296,6 +328,9 @@ def progressed(context: Context, event: ProgressReported) -> None:
 
 
 def tick(context: Context) -> None:
+    context.refused = {
+        name: one for name, one in context.refused.items() if context.now_ms - one.time_ms < REFUSED_SHOWN_MS
+    }
     context.busy = {name: at for name, at in context.busy.items() if context.now_ms - at < OPENING_AGAIN_MS}
     for name, entry in list(context.entries.items()):
         if entry.pause is not None and entry.pause.until_ms is not None and context.now_ms >= entry.pause.until_ms:

@@ -145,7 +145,10 @@ async def test_who_does_not_belong_here_is_told_why(coordinator, first, reason):
         assert answer.refusal.message
         assert not answer.adopt_store
         assert await line.ended() is grpc.StatusCode.OK
-        assert not (await stub.ListNodes(api.ListNodesRequest())).nodes
+        # Nobody who is obeyed, but somebody an operator should hear of; a name that is none is not repeated.
+        nodes = (await stub.ListNodes(api.ListNodesRequest())).nodes
+        told = [(node.name, node.reachable, [one.reason for one in node.problems]) for node in nodes]
+        assert told == ([] if reason == "INVALID_FIELD" else [("a", False, [reason])])
 
 
 async def test_an_agent_of_another_store_is_told_to_adopt_this_one_after_an_operator_said_so(coordinator):
