@@ -220,7 +220,8 @@ def _split(replica: ReplicaView, status: Status) -> str:
         amount = f" ({size(live.modified_bytes)})" if live.modified_bytes is not None else ""
         own.append(f"live writes{amount}")
     verb = "is" if own == ["1 CP"] else "are"
-    return f"{where}; {' and '.join(own)} {verb} only on {replica.node}. Nothing replaces them until you say so."
+    users = f" It is in use by {listed(live.in_use_by)}." if live.in_use_by else ""
+    return f"{where}; {' and '.join(own)} {verb} only on {replica.node}.{users} Nothing replaces them until you say so."
 
 
 def _stale(view: VolumeView, replica: ReplicaView, status: Status, now_ms: int) -> Problem:

@@ -216,6 +216,11 @@ class TestProblems:
         assert problem.reason == "IN_USE"
         assert "in use by qemu pid 7" in problem.message
 
+    def test_one_that_is_being_written_to_says_by_whom(self) -> None:
+        seen = changed(view("a: 1 2 | b: 1 2 *"), "b", live_in_use=True, live_in_use_by=("qemu pid 7",))
+        (problem,) = problems_of_replica(seen, "b", NOW_MS)
+        assert "only on b. It is in use by qemu pid 7. Nothing" in problem.message
+
     def test_a_newcomer_is_called_one(self) -> None:
         (problem,) = problems_of_replica(view("a: 1 | b: empty", members="a"), "b", NOW_MS)
         assert problem.message.startswith("a newcomer, empty")
