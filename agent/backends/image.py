@@ -179,6 +179,8 @@ class ImageBackend:
         for snapshot_id in filter(None, (base, target)):
             image_layout.check_id(snapshot_id)
         with disk_errors(layout.root):
+            for snapshot_id in filter(None, (base, target)):
+                image_layout.check_untouched(layout.snapshot(snapshot_id))
             return self._copier.delta(layout.snapshot(base) if base else None, layout.snapshot(target))
 
     def open_reader(self, snapshot_id: str) -> SnapshotReader:

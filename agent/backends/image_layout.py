@@ -258,6 +258,23 @@ def load_stored(directory: Path) -> Stored:
     return Stored(record_from_json(value), value["volume_id"], value["table"])
 
 
+def check_untouched(directory: Path) -> None:
+    """Raises Damaged if a snapshot's data is not what its record was written beside: cut short, or written to since.
+
+    Whoever copies the directory by hand and does not keep its times may be told so too; a full copy sets that right.
+    """
+    data, record = directory / "data", directory / "record.json"
+    try:
+        found, recorded_ns = data.stat(), record.stat().st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return  # whoever opens it says what is gone
+    size_bytes = load_stored(directory).snapshot.size_bytes
+    if found.st_size == size_bytes and found.st_mtime_ns <= recorded_ns:
+        return
+    what = "was written to after it was taken" if found.st_size == size_bytes else f"is not {size_bytes} bytes long"
+    raise Damaged("BASE_MISMATCH", f"{data} {what}: it is not that snapshot any more", path=str(data))
+
+
 def save_journal(layout: Layout, journal: Journal) -> None:
     write_json(layout.commit, {name: getattr(journal, name) for name in Journal.__slots__})
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from agent.backends.image_copy import Copier, create, fresh_dir, opened, remove_tree
-from agent.backends.image_layout import Layout
+from agent.backends.image_layout import Layout, check_untouched
 from agent.disk import contents, ioctl
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
 from resilver.errors import Refused
@@ -108,6 +108,7 @@ def _make(layout: Layout, copier: Copier, base: str, target: str, size_bytes: in
 
 
 def _fill_from(layout: Layout, copier: Copier, base: str, fd: int) -> None:
+    check_untouched(layout.snapshot(base))
     try:
         with opened(layout.data(base)) as base_fd:
             copier.fill(base_fd, fd, None)
