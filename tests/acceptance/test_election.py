@@ -52,8 +52,8 @@ def parted(trio: Cluster, disk: Path) -> Parted:
             name, cp = point["volume"], point["cp"]
             images.copy(trio.snapshot_data("a", name, point["id"]), kept / f"{name}-{cp}")
     _write(trio, seed=50)
+    trio.wait_reachable("judged", *NODES)
     for volume in VOLUMES:
-        trio.wait_reachable(volume, *NODES)
         images.copy(trio.image("a", volume), kept / f"{volume}-live")
     assert sorted(path.name for path in kept.iterdir()) == sorted(
         f"{volume}-{what}" for volume in VOLUMES for what in ("1-3", "1-4", "live")
@@ -70,8 +70,7 @@ def _write(cluster: Cluster, seed: int) -> None:
 def _stop_a(cluster: Cluster) -> None:
     if cluster.processes["a"].running is not None:
         cluster.processes["a"].stop()
-        for volume in VOLUMES:
-            cluster.wait_away(volume, "a")
+        cluster.wait_away("judged", "a")
 
 
 def _facts(cluster: Cluster, volume: str) -> Any:
