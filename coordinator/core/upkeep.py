@@ -7,7 +7,7 @@ from typing import Final
 
 from coordinator.core.cluster import Elected, NodeView, NotElected, Refusal, VolumeView
 from coordinator.core.context import Context, nearest
-from coordinator.core.decide import examine, learn
+from coordinator.core.decide import examine, learn, settle
 from coordinator.core.election import elect
 from coordinator.core.events import (
     CloneSnapshot,
@@ -96,6 +96,7 @@ def _snapshot_one(context: Context, volume: str, request: SnapshotRequest) -> Fl
             return _first_resync(volume, decision)
         if request.validate_only:
             return None
+        settle(context, context.view(volume, examined.fresh))
         answer = yield from take_snapshot(context, volume, only_if_modified=False, note=request.note)
         if isinstance(answer, ResilverError):
             return refusal_of(answer, f"resilver explain {volume}")
