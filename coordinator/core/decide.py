@@ -185,14 +185,21 @@ def establish(context: Context, volume: str) -> Flow[ResilverError | None]:
         return taken
     recorded = yield Wait(
         frozenset({f"volume:{volume}"}),
-        lambda: not context.entries[volume].opening or context.entries[volume].record.epoch != record.epoch,
+        lambda: not _awaits(context, record),
         context.now_ms + context.settings.opening_timeout_ms,
     )
     if not recorded:
         return Refused("OPENING", f"{winner} took the opening CP of {volume}, but has not reported it yet")
-    if context.entries[volume].record.epoch != record.epoch:
-        return Conflict("LEADERSHIP_LOST", f"another epoch of {volume} was opened meanwhile")
+    entry = context.entries.get(volume)
+    if entry is None or entry.record.epoch != record.epoch:
+        return Conflict("LEADERSHIP_LOST", f"{volume} was removed, or another epoch of it was opened meanwhile")
     return None
+
+
+def _awaits(context: Context, record: VolumeRecord) -> bool:
+    """Whether the opening CP of that epoch is still to be recorded."""
+    entry = context.entries.get(record.volume)
+    return entry is not None and entry.opening and entry.record.epoch == record.epoch
 
 
 def _winners_tip(context: Context, record: VolumeRecord) -> str:

@@ -168,7 +168,7 @@ def take_snapshot(
         return answer
     recorded = yield Wait(
         frozenset({f"volume:{volume}"}),
-        lambda: context.entries[volume].record.newest_id == answer.snapshot.id,
+        lambda: context.view(volume).record.newest_id == answer.snapshot.id,
         context.now_ms + context.settings.opening_timeout_ms,
     )
     if recorded:

@@ -11,7 +11,7 @@ from coordinator.core.cluster import NodeView, VolumeEntry
 from coordinator.core.context import Identity, Settings
 from coordinator.core.engine import Engine
 from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
-from resilver.volume import LiveCopy, LiveState, Presence, ReplicaReport, VolumeRecord
+from resilver.volume import Grant, LiveCopy, LiveState, Presence, ReplicaReport, VolumeRecord
 
 NOW_MS = 1_700_000_000_000
 
@@ -31,13 +31,14 @@ def connect(
     return engine.step(e.AgentConnected(stream, hello, "demo", "store-1", term), NOW_MS)
 
 
-def report(engine: Engine, stream: str, seq: int, *ids: str, examine: str = "") -> list[e.Action]:
+def report(engine: Engine, stream: str, seq: int, *ids: str, examine: str = "", grant: bool = False) -> list[e.Action]:
     records = [
         Snapshot(name, ConsistencyPoint(1, len(ids) - at), parent=parent)
         for at, (name, parent) in enumerate(zip(ids, (*ids[1:], ""), strict=True))
     ]
     lineage = Lineage(tuple(records))
-    said = ReplicaReport("vm1", Presence.PRESENT, "V1", lineage, LiveCopy(LiveState.UNMODIFIED))
+    held = Grant("V1", 1, "E1") if grant else None
+    said = ReplicaReport("vm1", Presence.PRESENT, "V1", lineage, LiveCopy(LiveState.UNMODIFIED), grant=held)
     return engine.step(e.ReplicaReported(stream, seq, said, examine), NOW_MS)
 
 
@@ -85,3 +86,25 @@ def test_a_store_that_has_forgotten_a_term_has_forgotten_what_was_stored_under_i
 def test_a_term_that_the_store_has_given_proves_nothing(engine, term):
     connect(engine, "first", "b", "boot-1", term=term)
     assert not engine.view("vm1").entry.recovering
+
+
+@pytest.mark.parametrize("opening", [False, True])
+def test_a_volume_may_be_removed_while_its_point_is_awaited(opening):
+    record = VolumeRecord("vm1", "V1", 1, "E1", "a", ("a",), ConsistencyPoint(1, 1), "s1")
+    ids = itertools.count(1)
+    loaded = e.Loaded({"vm1": VolumeEntry(record, opening=opening)}, {}, {}, {})
+    engine = Engine(Identity("demo", "store-1", 3, "leader-1"), Settings(), loaded, NOW_MS, lambda: f"i{next(ids)}")
+    connect(engine, "first", "a", "boot-1")
+    done = report(engine, "first", 1, "s1", grant=True)
+    if not opening:
+        done = engine.step(e.Requested("r1", e.SnapshotRequest(("vm1",))), NOW_MS)
+        asked = next(one.examine_id for one in done if isinstance(one, e.SendExamine))
+        done = report(engine, "first", 2, "s1", examine=asked, grant=True)
+    while orders := [one for one in done if isinstance(one, e.GiveOrder)]:
+        made = Snapshot("s2", ConsistencyPoint(1, 2))
+        answer = e.Taken(made, taken=True) if isinstance(orders[0].order, e.TakeSnapshot) else e.Done()
+        done = engine.step(e.OrderAnswered(orders[0].order_id, answer), NOW_MS)
+    engine.step(e.AgentDisconnected("first"), NOW_MS)
+    engine.step(e.Requested("r2", e.RemoveRequest("vm1")), NOW_MS)
+    assert "vm1" not in engine.volume_names()
+    engine.step(e.Ticked(), NOW_MS + 700_000)
