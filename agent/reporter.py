@@ -242,6 +242,7 @@ class Reporter:
             store_id = check_id(response.store_id, "store_id")
             await self._control.run(partial(self._identity.adopt_store, store_id))
             _log.warning("another store was adopted, by an operator's act", store_id=store_id)
+            self._worked = True  # it will be welcome at once: no longer pause than after any other end
         raise Refusal(response.refusal.reason, response.refusal.message)
 
     def _examine(self, examine: agent_pb2.Examine) -> None:

@@ -120,7 +120,8 @@ def store_adopt(session: Session, store_id: str | None) -> int:
     if session.output.json:
         session.output.emit(plain(found))
     else:
-        session.output.say(f"store {found.store_id} is adopted by {listing(found.nodes)}")
+        by = listing(found.nodes) if found.nodes else "each agent, as soon as it asks again"
+        session.output.say(f"store {found.store_id} is adopted by {by}")
     return 0
 
 
