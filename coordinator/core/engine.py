@@ -57,7 +57,7 @@ from coordinator.core.events import (
     VolumeRefusal,
 )
 from coordinator.core.planner import plan_etag
-from coordinator.core.tasks import Flow, at_once, join
+from coordinator.core.tasks import Flow, Task, at_once, join
 from resilver.errors import Conflict, Invalid, NotFound, Refused, ResilverError
 from resilver.volume import ResyncState
 
@@ -236,8 +236,15 @@ class Engine:
         tasks = [
             context.tasks.spawn(transfers.prepare(context, name, request)) for name in self._names(request.volumes)
         ]
-        yield from join(tasks, context.now_ms + FLOW_MAX_MS)
-        return tuple(task.result for task in tasks if task.finished)
+        yield from self._all(tasks)
+        return tuple(task.result for task in tasks)
+
+    def _all(self, tasks: list[Task[Any]]) -> Flow[None]:
+        """Waits for flows under a volume's lock: each has bounds of its own, and none may be left behind with it, also
+        not by a clock that jumps.
+        """
+        while not (yield from join(tasks, self._context.now_ms + FLOW_MAX_MS)):
+            pass
 
     def _release(self, prepared: tuple[transfers.Prepared, ...]) -> None:
         for one in prepared:
@@ -258,15 +265,14 @@ class Engine:
             if request.validate_only:
                 return self._would_start(prepared)
             tasks = [context.tasks.spawn(transfers.create(context, one, request)) for one in prepared]
-            yield from join(tasks, context.now_ms + FLOW_MAX_MS)
+            yield from self._all(tasks)
         finally:
             self._release(prepared)
         resyncs: list[Resync] = []
         refusals: list[VolumeRefusal] = []
         for task in tasks:
-            if task.finished:
-                resyncs.extend(task.result[0])
-                refusals.extend(task.result[1])
+            resyncs.extend(task.result[0])
+            refusals.extend(task.result[1])
         return ResyncsStarted(tuple(resyncs), tuple(refusals))
 
     def _would_start(self, prepared: tuple[transfers.Prepared, ...]) -> ResyncsStarted:
