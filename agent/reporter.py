@@ -293,6 +293,7 @@ class Reporter:
                 address=hello.address,
                 stream_address=hello.stream_address,
                 highest_term=pin.term,
+                highest_leader_id=pin.leader_id,
                 volumes=sorted(self._replicas),
             )
         )

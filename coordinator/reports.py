@@ -307,6 +307,7 @@ def read_hello(message: agent_pb2.ReportRequest, peer: str, stream: str, now_ms:
         cluster=check_name(hello.cluster, "hello.cluster"),
         store_id=check_id(hello.store_id, "hello.store_id", required=False),
         highest_term=check_number(hello.highest_term, "hello.highest_term"),
+        highest_leader_id=check_id(hello.highest_leader_id, "hello.highest_leader_id", required=False),
     )
 
 

@@ -301,13 +301,17 @@ OrderResult = Taken | Size | Progress | Exported | Dropped | Done
 
 @dataclass(frozen=True, slots=True)
 class AgentConnected:
-    """A stream opened with this hello. `stream` names it among all streams of this reign."""
+    """A stream opened with this hello. `stream` names it among all streams of this reign.
+
+    `highest_leader_id` is whose the highest term was; empty if the agent has obeyed nobody yet.
+    """
 
     stream: str
     node: NodeView
     cluster: str
     store_id: str
     highest_term: int
+    highest_leader_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,9 @@ def connected(context: Context, event: AgentConnected) -> None:
         _refuse(context, event, problem)
         return
     context.refused.pop(node.name, None)
-    if event.highest_term > context.identity.term:
+    mine = context.identity
+    same = event.highest_term == mine.term and event.highest_leader_id not in ("", mine.leader_id)
+    if event.highest_term > mine.term or same:
         _store_forgot(context, event)
         context.emit(RaiseTerm(event.highest_term))
     context.streams[event.stream] = node
@@ -242,7 +244,9 @@ def _forget_old_resyncs(context: Context, volume: str) -> None:
         (one for one in context.resyncs.values() if one.volume == volume and one.state.final),
         key=lambda one: one.end_time_ms,
     )
-    for resync in ended[: max(0, len(ended) - RESYNCS_KEPT_MAX)]:
+    # One that ended just now may still have an order on its way, whose flow looks it up.
+    old = [one for one in ended if context.now_ms - one.end_time_ms > context.settings.order_timeout_ms]
+    for resync in old[: max(0, len(ended) - RESYNCS_KEPT_MAX)]:
         del context.resyncs[resync.id]
         context.persist(Forgotten(resync))
 

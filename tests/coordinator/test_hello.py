@@ -23,6 +23,7 @@ def hello(boot=BOOT, seq=1, **changes):
         "stream_address": "[::]:7402",
         "highest_term": 12,
         "volumes": ["vm1", "db1"],
+        "highest_leader_id": "leader1",
     }
     return agent_pb2.ReportRequest(boot=boot, seq=seq, hello=agent_pb2.AgentHello(**{**fields, **changes}))
 
@@ -34,6 +35,7 @@ def test_a_hello_introduces_a_node():
         "demo",
         "st1",
         12,
+        "leader1",
     )
 
 
@@ -55,6 +57,7 @@ def test_a_hello_introduces_a_node():
         ({"volumes": ["vm1", ".."]}, "hello.volumes[1]"),
         ({"volumes": [f"v{number}" for number in range(1001)]}, "hello.volumes"),
         ({"highest_term": 2**63}, "hello.highest_term"),
+        ({"highest_leader_id": "a\nb"}, "hello.highest_leader_id"),
     ],
 )
 def test_a_hello_that_is_wrong_names_its_field(changes, field):

@@ -25,10 +25,10 @@ def engine() -> Engine:
 
 
 def connect(
-    engine: Engine, stream: str, node: str, boot: str, *, address: str = "x:1", term: int = 0
+    engine: Engine, stream: str, node: str, boot: str, *, address: str = "x:1", term: int = 0, leader: str = ""
 ) -> list[e.Action]:
     hello = NodeView(node, boot, address, address, "1", ("vm1",))
-    return engine.step(e.AgentConnected(stream, hello, "demo", "store-1", term), NOW_MS)
+    return engine.step(e.AgentConnected(stream, hello, "demo", "store-1", term, leader), NOW_MS)
 
 
 def report(engine: Engine, stream: str, seq: int, *ids: str, examine: str = "", grant: bool = False) -> list[e.Action]:
@@ -74,17 +74,19 @@ def test_the_twin_that_is_left_is_reached_where_it_is(engine):
     assert (left.boot, left.address, left.duplicate, left.reachable) == ("boot-2", "clone:1", False, True)
 
 
-def test_a_store_that_has_forgotten_a_term_has_forgotten_what_was_stored_under_it(engine):
-    done = connect(engine, "first", "b", "boot-1", term=7)
+@pytest.mark.parametrize(("term", "leader"), [(7, "leader-0"), (3, "leader-0")])
+def test_a_store_that_has_forgotten_a_term_has_forgotten_what_was_stored_under_it(engine, term, leader):
+    done = connect(engine, "first", "b", "boot-1", term=term, leader=leader)
+    assert e.RaiseTerm(term) in done
     stored = [record for one in done if isinstance(one, e.Persist) for record in one.records]
     assert [record.entry.recovering for record in stored if isinstance(record, e.Volume)] == [True]
     kinds = [type(one) for one in done]
     assert kinds.index(e.Persist) < kinds.index(e.RaiseTerm)
 
 
-@pytest.mark.parametrize("term", [0, 2, 3])
-def test_a_term_that_the_store_has_given_proves_nothing(engine, term):
-    connect(engine, "first", "b", "boot-1", term=term)
+@pytest.mark.parametrize(("term", "leader"), [(0, ""), (2, "leader-0"), (3, "leader-1")])
+def test_a_term_that_the_store_has_given_proves_nothing(engine, term, leader):
+    connect(engine, "first", "b", "boot-1", term=term, leader=leader)
     assert not engine.view("vm1").entry.recovering
 
 
