@@ -21,7 +21,7 @@ from tests.loopfs import mounted, needs_root, run
 
 pytestmark = needs_root
 
-IMAGE_BYTES = 32 * MIB
+IMAGE_BYTES = 16 * MIB
 NODES = ("a", "b", "c")
 VOLUMES = ("twins", "odd", "solo")
 

@@ -77,3 +77,19 @@ def test_the_same_again_moves_nothing(mirrored: Cluster) -> None:
     (plan,) = mirrored.ok("plan", "vm1", "--snapshot")["volumes"]
     assert {row["action"] for row in plan["replicas"]} == {"NONE"}
     assert not plan["takes_snapshot"]
+
+
+def test_every_node_that_has_the_point_is_a_source(mirrored: Cluster) -> None:
+    cluster, live = mirrored, mirrored.image("a", "vm1")
+    offsets = images.scattered(IMAGE_BYTES, 2_000, seed=3)
+    images.write(live, offsets, seed=30)
+    (first,) = cluster.ok("resync", "vm1", "--to", "b")["resyncs"]
+    assert [source["node"] for source in first["sources"]] == ["a"]
+    (plan,) = cluster.ok("plan", "vm1", "--to", "c")["volumes"]
+    (row,) = plan["replicas"]
+    assert (row["sources"], row["bytes"], row["range_count"]) == (["a", "b"], len(offsets) * BLOCK, len(offsets))
+    (run,) = cluster.ok("resync", "vm1")["resyncs"]
+    assert (run["node"], run["state"], run["done_bytes"]) == ("c", "SUCCEEDED", row["bytes"])
+    assert {source["node"] for source in run["sources"]} == {"a", "b"}
+    assert sum(source["wire_bytes"] for source in run["sources"]) == run["wire_bytes"]
+    assert identical(live, cluster.image("c", "vm1"))
