@@ -204,7 +204,9 @@ def _changed(goal: _Goal, row: ReplicaPlan, replica: ReplicaView) -> ReplicaPlan
     kept = goal.lineage.ids()
     own = [record for record in lineage if record.id not in kept]
     if own or row.state is _S.DIVERGED:
-        row = replace(row, preserve=_own_data(own, live), replace_own_data=True)
+        # An agent refuses to replace what keeps being written to, unless an operator has named the node.
+        named = row.node in goal.replaced
+        row = replace(row, preserve=_own_data(own, live), replace_own_data=True, replace_unrelated=named)
     if goal.full and not holds:
         return _full(goal, replace(row, why=_why(goal, replica, "a full copy was asked for")))
     found = newest_in_common(lineage, goal.lineage)

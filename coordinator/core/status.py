@@ -173,7 +173,7 @@ def problems_of_replica(view: VolumeView, node: str, now_ms: int) -> tuple[Probl
     status = status_of(view, node)
     found = [] if node == view.record.primary or not view.record.epoch else _of_state(view, replica, status, now_ms)
     if replica.report is not None and replica.fresh:
-        found.extend(_of_report(replica.report))
+        found.extend(_of_report(replica.report, node))
     return tuple(found)
 
 
@@ -253,7 +253,7 @@ def _behind(view: VolumeView, status: Status, now_ms: int) -> str:
     return f"{counted(status.behind_cps, 'CP')} behind; "
 
 
-def _of_report(report: ReplicaReport) -> list[Problem]:
+def _of_report(report: ReplicaReport, node: str) -> list[Problem]:
     found = []
     if report.reserve_bytes and report.free_bytes < report.reserve_bytes:
         message = (
@@ -271,5 +271,6 @@ def _of_report(report: ReplicaReport) -> list[Problem]:
     for text in report.problems:
         head, colon, rest = text.partition(": ")
         coded = bool(colon) and head.replace("_", "").isalpha() and head.isupper()
-        found.append(Problem(head, rest) if coded else Problem("REPORTED", text))
+        replacing = f"resilver resync {report.volume} --replace {node}" if head == "KEEPS_BEING_WRITTEN" else ""
+        found.append(Problem(head, rest, replacing) if coded else Problem("REPORTED", text))
     return found

@@ -254,7 +254,7 @@ def lead(context: Context, resync_id: str) -> Flow[None]:
             break
         if problem is not None and problem.reason != "NODE_UNREACHABLE":
             state = S.BLOCKED if problem.reason in BLOCKING_REASONS else S.FAILED
-            finish(context, resync, state, refusal_of(problem))
+            finish(context, resync, state, refusal_of(problem, _after(problem.reason, resync)))
             break
         if problem is not None:
             yield Wait(
@@ -365,7 +365,9 @@ def note_progress(context: Context, node: str, progress: Progress) -> None:
             resent_bytes=max(progress.resent_bytes, old.resent_bytes),
         )
     if progress.state in (S.FAILED, S.BLOCKED, S.CANCELLED):
-        said = Refusal((progress.reason or "IO_ERROR",), progress.message or "the run ended without a reason")
+        reason = progress.reason or "IO_ERROR"
+        message = progress.message or "the run ended without a reason"
+        said = Refusal((reason,), message, next_command=_after(reason, resync))
         finish(context, replace(resync, progress=progress), progress.state, said)
         return
     resync = replace(resync, progress=progress)
@@ -474,6 +476,16 @@ def _imagined(view: VolumeView, decision: Elected) -> VolumeEntry:
 
 def _refused(view: VolumeView, refusal: Refusal) -> VolumePlan:
     return VolumePlan(view.name, view.record.primary, NO_CP, takes_snapshot=False, replicas=(), refusal=refusal)
+
+
+def _after(reason: str, resync: Resync) -> str:
+    """What to run once a run has ended for that reason; empty where that is not the same every time."""
+    commands = {
+        "KEEPS_BEING_WRITTEN": f"resilver resync {resync.volume} --replace {resync.node}",
+        "NO_SPACE": f"resilver prune {resync.volume}",
+        "PRESERVED_FULL": f"resilver preserved {resync.volume}",
+    }
+    return commands.get(reason, "")
 
 
 def refusal_of(error: ResilverError, next_command: str = "") -> Refusal:

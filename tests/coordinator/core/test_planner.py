@@ -136,6 +136,12 @@ class TestNaming:
     def test_a_node_that_need_not_be_named_is_treated_as_ever(self) -> None:
         assert row(view("a: 1 2 | b: 1"), replace=frozenset({"b"})) == row(view("a: 1 2 | b: 1"))
 
+    def test_a_diverged_node_is_replaced_although_it_keeps_being_written(self) -> None:
+        found = row(view("a: 1 2 | b: 1 *"), replace=frozenset({"b"}))
+        assert (found.action, found.base) == (PlanAction.DELTA, "1-1")
+        assert (found.replace_own_data, found.replace_unrelated) == (True, True)
+        assert found.preserve == ("live writes",)
+
     def test_another_node_does_not_help(self) -> None:
         assert row(view("a: 1 2 | b: lost"), replace=frozenset({"c"})).action is PlanAction.BLOCKED
 

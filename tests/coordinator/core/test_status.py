@@ -244,6 +244,7 @@ class TestProblems:
         assert "512.0 MiB free is below the reserve of 1.0 GiB" in found[0].message
         assert "about 2.0 s" in found[1].message
         assert found[2].message == "again after 10 minutes"
+        assert found[2].next_command == "resilver resync vm1 --replace a"
 
     @pytest.mark.parametrize(
         ("seen", "reasons"),
