@@ -3,8 +3,9 @@
 `Board` keeps what was shown, and what it shows never goes back: a run that is planned anew, or whose total turns out
 larger, holds its bar until it has caught up. Percent is rounded down, so that 100 means all of it, and stays there.
 
-Pure but for `show`, which owns the terminal: a live table on one, elsewhere a line for each change of step and one
-every `LINE_EVERY_S` while bytes move.
+Pure: who owns the terminal shows the table live on one, elsewhere a line for each change of step and one every
+`LINE_EVERY_S` while bytes move. A table that does not fit gives up its bar first, then columns from the right: which
+replica a line is of is always there to be read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from rich.text import Text
 
 from resilver.cli.plainjson import word
-from resilver.cli.screens.layout import table
+from resilver.cli.screens.layout import Fitting, table
 from resilver.cli.words import STYLES, age, clock, listing, size, size_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ FINAL_STATES: Final = frozenset({"SUCCEEDED", "FAILED", "CANCELLED", "BLOCKED"})
 STEPS: Final = {"SUCCEEDED": "in sync"}
 """Every other step is called by its state."""
 BAR_WIDTH: Final = 20
+LAYOUTS: Final = ((20, 7), (12, 7), (6, 7), (3, 7), (3, 6), (3, 5), (3, 4))
+"""Width of the bar and number of columns, from the widest table to the narrowest."""
+RATE_WIDTH: Final = len("999.9 MiB/s")
+LEFT_WIDTH: Final = len("59m59s")
+COPIED_WIDTH: Final = len("999.9 / 999.9 MiB")
+"""Kept free from the start, so that the layout does not change while bytes move."""
 LINE_EVERY_S: Final = 10.0
 RATE_WINDOW_S: Final = 5.0
 """A rate is what was copied in the last seconds, where the sources tell none."""
@@ -136,21 +143,27 @@ class Board:
         for resync in resyncs:
             self._tracks.setdefault(resync.id, Track(resync)).update(resync, now)
 
-    def table(self, now: float) -> Table:
-        """The live screen."""
-        columns = ("REPLICA", "STEP", "PROGRESS", "COPIED / TOTAL", "RATE", "LEFT", "FROM")
-        rows = table(*columns, wrap=("REPLICA", "FROM"))
+    def table(self, now: float) -> Fitting:
+        """The live screen, as wide as the terminal lets it be."""
+        return Fitting([self._layout(now, width, columns) for width, columns in LAYOUTS])
+
+    def _layout(self, now: float, bar_width: int, columns: int) -> Table:
+        names = ("REPLICA", "STEP", "PROGRESS", "COPIED / TOTAL", "RATE", "LEFT", "FROM")[:columns]
+        rows = table(*names, wrap=("REPLICA", "FROM"))
+        for column, width in zip(rows.columns, (0, 0, 0, COPIED_WIDTH, RATE_WIDTH, LEFT_WIDTH), strict=False):
+            column.min_width = width or None
         for track in self.tracks:
             rate = track.rate(now)
-            rows.add_row(
+            cells = (
                 Text(track.name, style="bold"),
                 Text(f"{track.step:<12}", style=STYLES.get(track.state, "")),
-                bar(track.percent),
+                bar(track.percent, bar_width),
                 track.copied(),
                 f"{size(int(rate))}/s" if rate else "-",
                 track.left(now),
                 track.sources(),
             )
+            rows.add_row(*cells[:columns])
         return rows
 
     def lines(self, now: float) -> list[str]:
@@ -165,10 +178,10 @@ class Board:
         return found
 
 
-def bar(percent: int) -> str:
+def bar(percent: int, width: int = BAR_WIDTH) -> str:
     """A bar such as `##########.......... 57%`."""
-    filled = BAR_WIDTH * percent // 100
-    return "#" * filled + "." * (BAR_WIDTH - filled) + f"{percent:4d}%"
+    filled = width * percent // 100
+    return "#" * filled + "." * (width - filled) + f"{percent:4d}%"
 
 
 def _line(track: Track, now: float) -> str:

@@ -1,7 +1,11 @@
 """What a watcher sees: never over 100 %, never backwards, and lines where there is no terminal."""
 
+import io
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from resilver.cli.progress import LINE_EVERY_S, Board, bar
 from resilver.v1 import volume_pb2 as pb
@@ -76,3 +80,23 @@ def test_a_line_for_each_step_and_now_and_then():
     assert "in sync  100%" in last[0]
     assert board.lines(40.0) == []
     assert board.settled()
+
+
+@pytest.mark.parametrize("name", ["vm1", "a-database-with-a-name"])
+@pytest.mark.parametrize("width", [48, 60, 80, 100, 160])
+def test_which_replica_it_is_can_be_read_at_any_width(width, name):
+    board = Board()
+    sources = [pb.ResyncSource(node=node, wire_bytes=50, bytes_per_second=260 << 20) for node in ("a", "b")]
+    running = sample.resync("r", "c", "TRANSFERRING", 300 << 20, 600 << 20, sources=sources)
+    running.volume = name
+    board.update([running], 1.0)
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(board.table(1.0))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    row = next(line for line in lines if "transferring" in line)
+    assert "50%" in row
+    assert row.startswith(f"{name}/c ") or width < 4 * len(name)
+    if width > 100:
+        assert "520.0 MiB/s" in row
+        assert "a 50%, b 50%" in row

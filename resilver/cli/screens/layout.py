@@ -71,5 +71,20 @@ class Advice:
                 yield Unbroken(Text("      ").append_text(next_line(command)))
 
 
+class Fitting:
+    """The first of several renderings that is not wider than the screen, else the last of them."""
+
+    def __init__(self, layouts: Sequence[RenderableType]) -> None:
+        self.layouts = layouts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = options.update(width=10_000)
+        for layout in self.layouts:
+            if console.measure(layout, options=wide).maximum <= options.max_width:
+                yield layout
+                return
+        yield self.layouts[-1]
+
+
 def lines(*parts: RenderableType) -> Group:
     return Group(*parts)
