@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from resilver.volume import ResyncState
+
 if TYPE_CHECKING:
     from resilver.volume import Progress, ReplicaReport
 
@@ -25,8 +27,9 @@ _EXTENTS: Final = Gauge(
 )
 _PAYLOAD: Final = Counter("resilver_agent_received_payload_bytes", "Changed bytes received.", ["volume"])
 _WIRE: Final = Counter("resilver_agent_received_wire_bytes", "Bytes that the block stream brought.", ["volume"])
-_RESENT: Final = Counter("resilver_agent_resent_bytes", "Bytes asked for again because they came damaged.", ["volume"])
+_RESENT: Final = Counter("resilver_agent_resent_bytes", "Bytes that had to be sent again.", ["volume"])
 
+_BEFORE: Final = frozenset({ResyncState.QUEUED, ResyncState.PREPARING})
 _STAGES: Final = {"BASE_MISMATCH": "base", "SOURCE_DAMAGED": "transfer", "READBACK_MISMATCH": "readback"}
 
 
@@ -43,7 +46,10 @@ def saw(report: ReplicaReport) -> None:
 
 
 class Received:
-    """Turns the totals that a run tells into what was added; a total that falls is another run's, and begins anew."""
+    """Turns the totals that a run tells into what was added; a total that falls is another run's, and begins anew.
+
+    What a run has before it transfers was received by an earlier start of this agent.
+    """
 
     def __init__(self) -> None:
         self._last: dict[str, Progress] = {}
@@ -53,6 +59,8 @@ class Received:
         same = before is not None and before.resync_id == progress.resync_id
         for counter, name in ((_PAYLOAD, "done_bytes"), (_WIRE, "wire_bytes"), (_RESENT, "resent_bytes")):
             earlier = getattr(before, name) if same else 0
+            if progress.state in _BEFORE:
+                earlier = getattr(progress, name)
             counter.labels(progress.volume).inc(max(getattr(progress, name) - earlier, 0))
         if progress.reason in _STAGES and (not same or (before is not None and before.reason != progress.reason)):
             VERIFY_FAILURES.labels(_STAGES[progress.reason]).inc()

@@ -95,6 +95,7 @@ class Run:
         self._stopping: ResilverError | None = None
         fresh = Progress(wanted.resync_id, replica.volume, ResyncState.QUEUED)
         self.progress: Progress = fresh if progress is None else progress
+        self._goes_on: Final = progress is not None
         self._wire_before = self.progress.wire_bytes
         self._resent_before = self.progress.resent_bytes
 
@@ -218,7 +219,17 @@ class Run:
             stage.close()
             return None
         lineage, journal = found
-        self._tell(total_bytes=journal.delta.data_bytes, range_count=len(journal.delta), done_bytes=journal.done_bytes)
+        if self._goes_on:
+            # Counts are saved now and then: what the journal has beyond them came since, what it lacks is sent again.
+            self._wire_before += max(journal.done_bytes - self.progress.done_bytes, 0)
+            self._resent_before += max(self.progress.done_bytes - journal.done_bytes, 0)
+        self._tell(
+            total_bytes=journal.delta.data_bytes,
+            range_count=len(journal.delta),
+            done_bytes=journal.done_bytes,
+            wire_bytes=self._wire_before,
+            resent_bytes=self._resent_before,
+        )
         return Prepared(stage, lineage, journal)
 
     def _transfer(self, prepared: Prepared) -> None:

@@ -2,7 +2,7 @@
 
 `done_bytes` counts data bytes that are in the stage (journaled, or received and checked): it never falls and never
 exceeds `total_bytes`. `wire_bytes` counts everything that came in on the sockets. `resent_bytes` counts the volume's
-bytes that had to be asked for again because they came damaged.
+bytes that had to be asked for again because they came damaged; what a crash has cost is added by whoever goes on.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_a_receiver_that_is_killed_goes_on_and_little_is_sent_again(three: Clust
     assert kept < LARGE_BYTES
     assert LARGE_BYTES <= read_bytes(source) - before <= LARGE_BYTES + AGAIN_BYTES_MAX
     assert run["resent_bytes"] <= AGAIN_BYTES_MAX
-    assert run["wire_bytes"] - run["done_bytes"] <= AGAIN_BYTES_MAX
+    assert 0 <= run["wire_bytes"] - run["done_bytes"] <= AGAIN_BYTES_MAX
 
 
 def test_a_transfer_outlives_the_coordinator(three: Cluster) -> None:

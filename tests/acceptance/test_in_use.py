@@ -33,7 +33,7 @@ SIZES = {
 }
 BLOCKS = 256
 SMALL_DISK_BYTES = 320 * MIB
-KILLED_RUNS = 3
+KILLED_RUNS = 2
 KILL_WITHIN_S = (0.02, 0.05, 0.1, 0.2)
 
 
@@ -218,7 +218,7 @@ def test_a_disk_that_is_full_in_the_middle_costs_the_run_and_nothing_else(pair: 
 def test_a_disk_that_is_full_during_a_commit_leaves_one_whole_image_at_the_path(pair: Cluster) -> None:
     live, records = pair.image("b", "filled"), pair.records("b", "filled")
     chance = random.Random(10)
-    for seed, longest_s in enumerate(KILL_WITHIN_S, 60):
+    for seed, longest_s in enumerate(KILL_WITHIN_S[1:], 60):
         old, before = digest(live), live.stat().st_ino
         change(pair, "filled", seed, count=1000)
         new = digest(pair.image("a", "filled"))

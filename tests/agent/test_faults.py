@@ -106,6 +106,7 @@ def test_a_killed_target_goes_on_by_itself_where_it_was(scene):
     scene.check()
     fetched_again = sum(share.wire_bytes for share in run.sources)
     assert fetched_again < SIZE_BYTES - HOLD_AFTER + 32 * MIB, "only the rest was asked for"
+    assert run.done_bytes <= run.wire_bytes < run.done_bytes + 32 * MIB, "what came before the kill counts too"
     again = scene.target.receive(scene.leader, resync_id, "", scene.first, scene.source, expected_tip="")
     assert again == run, "the order again, after all that, is answered with what there is"
 
