@@ -237,4 +237,4 @@ async def test_a_store_that_is_down_is_waited_for(coordinator, own_etcd):
     assert len(logs) <= 2
     assert not first.task.done()
     await first.stop()
-    assert time.monotonic() - begun < 3 + 5
+    assert time.monotonic() - begun < 30

@@ -179,7 +179,7 @@ async def test_a_store_that_is_down_is_said_so_in_time(connect, one_etcd_of_its_
             await call()
         assert caught.value.reason == "STORE_UNAVAILABLE", name
         assert "127.0.0.1" in caught.value.message
-        assert time.monotonic() - begun < 5, name
+        assert time.monotonic() - begun < 30, name
     with pytest.raises(Unavailable):
         await store.commit(reign, [Write("nodes/a", {})])
     assert (await store.health()).healthy_count == 0
@@ -193,7 +193,7 @@ async def test_a_commit_without_an_answer_ends_the_reign(connect, one_etcd_of_it
     with pytest.raises(Conflict, match="not known whether") as caught:
         await store.commit(old, [Write("nodes/a", {"by": "old"})])
     assert caught.value.reason == "LEADERSHIP_LOST"
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     one_etcd_of_its_own.go_on(0)
     await asyncio.to_thread(one_etcd_of_its_own.wait, 0)
     new = await led(store)
