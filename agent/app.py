@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from importlib import metadata
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import structlog
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="resilver-agent", description="Keeps the replicas of this node.")
     parser.add_argument("--config", required=True, metavar="FILE", help="agent.toml")
+    parser.add_argument("--version", action="version", version=f"resilver {metadata.version('resilver')}")
     parser.add_argument(
         "--check", action="store_true", help="parse the configuration, look at every volume, and exit with 0 or 2"
     )

@@ -38,7 +38,8 @@ def check(config: AgentConfig, out: TextIO) -> int:
 
 
 def _lines(config: AgentConfig) -> Iterator[Line]:
-    yield False, f"node {config.node} of cluster {config.cluster}, {len(config.volumes)} volumes"
+    volumes = "1 volume" if len(config.volumes) == 1 else f"{len(config.volumes)} volumes"
+    yield False, f"node {config.node} of cluster {config.cluster}, {volumes}"
     for address in config.coordinators:
         yield _resolves(address.host, address.port, f"coordinator {address}")
     yield _state_dir(config.state_dir)

@@ -244,4 +244,4 @@ def _replaced(wanted: RunOrder) -> ResilverError:
 
 
 def _cancelled() -> ResilverError:
-    return ResilverError("CANCELLED", "cancelled by the coordinator")
+    return ResilverError("CANCELLED", "cancelled by an operator")

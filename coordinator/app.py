@@ -182,9 +182,13 @@ class App:
 
 async def check(config: CoordinatorConfig) -> None:
     """`--check`: the port and the store. Raises what an operator must mend."""
-    server = rpc.make_server()
-    rpc.bind(server, config.listen)
-    await server.stop(None)
+    if rpc.taken(config.listen):
+        # Most often by the coordinator whose new configuration this is.
+        sys.stdout.write(f"ok: {config.listen} is in use: by this coordinator, if it runs\n")
+    else:
+        server = rpc.make_server()
+        rpc.bind(server, config.listen)
+        await server.stop(None)
     store = open_store(config)
     try:
         store_id = await store.open()

@@ -255,7 +255,7 @@ def _would_do(row: ReplicaPlan) -> str:
         said += f", from {' or '.join(row.sources)}"
     if row.preserve:
         said += f"; preserved first: {', '.join(row.preserve)}"
-    return f"{said}. {row.why}" if row.why else said
+    return f"{said} ({row.why})" if row.why else said
 
 
 def _to_keep(view: VolumeView, node: str, now_ms: int) -> str:

@@ -14,6 +14,7 @@ The rules:
 from __future__ import annotations
 
 import asyncio
+import errno
 import inspect
 import socket
 import time
@@ -254,8 +255,26 @@ def _dialled(target: str) -> str:
     return f"localhost{target}" if target.startswith(":") else target
 
 
+def taken(address: Address) -> bool:
+    """Whether something listens there already."""
+    error = _refused(address)
+    return error is not None and error.errno == errno.EADDRINUSE
+
+
 def _why_not(address: Address) -> str:
     """What forbids listening there, empty if nothing does. gRPC would not pass it on, and write to stderr itself."""
+    error = _refused(address)
+    if error is None:
+        return ""
+    advice = {
+        errno.EADDRINUSE: "stop what uses it, or choose another address",
+        errno.EADDRNOTAVAIL: "choose an address that this machine has",
+        errno.EACCES: "choose a port that this user may use",
+    }
+    return f"{error.strerror}; {advice.get(error.errno or 0, 'choose another address')}"
+
+
+def _refused(address: Address) -> OSError | None:
     host = address.host or "::"
     try:
         family, kind, proto, _, where = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
@@ -264,8 +283,8 @@ def _why_not(address: Address) -> str:
             probe.bind(where)
             probe.listen(1)
     except OSError as error:
-        return f"{error.strerror}; stop what uses it, or choose another address"
-    return ""
+        return error
+    return None
 
 
 def _add_reflection(server: aio.Server, names: frozenset[str]) -> None:

@@ -260,7 +260,7 @@ class Engine:
                 raise Conflict(
                     "PLAN_CHANGED",
                     f"the plan is no longer {request.plan_etag} but {found}: a replica has changed since",
-                    next_command="resilver plan",
+                    next_command=transfers.plan_again(request),
                 )
             if request.validate_only:
                 return self._would_start(prepared)

@@ -142,6 +142,13 @@ def _reign(entry: VolumeEntry | None) -> tuple[object, ...]:
     return entry.record.volume_id, entry.record.epoch, entry.record.epoch_id, entry.record.primary, entry.recovering
 
 
+def plan_again(request: ResyncRequest) -> str:
+    """The command that plans what this request asked for."""
+    words = [*(request.volumes or ("--all",)), *(f"--to {node}" for node in sorted(request.nodes))]
+    words += ["--full"] if request.full else []
+    return " ".join(["resilver plan", *words, *(f"--replace {node}" for node in sorted(request.replace))])
+
+
 def plan_with_point(context: Context, prepared: Prepared, request: PlanRequest) -> Flow[VolumePlan]:
     """Takes the CP first, so that the plan's bytes are exact."""
     if prepared.plan.refusal is not None:

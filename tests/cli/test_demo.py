@@ -55,6 +55,16 @@ def test_a_kill_ends_like_ctrl_c():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_demo_in_the_background_can_be_interrupted():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), Cleanup():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_plain_ground_comes_and_goes(scratch, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with Cleanup() as cleanup:

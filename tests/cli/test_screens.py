@@ -76,6 +76,18 @@ def test_screen_fits(name, width):
     assert max(cell_len(line.rstrip()) for line in lines) <= width
 
 
+def test_a_plan_says_what_it_does_not_know_and_what_it_has_done():
+    made = sample.plan()
+    del made.volumes[1:]
+    del made.volumes[0].replicas[1:]
+    text = rendered(plan.screen(made, "vm1"), 120)
+    assert "1 replica to bring up to date; how many bytes is not known yet." in text
+    assert "nothing was changed" in text
+    text = rendered(plan.screen(made, "vm1", took_snapshot=True), 120)
+    assert "nothing but consistency points was made" in text
+    assert "nothing was changed" not in text
+
+
 def test_a_command_to_copy_is_never_broken():
     lines = rendered(SCREENS["status_blocked"](), 80).splitlines()
     assert f"      next: resilver elect {'long-name' * 7} --accept-loss a" in [line.rstrip() for line in lines]

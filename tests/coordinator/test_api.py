@@ -163,6 +163,7 @@ async def test_a_stale_replica_is_planned_and_an_old_plan_is_refused(coordinator
         assert row.copy_bytes == DELTA_BYTES
         error = await refused(start(stub, volumes=["vm1"], plan_etag="00000000"))
         assert (error.reason, error.exit_code) == ("PLAN_CHANGED", 3)
+        assert error.next_command == "resilver plan vm1"
         dry = await start(stub, volumes=["vm1"], validate_only=True)
         assert not dry.resyncs
         started = await start(stub, volumes=["vm1"], nodes=["b"], plan_etag=plan.etag)

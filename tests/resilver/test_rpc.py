@@ -289,8 +289,10 @@ async def test_a_port_in_use_is_named(port):
     server = rpc.make_server()
     with pytest.raises(Invalid, match=f"cannot listen on 127.0.0.1:{port}: Address already in use") as caught:
         rpc.bind(server, Address("127.0.0.1", port), "stream_listen")
+    assert rpc.taken(Address("127.0.0.1", port))
     assert caught.value.metadata["field"] == "stream_listen"
-    with pytest.raises(Invalid, match="cannot listen"):
+    assert not rpc.taken(Address("192.0.2.1", 7400))
+    with pytest.raises(Invalid, match="choose an address that this machine has"):
         rpc.bind(server, Address("192.0.2.1", 7400))
     await server.stop(None)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType, TracebackType
 
-_ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -32,14 +32,14 @@ class Cleanup:
         self._steps.append((what, undo))
 
     def __enter__(self) -> Self:
-        # A closed terminal or a plain kill must end like Ctrl-C, not leave mounts behind.
+        # A closed terminal or a plain kill must end like Ctrl-C, not leave mounts behind. So must a SIGINT to a demo
+        # that a shell has put in the background: such a one is started with SIGINT ignored.
         self._before = {number: signal.signal(number, _interrupt) for number in _ENDING}
         return self
 
     def __exit__(
         self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
         try:

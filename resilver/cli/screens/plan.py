@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 _COLUMNS = ("NODE", "STATE", "ACTION", "COMMON", "TO COPY", "FROM", "SPACE need/free")
 
 
-def screen(plan: pb.Plan, selection: str) -> Group:
+def screen(plan: pb.Plan, selection: str, *, took_snapshot: bool = False) -> Group:
     """The whole screen; `selection` is what was asked for, as the commands below repeat it."""
     when = clock(seconds_of(plan.create_time), date=False) if plan.create_time.seconds else ""
     head = Text("PLAN ", style="bold").append(plan.etag or "-", style="cyan not bold")
-    head.append(f"   {when}   nothing was changed; valid until a replica changes", style="not bold")
+    changed = "nothing but consistency points was made" if took_snapshot else "nothing was changed"
+    head.append(f"   {when}   {changed}; valid until a replica changes", style="not bold")
     parts: list[RenderableType] = [head]
     rows = {volume.volume: [_row(volume, replica) for replica in volume.replicas] for volume in plan.volumes}
     widths = _widths(row for volume in rows.values() for row in volume)
@@ -115,7 +116,7 @@ def _beneath(replica: pb.ReplicaPlan) -> list[RenderableType]:
     if replica.preserve:
         kept = f", {size(replica.preserve_bytes)}" if replica.HasField("preserve_bytes") else ""
         what = " and ".join(part for part in (", ".join(replica.preserve[:-1]), replica.preserve[-1]) if part)
-        parts.append(indented(Text(f"first {node}'s own {what} are preserved (kept until dropped{kept})"), 6))
+        parts.append(indented(Text(f"preserved first: {node}'s own {what} (kept until dropped{kept})"), 6))
     if replica.HasField("refusal"):
         parts += _refusal(replica.refusal, 6, node)  # its sentence is the why of a blocked replica
     elif word(replica, "action") in ("FULL", "BLOCKED") and replica.why:
@@ -140,6 +141,8 @@ def _total(plan: pb.Plan) -> Text:
     total = sum(replica.copy_bytes for replica in copying)
     bound = "" if all(replica.exact for replica in copying) else ">= "
     head = f"{count(len(copying), 'replica')}, {bound}{size(total)} to copy."
+    if bound and not total:
+        head = f"{count(len(copying), 'replica')} to bring up to date; how many bytes is not known yet."
     if not copying:
         idle = f"Nothing to do: {count(len(replicas), 'replica')} in sync."
         head = "Nothing can be copied." if blocked or refused else idle

@@ -38,7 +38,7 @@ def demo(session: Session, keep: bool) -> int:
                 story.closing()
                 if keep:
                     story.stay()
-                output.say("(the cluster is stopped now; with --keep, or make demo KEEP=1, it stays)")
+                output.say("(these need the cluster, which is stopped now: with --keep, or make demo KEEP=1, it stays)")
             except (ResilverError, subprocess.SubprocessError, OSError) as error:
                 code = EXIT_FAILED
                 output.refused(["DEMO_FAILED"], str(error))

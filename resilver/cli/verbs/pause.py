@@ -53,7 +53,7 @@ def unpause(session: Session, volumes: tuple[str, ...], all_volumes: bool) -> in
     async def work(client: Client) -> Sequence[pb.Volume]:
         return (await client.call(lambda s: s.ResumeVolume, request)).volumes
 
-    return _show(session, session.run(work), "not paused")
+    return _show(session, session.run(work), "unpaused")
 
 
 def _duration(seconds: float) -> Duration:

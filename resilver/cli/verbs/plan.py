@@ -52,7 +52,8 @@ def plan(
     if session.output.json:
         session.output.emit(plain(found))
     else:
-        session.output.show(screens.screen(found, selection(volumes, nodes, full=full, replace=replace)))
+        again = selection(volumes, nodes, full=full, replace=replace)
+        session.output.show(screens.screen(found, again, took_snapshot=snapshot))
     for volume in found.volumes:
         if volume.HasField("refusal"):
             session.output.refusal(volume.refusal, where=volume.volume)

@@ -106,7 +106,7 @@ def export(session: Session, snapshot: str, node: str, path: str, writable: bool
     """Copy a snapshot or a preserved copy out, to a path on its node."""
 
     async def work(client: Client) -> api.ExportSnapshotResponse:
-        whole = (await _named(client, (snapshot,), node))[0].id
+        whole = (await _named(client, (snapshot,)))[0].id
         request = api.ExportSnapshotRequest(request_id=request_id(), id=whole, node=node, path=path, writable=writable)
         return await client.call(lambda s: s.ExportSnapshot, request)
 
@@ -127,7 +127,7 @@ def drop(session: Session, snapshots: tuple[str, ...], node: str) -> int:
     session.needs_confirmation(f"Drop {', '.join(snapshots)} on {node}? Data that is nowhere else is gone then.")
 
     async def look(client: Client) -> list[Named]:
-        return await _named(client, snapshots, node)
+        return await _named(client, snapshots)
 
     chosen = session.run(look)
     session.confirm(f"Drop on {node}: {', '.join(one.text for one in chosen)}? Data that is nowhere else is gone then.")
@@ -157,7 +157,7 @@ def prune(session: Session, volume: str, keep_last: int | None) -> int:
         session.output.emit(plain(found))
         return 0
     freed = sum(one.freed_bytes for one in found.dropped)
-    session.output.say(f"dropped {count(len(found.dropped), 'copy', 'copies')}, {size(freed)} free")
+    session.output.say(f"dropped {count(len(found.dropped), 'copy', 'copies')}, {size(freed)} freed")
     for one in found.kept:
         if one.pinned_by:
             session.output.say(f"  kept {short_id(one.id)} on {one.node}: {listing(one.pinned_by)}")
@@ -195,7 +195,7 @@ def _show_dropped(session: Session, found: Sequence[Dropped], node: str) -> int:
         rows = [{"id": one.id, "node": node, "freed_bytes": one.freed_bytes} for one in dropped]
         session.output.emit({"dropped": rows, "refused": [identity for identity, _ in errors]})
     for one in dropped:
-        session.output.say(f"dropped {short_id(one.id)} on {node}, {size(one.freed_bytes)} free")
+        session.output.say(f"dropped {short_id(one.id)} on {node}, {size(one.freed_bytes)} freed")
     for identity, error in errors:
         session.output.refused([error.reason], error.message, error.next_command, where=short_id(identity))
     if not errors:
@@ -208,17 +208,17 @@ async def _preserved(client: Client, volume: str = "", node: str = "") -> list[p
     return await client.pages(lambda s: s.ListPreserved, request, lambda page: page.preserved)
 
 
-async def _named(client: Client, texts: tuple[str, ...], node: str) -> list[Named]:
-    """The things that shortened ids stand for, among all that this node has."""
+async def _named(client: Client, texts: tuple[str, ...]) -> list[Named]:
+    """The things that shortened ids stand for, wherever they are: that a node lacks one is for the server to say."""
     if all(len(text) == ID_LENGTH for text in texts):
         return [Named(text, short_id(text)) for text in texts]
     known: dict[str, str] = {}
-    for copy in await _preserved(client, node=node):
+    for copy in await _preserved(client):
         exclusive = f", {size(copy.exclusive_bytes)} its own" if copy.HasField("exclusive_bytes") else ""
         known[copy.id] = f"{short_id(copy.id)} (preserved of {copy.volume}{exclusive})"
     names = await client.pages(lambda s: s.ListVolumes, api.ListVolumesRequest(), lambda page: page.volumes)
     for volume in names:
-        request = api.ListSnapshotsRequest(volume=volume.name, node=node)
+        request = api.ListSnapshotsRequest(volume=volume.name)
         for one in await client.pages(lambda s: s.ListSnapshots, request, lambda page: page.snapshots):
             known[one.id] = f"{short_id(one.id)} ({volume.name} {cp_text(one.cp) or 'adopted'})"
     whole = [resolve(text, known, "snapshot") for text in texts]
