@@ -67,6 +67,11 @@ class Output:
         """A sentence on stderr."""
         self.err.print(sentence, soft_wrap=True)
 
+    def aside(self, sentence: str) -> None:
+        """A sentence on stderr for whoever watches, except where JSON is asked for."""
+        if not self.json:
+            self.note(sentence)
+
     def refused(self, reasons: Iterable[str], message: str, next_command: str = "", *, where: str = "") -> None:
         """One refusal on stderr."""
         line = Text(", ".join(reasons) or "REFUSED", style="bold red")

@@ -37,32 +37,44 @@ Res = TypeVar("Res")
 
 
 async def steady(
-    client: Client, method: Callable[[Stub], UnaryStreamMultiCallable[Req, Res]], request: Callable[[], Req]
+    client: Client,
+    method: Callable[[Stub], UnaryStreamMultiCallable[Req, Res]],
+    request: Callable[[], Req],
+    lost: Callable[[str], None],
 ) -> AsyncIterator[Res]:
-    """A stream that outlives the coordinator that serves it; ends when a coordinator ends it."""
+    """A stream that outlives the coordinator that serves it; ends when a coordinator ends it.
+
+    `lost` is told, once each time, that it broke and is tried again.
+    """
     heard = time.monotonic()
+    told = False
     while True:
         try:
             async for answer in client.stream(method, request()):
-                heard = time.monotonic()
+                heard, told = time.monotonic(), False
                 yield answer
-        except (Unavailable, Superseded):
+        except (Unavailable, Superseded) as error:
             if time.monotonic() - heard > LOST_MAX_S:
                 raise
+            if not told:
+                lost(f"{error.message}; trying again for {LOST_MAX_S:g} s. What runs goes on without it")
+                told = True
         else:
             return
         await asyncio.sleep(RETRY_S)
 
 
-async def follow(client: Client, resyncs: Sequence[pb.Resync], changed: Callable[[Board], None]) -> list[pb.Resync]:
+async def follow(
+    client: Client, resyncs: Sequence[pb.Resync], changed: Callable[[Board], None], lost: Callable[[str], None]
+) -> list[pb.Resync]:
     """Watches these runs until each is final; what they ended as, in the order given."""
     board = Board()
     board.update(resyncs, wall_clock())
     changed(board)
-    ids = [resync.id for resync in resyncs]
+    request = api.WatchResyncsRequest(ids=[resync.id for resync in resyncs])
     while not board.settled():
         try:
-            async for answer in steady(client, lambda s: s.WatchResyncs, lambda: api.WatchResyncsRequest(ids=ids)):
+            async for answer in steady(client, lambda s: s.WatchResyncs, lambda: request, lost):
                 board.update(answer.resyncs, wall_clock())
                 changed(board)
                 if board.settled():
@@ -118,7 +130,7 @@ async def watch(client: Client, session: Session, resyncs: Sequence[pb.Resync]) 
     with display(session) as changed:
         try:
             async with asyncio.timeout(session.options.timeout_s):
-                return await follow(client, resyncs, changed)
+                return await follow(client, resyncs, changed, session.output.aside)
         except TimeoutError:
             raise Unavailable(
                 "DEADLINE",

@@ -134,7 +134,9 @@ def test_a_watch_that_breaks_is_taken_up_again(run, coordinator, table):
     )
     table["StartResync"] = started(sample.resync(sample.R1, "c", "QUEUED", 0, 9))
     table["WatchResyncs"] = lambda _: next(answers)
-    assert run("resync", "vm1")[0] == 0
+    code, _, err = run("resync", "vm1")
+    assert code == 0
+    assert err.count("trying again for 60 s") == 1
     assert len(coordinator.answers.of("WatchResyncs")) == 2
 
 

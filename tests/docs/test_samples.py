@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from resilver.config import load_agent_config, load_coordinator_config
+from resilver.config import RELOADABLE_AGENT, RELOADABLE_COORDINATOR, load_agent_config, load_coordinator_config
 from resilver.errors import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +70,16 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
     text = (ROOT / "Makefile").read_text()
     for target in ("demo", "test", "check"):
         assert re.search(rf"^{target}:", text, re.MULTILINE)
+
+
+def test_every_metric_and_reloadable_key_is_documented() -> None:
+    text = (ROOT / "docs" / "reference" / "configuration.md").read_text()
+    sources = [(ROOT / side / "metrics.py").read_text() for side in ("agent", "coordinator")]
+    metrics = {name for source in sources for name in re.findall(r'"(resilver_[a-z_]+)"', source)}
+    assert len(metrics) > 20
+    assert not {name for name in metrics if f"`{name}" not in text}
+    keys = {key.split(".")[-1] for key in RELOADABLE_AGENT | RELOADABLE_COORDINATOR if not key.startswith("space.")}
+    assert not {key for key in keys if key not in text}
 
 
 def test_every_reason_is_documented() -> None:

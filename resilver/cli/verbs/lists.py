@@ -87,7 +87,8 @@ def events(session: Session, volume: str, node: str, follow: bool) -> int:
             show(found)
             last = found[-1].sequence if found else 0
             async with asyncio.timeout(session.options.timeout_s):
-                await _follow(client, api.WatchEventsRequest(after_sequence=last, volume=volume, node=node), show)
+                onward = api.WatchEventsRequest(after_sequence=last, volume=volume, node=node)
+                await _follow(client, onward, show, session.output.aside)
         return found
 
     try:
@@ -103,11 +104,16 @@ def events(session: Session, volume: str, node: str, follow: bool) -> int:
     return 0
 
 
-async def _follow(client: Client, request: api.WatchEventsRequest, show: Callable[[Iterable[pb.Event]], None]) -> None:
+async def _follow(
+    client: Client,
+    request: api.WatchEventsRequest,
+    show: Callable[[Iterable[pb.Event]], None],
+    lost: Callable[[str], None],
+) -> None:
     """Shows events until the caller stops; goes on after the last one seen when a leader goes away."""
     while True:
         try:
-            async for answer in steady(client, lambda s: s.WatchEvents, lambda: request):
+            async for answer in steady(client, lambda s: s.WatchEvents, lambda: request, lost):
                 show(answer.events)
                 request.after_sequence = max([request.after_sequence, *(event.sequence for event in answer.events)])
         except ResilverError as error:

@@ -91,7 +91,7 @@ async def _watch(client: Client, view: View, volumes: tuple[str, ...]) -> list[p
     with contextlib.suppress(TimeoutError), contextlib.ExitStack() as stack:
         stack.callback(live.stop)
         async with asyncio.timeout(view.timeout_s):
-            async for answer in steady(client, lambda s: s.WatchVolumes, lambda: request):
+            async for answer in steady(client, lambda s: s.WatchVolumes, lambda: request, view.output.aside):
                 if not answer.volumes and not answer.removed:
                     continue
                 known |= {volume.name: volume for volume in answer.volumes}
