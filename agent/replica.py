@@ -273,7 +273,7 @@ class Replica:
         if report.record is not None and snapshot_id == report.record.newest_id:
             return "the newest known CP"
         if self.transfers is not None and snapshot_id in self.transfers.pinned(self.volume):
-            return "needed by a transfer"
+            return "needed by a transfer, or was within the last two minutes"
         return ""
 
     def _not_lost(self, report: ReplicaReport) -> None:

@@ -174,6 +174,13 @@ def problems_of_replica(view: VolumeView, node: str, now_ms: int) -> tuple[Probl
     found = [] if node == view.record.primary or not view.record.epoch else _of_state(view, replica, status, now_ms)
     if replica.report is not None and replica.fresh:
         found.extend(_of_report(replica.report, node))
+    if any(problem.next_command.startswith("resilver resync ") for problem in found) and primary_problems(view, now_ms):
+        # A resync would be refused: there is no primary to copy from until an election has settled that.
+        elect = f"resilver elect {view.name}"
+        found = [
+            problem._replace(next_command=elect) if problem.next_command.startswith("resilver resync ") else problem
+            for problem in found
+        ]
     return tuple(found)
 
 

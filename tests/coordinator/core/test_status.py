@@ -163,6 +163,12 @@ class TestProblems:
                 "resilver resync vm1",
             ),
             (
+                "a: away 1 2 3 | b: 1 2",
+                "STALE",
+                "60m behind; common snapshot 1-2 is intact, a delta is possible.",
+                "resilver elect vm1",
+            ),
+            (
                 "a: 1 2 3 | b: 1 2 3 !",
                 "STALE",
                 "its snapshots are in sync, but its live copy is gone; a resync brings it back",
