@@ -19,8 +19,8 @@ setup: .venv/.ready ## Virtual environment, and as root the packages that tests 
 demo: setup ## A cluster on this machine: three nodes, one stale, one diverged, brought back (KEEP=1 leaves it running)
 	@$(BIN)/resilver demo $(if $(KEEP),--keep)
 
-test: setup ## All tests
-	@$(BIN)/pytest
+test: setup ## All tests, a file at a time on each of two workers
+	@$(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup ## Format, lint, types, layers, proto lint
 	@$(BIN)/ruff format --check .
