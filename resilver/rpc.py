@@ -71,7 +71,8 @@ _KEEPALIVE: Final = (
 _SERVER: Final = (
     *_LIMITS,
     *_KEEPALIVE,
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    # Else it takes the pings of a caller who waits long for an answer for abuse, and ends the connection.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     # gRPC would let a second process listen on the same port and take half of the calls.
     ("grpc.so_reuseport", 0),
 )

@@ -365,6 +365,15 @@ asyncio.run(main())
 """
 
 
+async def test_an_answer_that_takes_many_pings_is_waited_for(monkeypatch, port):
+    faster = (("grpc.keepalive_time_ms", 1_100), ("grpc.keepalive_timeout_ms", 5_000))
+    monkeypatch.setattr(rpc, "_CHANNEL", (*faster, *(row for row in rpc._CHANNEL if "keepalive_t" not in row[0])))
+    async with rpc.make_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(aio.AioRpcError) as ended:
+            await Client(channel).once("hang", timeout=8)
+    assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 async def test_a_hung_peer_is_noticed_in_seconds():
     child = await asyncio.to_thread(
         subprocess.Popen, [sys.executable, "-c", HUNG_SERVER], stdout=subprocess.PIPE, text=True
