@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from coordinator.core.claims import Problem, exceeds, has_data, is_foreign, is_here, sorted_replicas
 from coordinator.core.cluster import ReplicaView, VolumeView
-from coordinator.core.reign import Problem, exceeds, has_data, is_foreign, is_here, sorted_replicas
 from coordinator.core.words import listed, point
 from resilver.lineage import Lineage, newest_shared
 from resilver.volume import LiveState, Presence

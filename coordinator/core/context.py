@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from coordinator.core.claims import Problem
 from coordinator.core.cluster import (
     ClusterEvent,
     ElectionRecord,
@@ -31,7 +32,6 @@ from coordinator.core.events import (
     Tell,
     Volume,
 )
-from coordinator.core.reign import Problem
 from coordinator.core.tasks import Flow, Tasks, Wait
 from resilver.errors import NotFound, ResilverError, Unavailable
 from resilver.volume import Order, ReplicaReport, VolumeRecord

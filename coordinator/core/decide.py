@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from coordinator.core.claims import next_epoch, reconcile
 from coordinator.core.cluster import (
     Candidate,
     Elected,
@@ -23,7 +24,6 @@ from coordinator.core.cluster import (
 from coordinator.core.context import Context, Examine
 from coordinator.core.election import elect
 from coordinator.core.events import ElectRequest, OpenEpoch, SendExamine, TakeSnapshot, Volume
-from coordinator.core.reign import next_epoch, reconcile
 from coordinator.core.tasks import Flow, Wait
 from resilver.errors import Conflict, Refused, ResilverError
 from resilver.lineage import NO_CP

@@ -20,8 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from coordinator.core.ballot import AMBIGUOUS, NEWEST_COPY_MISSING, Ballot, ballot, bar
-from coordinator.core.cluster import Candidate, Elected, Loss, NotElected, Refusal, ReplicaView, VolumeEntry, VolumeView
-from coordinator.core.reign import (
+from coordinator.core.claims import (
     PRIMARY_AWAY,
     PRIMARY_BEHIND,
     PRIMARY_UNCLEAR,
@@ -38,6 +37,7 @@ from coordinator.core.reign import (
     rivals,
     sorted_replicas,
 )
+from coordinator.core.cluster import Candidate, Elected, Loss, NotElected, Refusal, ReplicaView, VolumeEntry, VolumeView
 from coordinator.core.status import status_of
 from coordinator.core.words import age, counted, listed, name_of, span
 from resilver.lineage import NO_CP, Lineage, Relation, newest_shared, relate

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from coordinator.core import decide, transfers, upkeep
+from coordinator.core.claims import Problem, reconcile
 from coordinator.core.cluster import NodeView
 from coordinator.core.context import Context, Heard, RefusedAgent
 from coordinator.core.events import (
@@ -23,7 +24,6 @@ from coordinator.core.events import (
     SendRecord,
     Volume,
 )
-from coordinator.core.reign import Problem, reconcile
 from coordinator.core.status import status_of
 from coordinator.core.tasks import Flow
 from resilver.volume import Grant, Progress, ReplicaReport, ResyncState

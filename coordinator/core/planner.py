@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from coordinator.core.claims import is_here, next_epoch, sorted_replicas
 from coordinator.core.cluster import (
     PlanAction,
     Refusal,
@@ -29,7 +30,6 @@ from coordinator.core.cluster import (
     VolumePlan,
     VolumeView,
 )
-from coordinator.core.reign import is_here, next_epoch, sorted_replicas
 from coordinator.core.status import reference_lineage, status_of
 from coordinator.core.words import last_seen, listed, name_of, span
 from resilver.lineage import (

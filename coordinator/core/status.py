@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from coordinator.core.cluster import ReplicaState, ReplicaView, Role, Status, VolumeState, VolumeView
-from coordinator.core.reign import (
+from coordinator.core.claims import (
     Problem,
     has_data,
     is_foreign,
@@ -25,6 +24,7 @@ from coordinator.core.reign import (
     recovering_problem,
     sorted_replicas,
 )
+from coordinator.core.cluster import ReplicaState, ReplicaView, Role, Status, VolumeState, VolumeView
 from coordinator.core.words import age, counted, last_seen, listed, name_of, size
 from resilver.lineage import Lineage, Relation, Snapshot, newest_in_common, newest_shared, relate
 from resilver.volume import LiveCopy, LiveState, Presence, ReplicaReport

@@ -11,9 +11,9 @@ from typing import Final
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from coordinator.core.claims import exceeds, is_foreign
 from coordinator.core.cluster import Elected, NotElected, VolumeView
 from coordinator.core.election import elect, next_epoch, reconcile
-from coordinator.core.reign import exceeds, is_foreign
 from coordinator.core.status import volume_state
 from resilver.volume import LiveState, Presence
 from tests.coordinator.core.outages import THREE, Cluster

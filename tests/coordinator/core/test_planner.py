@@ -8,9 +8,9 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from coordinator.core.claims import is_here
 from coordinator.core.cluster import PlanAction, ReplicaPlan, ReplicaState, Size, VolumePlan, VolumeView
 from coordinator.core.planner import plan_etag, plan_volume
-from coordinator.core.reign import is_here
 from resilver.lineage import Lineage
 from resilver.volume import Grant, LiveState
 from tests.coordinator.core.histories import NOW_MS, snapshot, view
