@@ -22,12 +22,16 @@ from typing import Any
 DEADLINE_S = 30.0
 
 
+_ports_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A port that nothing listens on, below those that the kernel gives to outgoing connections."""
+    """A port that nothing listens on, below those that the kernel gives to outgoing connections; each only once."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for port in random.sample(range(lowest // 2, lowest), 100):
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
+            if port not in _ports_given and probe.connect_ex(("127.0.0.1", port)) != 0:
+                _ports_given.add(port)
                 return port
     raise AssertionError("a hundred ports, and something listens on each")
 
