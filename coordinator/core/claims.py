@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from coordinator.core.cluster import ReplicaView, VolumeEntry, VolumeView
-from coordinator.core.words import last_seen, listed, point
+from coordinator.core.words import listed, point, silent
 from resilver.lineage import Lineage
 from resilver.volume import Grant, LiveState, Presence, ReplicaReport, VolumeRecord
 
@@ -244,7 +244,8 @@ def _away(view: VolumeView, now_ms: int) -> str:
     replica = view.replica(node)
     report = replica.report
     if not replica.fresh or report is None:
-        return f"the primary {node} does not answer; {last_seen(replica, now_ms)}"
+        said = silent(replica, now_ms)
+        return said if replica.duplicate else f"the primary {said}"
     if report.presence is Presence.LOST:
         return f"the primary {node} answers, but the disk with its data is not there"
     if report.presence is Presence.EMPTY or not has_data(replica):

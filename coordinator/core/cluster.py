@@ -104,12 +104,16 @@ class NodeView:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """The last that was heard of one replica, and whether this question may rely on it."""
+    """The last that was heard of one replica, and whether this question may rely on it.
+
+    `duplicate`: two agents call themselves by the node's name, and neither is believed.
+    """
 
     node: str
     report: ReplicaReport | None = None
     report_time_ms: int = 0
     fresh: bool = False
+    duplicate: bool = False
 
     @property
     def lineage(self) -> Lineage:

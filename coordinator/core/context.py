@@ -156,11 +156,12 @@ class Context:
         replicas: dict[str, ReplicaView] = {}
         for name in sorted(names):
             one = heard.get(name)
+            duplicate = name in self.nodes and self.nodes[name].duplicate
             if one is None:
-                replicas[name] = ReplicaView(name)
+                replicas[name] = ReplicaView(name, duplicate=duplicate)
                 continue
             is_fresh = self.current(name, one) if wanted is None else name in wanted
-            replicas[name] = ReplicaView(name, one.report, one.time_ms, is_fresh)
+            replicas[name] = ReplicaView(name, one.report, one.time_ms, is_fresh, duplicate)
         return VolumeView(volume, entry, replicas)
 
     def current(self, node: str, heard: Heard) -> bool:

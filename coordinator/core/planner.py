@@ -31,7 +31,7 @@ from coordinator.core.cluster import (
     VolumeView,
 )
 from coordinator.core.status import reference_lineage, status_of
-from coordinator.core.words import last_seen, listed, name_of, span
+from coordinator.core.words import listed, name_of, silent, span
 from resilver.lineage import (
     NO_CP,
     BaseGone,
@@ -170,8 +170,8 @@ def _row(goal: _Goal, replica: ReplicaView) -> ReplicaPlan:
         message = f"{replica.node} cannot be compared: the primary is without the newest known CP"
         return _blocked(blank, "PRIMARY_BEHIND", message, f"resilver elect {goal.view.name}")
     if state is _S.UNKNOWN:
-        message = f"{replica.node} does not answer; {last_seen(replica, goal.now_ms)}"
-        return _blocked(blank, "NODE_OFFLINE", message, "resilver nodes")
+        reason = "DUPLICATE_NODE" if replica.duplicate else "NODE_OFFLINE"
+        return _blocked(blank, reason, silent(replica, goal.now_ms), "resilver nodes")
     mismatch = _backend_mismatch(goal.view, replica)
     if mismatch:
         return _blocked(blank, "BACKEND_MISMATCH", mismatch, f"resilver explain {goal.view.name} {replica.node}")

@@ -25,7 +25,7 @@ from coordinator.core.claims import (
     sorted_replicas,
 )
 from coordinator.core.cluster import ReplicaState, ReplicaView, Role, Status, VolumeState, VolumeView
-from coordinator.core.words import age, counted, last_seen, listed, name_of, size
+from coordinator.core.words import age, counted, listed, name_of, silent, size
 from resilver.lineage import Lineage, Relation, Snapshot, newest_in_common, newest_shared, relate
 from resilver.volume import LiveCopy, LiveState, Presence, ReplicaReport
 
@@ -193,8 +193,8 @@ def _of_state(view: VolumeView, replica: ReplicaView, status: Status, now_ms: in
             message = f"cannot be compared: the primary does not show the newest known CP {view.record.newest_cp}"
             found.append(Problem("UNKNOWN", message, f"resilver elect {name}"))
         case ReplicaState.UNKNOWN:
-            message = f"{node} does not answer; {last_seen(replica, now_ms)}"
-            found.append(Problem("UNKNOWN", message, "resilver nodes"))
+            reason = "DUPLICATE_NODE" if replica.duplicate else "UNKNOWN"
+            found.append(Problem(reason, silent(replica, now_ms), "resilver nodes"))
         case ReplicaState.LOST:
             message = f"{node} had data of {name}, and its disk is not there: mount it, or begin anew"
             found.append(Problem("LOST", message, replacing))

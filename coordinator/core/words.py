@@ -77,6 +77,13 @@ def counted(count: int, one: str) -> str:
     return f"{count} {one}" if count == 1 else f"{count} {one}s"
 
 
+def silent(replica: ReplicaView, now_ms: int) -> str:
+    """Why a node's word is not there: it does not answer, or two do."""
+    if replica.duplicate:
+        return f"two agents call themselves {replica.node}; neither is believed until the other is stopped"
+    return f"{replica.node} does not answer; {last_seen(replica, now_ms)}"
+
+
 def last_seen(replica: ReplicaView, now_ms: int) -> str:
     """`its last CP was 1-4, heard 47 s ago, live copy modified`."""
     report = replica.report

@@ -198,7 +198,8 @@ def test_of_two_agents_with_one_name_neither_is_believed(pair: Cluster, disk: Pa
         assert not node(pair, "b")["reachable"]
         row = pair.replicas("vm1")["b"]
         assert (row["state"], row["reachable"]) == ("UNKNOWN", False)
-        pair.refused("resync", "vm1", reason="NODE_OFFLINE")
+        ran = pair.refused("resync", "vm1", reason="DUPLICATE_NODE vm1/b")
+        assert "two agents call themselves b; neither is believed until the other is stopped" in ran.err
         pair.processes["twin"].stop()
         row = pair.wait_state("vm1", "b", "IN_SYNC")
         assert row["cp"] == "1-1"
