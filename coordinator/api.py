@@ -15,6 +15,7 @@ The rules:
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
@@ -213,7 +214,8 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
         names = Names.of(engine)
         if request.all:
             # A volume that was never mirrored has nothing that could be paused.
-            names = Names(tuple(name for name in names.volumes if engine.view(name).entry is not None), names.nodes)
+            kept = tuple(name for name in names.volumes if engine.view(name).entry is not None)
+            names = replace(names, volumes=kept)
         asked = requests.pause(request, names, principal_of(context), self._office.now_ms())
 
         async def run() -> api.PauseVolumeResponse:
@@ -228,7 +230,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
         engine = self._office.engine()
         names = Names.of(engine)
         if request.all:
-            names = Names(tuple(name for name in names.volumes if _paused(engine, name)), names.nodes)
+            names = replace(names, volumes=tuple(name for name in names.volumes if _paused(engine, name)))
         asked = requests.resume(request, names, principal_of(context))
 
         async def run() -> api.ResumeVolumeResponse:

@@ -10,13 +10,14 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
 from google.protobuf.duration_pb2 import Duration
 
+from coordinator.core.claims import Problem
 from coordinator.core.cluster import Pause
 from coordinator.core.context import nearest
 from coordinator.core.events import (
@@ -33,7 +34,7 @@ from coordinator.core.events import (
     SnapshotRequest,
 )
 from coordinator.office import Engine
-from resilver.errors import NotFound
+from resilver.errors import NotFound, Refused
 from resilver.fields import (
     NOTE_CHARS_MAX,
     ORIGIN_BY_VALUE,
@@ -58,19 +59,25 @@ _ETAG_CHARS_MAX: Final = 127
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What a request may name."""
+    """What a request may name. `elsewhere`: volumes whose agents belong to another store, and how to have them."""
 
     volumes: tuple[str, ...]
     nodes: frozenset[str]
+    elsewhere: Mapping[str, Problem] = field(default_factory=dict)
 
     @classmethod
     def of(cls, engine: Engine) -> Names:
         volumes = engine.volume_names()
         members = {node for volume in volumes for node in engine.view(volume).replicas}
-        return cls(volumes, frozenset({*engine.nodes(), *members}))
+        wrong_store = [one for one in engine.refused().values() if one.problem.reason == "WRONG_STORE"]
+        elsewhere = {volume: one.problem for one in wrong_store for volume in one.node.volumes}
+        return cls(volumes, frozenset({*engine.nodes(), *members}), elsewhere)
 
     def volume(self, name: str, field: str = "volume") -> str:
         if check_name(name, field) not in self.volumes:
+            problem = self.elsewhere.get(name)
+            if problem is not None:
+                raise Refused(problem.reason, problem.message, next_command=problem.next_command, volume=name)
             message = f"no volume is named {name!r}{nearest(name, self.volumes)}"
             raise NotFound("VOLUME_NOT_FOUND", message, volume=name, field=field)
         return name

@@ -238,7 +238,8 @@ def test_another_store_is_refused_until_it_is_adopted(pair: Cluster, disk: Path)
             adopt = told["problems"][0]["next_command"]
             assert adopt.startswith("resilver store adopt ")
             assert adopt in pair.log(name)
-        assert pair.volume("vm1") == {}
+        ran = pair.refused("resync", "vm1", reason="WRONG_STORE")
+        assert adopt in ran.err
     pair.ok(*adopt.split()[1:], "--yes")
     pair.wait_reachable("vm1", "a", "b")
     assert pair.volume("vm1")["state"] == "RECOVERING"

@@ -6,6 +6,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from coordinator import requests
+from coordinator.core.claims import Problem
 from coordinator.core.cluster import Pause
 from coordinator.core.events import (
     AdoptStoreRequest,
@@ -21,7 +22,7 @@ from coordinator.core.events import (
     SnapshotRequest,
 )
 from coordinator.requests import Names
-from resilver.errors import Invalid, NotFound
+from resilver.errors import Invalid, NotFound, Refused
 from resilver.v1 import coordinator_pb2 as api
 
 NAMES = Names(("db1", "vm1"), frozenset({"a", "b", "c"}))
@@ -33,6 +34,14 @@ def refused(call, field):
     assert caught.value.reason == "INVALID_FIELD"
     assert caught.value.metadata["field"] == field
     return caught.value.message
+
+
+def test_a_volume_of_another_store_is_refused_with_what_would_have_it():
+    problem = Problem("WRONG_STORE", "node a belongs to another store", "resilver store adopt S")
+    with pytest.raises(Refused) as caught:
+        Names(("db1",), frozenset(), {"vm1": problem}).some_volumes(["db1", "vm1"])
+    assert caught.value.reason == "WRONG_STORE"
+    assert caught.value.next_command == "resilver store adopt S"
 
 
 def test_a_resync_comes_through_whole():
