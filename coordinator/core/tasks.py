@@ -97,7 +97,7 @@ class Tasks:
         for topic in task.wait.topics:
             self._waiting[topic].add(task)
         if task.wait.ready():
-            self.touch(next(iter(task.wait.topics)))
+            self.touch(min(task.wait.topics))
 
     def _forget(self, task: Task[Any]) -> None:
         if task.wait is None:
