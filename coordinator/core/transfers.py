@@ -296,10 +296,12 @@ def _order(context: Context, resync: Resync) -> Flow[ResilverError | None]:
     )
     if context.reachable(resync.node):
         context.persist(replace(context.resyncs[resync.id], attempt_count=resync.attempt_count + 1))
+    told = context.resyncs[resync.id].progress
     answer = (yield from context.give({resync.node: receive}))[resync.node]
     if isinstance(answer, ResilverError):
         return answer
-    if isinstance(answer, Progress):
+    # The stream may have told more while the answer was on its way: what it tells is newer.
+    if isinstance(answer, Progress) and context.resyncs[resync.id].progress == told:
         note_progress(context, resync.node, answer)
     return None
 

@@ -117,6 +117,7 @@ def run(coordinator, capsys, monkeypatch):
     """Runs the command against the coordinator; gives (exit code, stdout, stderr)."""
     monkeypatch.setenv("RESILVER_COORDINATOR", coordinator.address)
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.delenv("RESILVER_DEBUG", raising=False)
 
     def call(*arguments):

@@ -15,7 +15,8 @@ scenario may name them. A line that starts with `#` is kept as it is.
                                        `knows=V1,5,E5,b`: its record is of that volume_id, epoch, epoch_id, primary;
                                        `-s1` for a record whose data is pruned; `epoch=ID` of the tip
     progress a i7 transferring 10/20
-    answer i5 taken s3 1-3 ID          an order came back: taken | same | done | size BYTES RANGES | refused REASON
+    answer i5 taken s3 1-3 ID          an order came back: taken | same | done | size BYTES RANGES | refused REASON |
+                                       progress RESYNC STATE DONE/TOTAL
     ask r1 resync vm1 [key=value …]    an operator's request: resync | plan | elect | snapshot
     tick SECONDS                       time passes
 """
@@ -133,6 +134,11 @@ class Scenario:
             answer = e.Taken(snapshot, kind == "taken")
         elif kind == "size":
             answer = Size(int(words[0]), int(words[1]), 1 << 30)
+        elif kind == "progress":
+            resync, state, done = words
+            done_bytes, total = (int(part) for part in done.split("/"))
+            volume = self.engine.resyncs()[resync].volume
+            answer = Progress(resync, volume, ResyncState(state), total, 1, done_bytes)
         elif kind == "refused":
             answer = error_for(words[0], " ".join(words[1:]) or f"refused as {words[0]}")
         else:
