@@ -6,7 +6,7 @@ export UV_PYTHON_DOWNLOADS := never
 BIN := .venv/bin
 SOURCES := pyproject.toml uv.lock hatch_build.py $(wildcard proto/resilver/v1/*.proto)
 
-.PHONY: help setup demo test lint check format clean
+.PHONY: help setup demo test simulate lint check format clean
 help: ## What there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -21,6 +21,9 @@ demo: setup ## A cluster on this machine: three nodes, one stale, one diverged, 
 
 test: setup ## All tests, a file at a time on each of two workers
 	@$(BIN)/pytest -n 2 --dist loadfile
+
+simulate: setup ## The cluster that fails in every way, SEEDS=100000 times; a seed that fails is a line that replays it
+	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),10000) --first $(or $(FIRST),1)
 
 lint: setup ## Format, lint, types, layers, proto lint
 	@$(BIN)/ruff format --check .
