@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from coordinator.core import decide, hearing, transfers, upkeep
+from coordinator.core import decide, hearing, prepare, resyncs, upkeep
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Refusal, Resync, Size, VolumeView
 from coordinator.core.context import Context, Identity, RefusedAgent, Settings
 from coordinator.core.etag import volume_etag
@@ -81,7 +81,7 @@ class Engine:
         )
         for resync in loaded.resyncs.values():
             if not resync.state.final:
-                context.tasks.spawn(transfers.lead(context, resync.id))
+                context.tasks.spawn(resyncs.lead(context, resync.id))
 
     # ------------------------------------------------------------ reading
 
@@ -228,14 +228,12 @@ class Engine:
                 next_command=f"resilver status {volume}",
             )
 
-    def _prepare_all(self, request: ResyncRequest | PlanRequest) -> Flow[tuple[transfers.Prepared, ...]]:
+    def _prepare_all(self, request: ResyncRequest | PlanRequest) -> Flow[tuple[prepare.Prepared, ...]]:
         """Examines and plans every volume named; each one's lock is held until `_release`."""
         context = self._context
         for node in sorted({*request.nodes, *request.replace}):
             upkeep.require_node(context, node)
-        tasks = [
-            context.tasks.spawn(transfers.prepare(context, name, request)) for name in self._names(request.volumes)
-        ]
+        tasks = [context.tasks.spawn(prepare.prepare(context, name, request)) for name in self._names(request.volumes)]
         yield from self._all(tasks)
         return tuple(task.result for task in tasks)
 
@@ -246,7 +244,7 @@ class Engine:
         while not (yield from join(tasks, self._context.now_ms + FLOW_MAX_MS)):
             pass
 
-    def _release(self, prepared: tuple[transfers.Prepared, ...]) -> None:
+    def _release(self, prepared: tuple[prepare.Prepared, ...]) -> None:
         for one in prepared:
             if one.locked:
                 self._context.unlock(one.volume)
@@ -260,11 +258,11 @@ class Engine:
                 raise Conflict(
                     "PLAN_CHANGED",
                     f"the plan is no longer {request.plan_etag} but {found}: a replica has changed since",
-                    next_command=transfers.plan_again(request),
+                    next_command=prepare.plan_again(request),
                 )
             if request.validate_only:
                 return self._would_start(prepared)
-            tasks = [context.tasks.spawn(transfers.create(context, one, request)) for one in prepared]
+            tasks = [context.tasks.spawn(prepare.create(context, one, request)) for one in prepared]
             yield from self._all(tasks)
         finally:
             self._release(prepared)
@@ -275,7 +273,7 @@ class Engine:
             refusals.extend(task.result[1])
         return ResyncsStarted(tuple(resyncs), tuple(refusals))
 
-    def _would_start(self, prepared: tuple[transfers.Prepared, ...]) -> ResyncsStarted:
+    def _would_start(self, prepared: tuple[prepare.Prepared, ...]) -> ResyncsStarted:
         refusals = [VolumeRefusal(one.volume, one.plan.refusal) for one in prepared if one.plan.refusal is not None]
         for one in prepared:
             refusals.extend(
@@ -291,8 +289,8 @@ class Engine:
             if request.take_snapshot:
                 plans = []
                 for one in prepared:
-                    plans.append((yield from transfers.plan_with_point(context, one, request)))
-            sized = [context.tasks.spawn(transfers.fill_sizes(context, plan)) for plan in plans]
+                    plans.append((yield from prepare.plan_with_point(context, one, request)))
+            sized = [context.tasks.spawn(prepare.fill_sizes(context, plan)) for plan in plans]
             yield from join(sized, context.now_ms + FLOW_MAX_MS)
         finally:
             self._release(prepared)
@@ -312,7 +310,7 @@ class Engine:
         resync = context.resyncs[request.resync_id]
         if not resync.state.final:
             said = Refusal(("CANCELLED",), f"cancelled by {request.principal or 'an operator'}")
-            transfers.finish(context, resync, ResyncState.CANCELLED, said)
+            resyncs.finish(context, resync, ResyncState.CANCELLED, said)
         return context.resyncs[request.resync_id]
 
     def _adopt(self, request: AdoptStoreRequest) -> Flow[Done]:

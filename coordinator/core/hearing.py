@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from coordinator.core import decide, transfers, upkeep
+from coordinator.core import decide, prepare, resyncs, upkeep
 from coordinator.core.claims import Problem, reconcile
 from coordinator.core.cluster import NodeView
 from coordinator.core.context import Context, Heard, RefusedAgent
@@ -231,7 +231,7 @@ def _close(context: Context, volume: str, node: str, report: ReplicaReport) -> N
     progress = resync.progress or Progress(resync.id, volume, ResyncState.SUCCEEDED)
     done = progress.done_bytes if progress.total_bytes is None else progress.total_bytes
     ended = replace(resync, progress=replace(progress, state=ResyncState.SUCCEEDED, done_bytes=done))
-    transfers.finish(context, ended, ResyncState.SUCCEEDED, None)
+    resyncs.finish(context, ended, ResyncState.SUCCEEDED, None)
     _forget_old_resyncs(context, volume)
     entry = context.entries.get(volume)
     if entry is not None and node not in entry.record.members:
@@ -293,7 +293,7 @@ def _retry_blocked(context: Context, volume: str, node: str, report: ReplicaRepo
     entry = context.entries[volume]
     waits = last.refusal.reasons[:1] == ("IN_USE",) and context.now_ms - last.end_time_ms < STAGE_LIFE_MS
     if waits and entry.pause is None and last.epoch == entry.record.epoch and not entry.opening:
-        transfers.begin(context, volume, last.plan, last.principal)
+        resyncs.begin(context, volume, last.plan, last.principal)
 
 
 def _size_up(context: Context, volume: str, node: str) -> None:
@@ -326,7 +326,7 @@ def progressed(context: Context, event: ProgressReported) -> None:
     name = context.speaker(event.stream).name
     if not name or not context.reachable(name):
         return
-    transfers.note_progress(context, name, event.progress)
+    resyncs.note_progress(context, name, event.progress)
     if event.progress.state is ResyncState.SUCCEEDED:
         context.emit(SendExamine(event.stream, context.new_id(), (event.progress.volume,)))
 
@@ -346,7 +346,7 @@ def tick(context: Context) -> None:
 
 
 def _sizing(context: Context, volume: str, node: str, base: str, target: str) -> Flow[None]:
-    yield from transfers.size_of(context, volume, node, base, target)
+    yield from prepare.size_of(context, volume, node, base, target)
 
 
 def _same(old: ReplicaReport, new: ReplicaReport) -> bool:

@@ -27,9 +27,10 @@ from coordinator.core.events import (
     Volume,
     VolumeRefusal,
 )
+from coordinator.core.prepare import take_snapshot
+from coordinator.core.resyncs import refusal_of
 from coordinator.core.status import status_of
 from coordinator.core.tasks import Flow, join
-from coordinator.core.transfers import refusal_of, take_snapshot
 from resilver.errors import NotFound, Refused, ResilverError
 from resilver.lineage import Snapshot
 

@@ -1,4 +1,4 @@
-"""Resyncs: planned together, created together, and then each led to its end.
+"""Each resync, led to its end: it waits for a place, is ordered, and ends by what its target reports.
 
 A resync has a fixed goal, one snapshot, and ends only by what its target reports: the goal in its lineage, or the
 reason why not. Orders are idempotent by the resync's id, so a flow here may be started again by a later leader.
@@ -7,39 +7,23 @@ reason why not. Orders are idempotent by the resync's id, so a flow here may be 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from coordinator.core.cluster import (
-    Elected,
-    NotElected,
-    PlanAction,
     Refusal,
     ReplicaPlan,
     Resync,
-    Size,
-    VolumeEntry,
-    VolumePlan,
-    VolumeView,
 )
-from coordinator.core.context import SIZES_MAX, Context
-from coordinator.core.decide import establish, examine, first_sight, learn, refuse, settle, would_change
-from coordinator.core.election import elect
+from coordinator.core.context import Context
 from coordinator.core.events import (
-    PlanRequest,
     PrepareSend,
     Receive,
-    ResyncRequest,
     Source,
-    Taken,
-    TakeSnapshot,
-    VolumeRefusal,
 )
-from coordinator.core.planner import plan_volume
 from coordinator.core.tasks import Flow, Wait
-from resilver.errors import Conflict, ResilverError, Superseded, Unavailable
-from resilver.lineage import NO_CP
-from resilver.volume import LiveState, Progress, ResyncState, VolumeRecord
+from resilver.errors import ResilverError, Superseded, Unavailable
+from resilver.volume import Progress, ResyncState
 
 S = ResyncState
 
@@ -57,152 +41,8 @@ TRANSITIONS: Final[Mapping[ResyncState, frozenset[ResyncState]]] = {
 }
 
 ORDER_AGAIN_MS: Final = 5_000
+
 BLOCKING_REASONS: Final = frozenset({"IN_USE", "PAUSED", "PRESERVED_FULL", "KEEPS_BEING_WRITTEN"})
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One volume, examined, its primary settled or refused. While `locked` its lock is the caller's to release."""
-
-    view: VolumeView
-    fresh: frozenset[str]
-    plan: VolumePlan
-    first: Elected | None = None
-    locked: bool = True
-
-    @property
-    def volume(self) -> str:
-        return self.view.name
-
-
-def prepare(context: Context, volume: str, request: ResyncRequest | PlanRequest) -> Flow[Prepared]:
-    """Takes the volume's lock, examines, and plans what is there now."""
-    if not (yield from context.lock(volume)):
-        refusal = Refusal(("OPENING",), f"another operation on {volume} has not ended", next_command="resilver status")
-        view = context.view(volume)
-        return Prepared(view, frozenset(), _refused(view, refusal), locked=False)
-    examined = yield from examine(context, volume)
-    learn(context, volume, examined.fresh)
-    view = context.view(volume, examined.fresh)
-    pause = view.entry.pause if view.entry is not None else None
-    if isinstance(request, ResyncRequest) and pause is not None:
-        said = Refusal(("PAUSED",), f"{volume} is paused: {pause.reason}", next_command=f"resilver unpause {volume}")
-        return Prepared(view, examined.fresh, _refused(view, said))
-    decision = elect(view, now_ms=context.now_ms)
-    if isinstance(decision, Elected) and decision.new_epoch and view.record.epoch:
-        decision = would_change(view, decision)
-    if isinstance(decision, NotElected):
-        if isinstance(request, ResyncRequest) and not request.validate_only:
-            refuse(context, view, decision, request.principal)
-        return Prepared(view, examined.fresh, _refused(view, decision.refusal))
-    if decision.new_epoch:
-        imagined = replace(view, entry=_imagined(view, decision))
-        plan = _plan(context, imagined, request, takes_snapshot=True)
-        return Prepared(view, examined.fresh, plan, decision)
-    settle(context, view)
-    view = context.view(volume, examined.fresh)
-    modified = view.primary is not None and view.primary.live_modified
-    plan = _plan(context, view, request, takes_snapshot=modified)
-    return Prepared(view, examined.fresh, plan)
-
-
-def take_point(context: Context, prepared: Prepared, principal: str) -> Flow[Refusal | None]:
-    """Opens the first epoch, or lets a modified primary take a CP; returns once that CP is recorded."""
-    volume = prepared.volume
-    problem: ResilverError | None = _outdated(context, prepared)
-    if problem is not None:
-        return refusal_of(problem)
-    if prepared.first is not None:
-        problem = yield from first_sight(context, prepared.view, prepared.first, principal)
-    elif context.entries[volume].opening:
-        problem = yield from establish(context, volume)
-    elif prepared.plan.takes_snapshot:
-        answer = yield from take_snapshot(context, volume, only_if_modified=True)
-        problem = answer if isinstance(answer, ResilverError) else _outdated(context, prepared)
-    if problem is None:
-        return None
-    return refusal_of(problem, next_command=problem.next_command or f"resilver explain {volume}")
-
-
-def _outdated(context: Context, prepared: Prepared) -> ResilverError | None:
-    """Other volumes, or the CP, may have taken their time: whether the primary is still what it was found to be."""
-    was, now = prepared.view, context.view(prepared.volume)
-    same = _reign(was.entry) == _reign(now.entry)
-    if prepared.first is not None:
-        same = same and now.replicas.keys() <= was.replicas.keys()
-    if same:
-        return None
-    message = f"more has become known of {prepared.volume} since it was examined"
-    return Conflict("PLAN_CHANGED", message, next_command=f"resilver resync {prepared.volume}")
-
-
-def _reign(entry: VolumeEntry | None) -> tuple[object, ...]:
-    if entry is None:
-        return ()
-    return entry.record.volume_id, entry.record.epoch, entry.record.epoch_id, entry.record.primary, entry.recovering
-
-
-def plan_again(request: ResyncRequest) -> str:
-    """The command that plans what this request asked for."""
-    words = [*(request.volumes or ("--all",)), *(f"--to {node}" for node in sorted(request.nodes))]
-    words += ["--full"] if request.full else []
-    return " ".join(["resilver plan", *words, *(f"--replace {node}" for node in sorted(request.replace))])
-
-
-def plan_with_point(context: Context, prepared: Prepared, request: PlanRequest) -> Flow[VolumePlan]:
-    """Takes the CP first, so that the plan's bytes are exact."""
-    if prepared.plan.refusal is not None:
-        return prepared.plan
-    refusal = yield from take_point(context, prepared, request.principal)
-    view = context.view(prepared.volume, prepared.fresh)
-    if refusal is not None:
-        return _refused(view, refusal)
-    return _plan(context, view, request, takes_snapshot=False)
-
-
-def take_snapshot(
-    context: Context, volume: str, *, only_if_modified: bool, note: str = ""
-) -> Flow[Taken | ResilverError]:
-    """Orders a CP from the primary and waits until it is recorded, that is acknowledged."""
-    primary = context.entries[volume].record.primary
-    tip = context.view(volume).replica(primary).lineage.tip_id
-    order = TakeSnapshot(context.header(volume, tip), context.new_id(), only_if_modified=only_if_modified, note=note)
-    answer = (yield from context.give({primary: order}))[primary]
-    if isinstance(answer, ResilverError):
-        return answer
-    assert isinstance(answer, Taken)
-    if not answer.taken:
-        return answer
-    recorded = yield Wait(
-        frozenset({f"volume:{volume}"}),
-        lambda: context.view(volume).record.newest_id == answer.snapshot.id,
-        context.now_ms + context.settings.opening_timeout_ms,
-    )
-    if recorded:
-        return answer
-    message = f"{primary} took {answer.snapshot.cp} of {volume}, but has not reported it yet: it does not count so far"
-    return Unavailable("DEADLINE", message, node=primary)
-
-
-def create(
-    context: Context, prepared: Prepared, request: ResyncRequest
-) -> Flow[tuple[tuple[Resync, ...], tuple[VolumeRefusal, ...]]]:
-    """Takes the CP, plans against it, and creates one resync for each replica that needs one."""
-    volume = prepared.volume
-    if prepared.plan.refusal is not None:
-        return (), (VolumeRefusal(volume, prepared.plan.refusal),)
-    refusal = yield from take_point(context, prepared, request.principal)
-    if refusal is not None:
-        return (), (VolumeRefusal(volume, refusal),)
-    plan = _plan(context, context.view(volume, prepared.fresh), request, takes_snapshot=False)
-    made: list[Resync] = []
-    refused: list[VolumeRefusal] = []
-    for row in plan.replicas:
-        if row.action is PlanAction.BLOCKED and row.refusal is not None:
-            refused.append(VolumeRefusal(volume, row.refusal, row.node))
-        elif row.action in (PlanAction.DELTA, PlanAction.FULL):
-            made.append(begin(context, volume, row, request.principal))
-    return tuple(made), tuple(refused)
 
 
 def begin(context: Context, volume: str, row: ReplicaPlan, principal: str) -> Resync:
@@ -411,80 +251,8 @@ def finish(context: Context, resync: Resync, state: ResyncState, refusal: Refusa
     )
 
 
-def fill_sizes(context: Context, plan: VolumePlan) -> Flow[VolumePlan]:
-    """Asks a source what each delta costs, and a diverged replica what preserving its own data costs."""
-    if plan.refusal is not None:
-        return plan
-    tip = context.view(plan.volume).replica(plan.primary).lineage.tip_id
-    rows: list[ReplicaPlan] = []
-    for row in plan.replicas:
-        if row.action not in (PlanAction.DELTA, PlanAction.FULL) or not row.sources:
-            rows.append(row)
-            continue
-        target = row.target or tip
-        size = yield from size_of(context, plan.volume, row.sources[0], row.base, target)
-        rows.append(replace(row, size=size, preserve_bytes=(yield from _own_bytes(context, plan.volume, row))))
-    return replace(plan, replicas=tuple(rows))
-
-
-def size_of(context: Context, volume: str, node: str, base: str, target: str) -> Flow[Size | None]:
-    """What the delta costs, asked once; None if the node cannot tell, or there is no target yet."""
-    if not target:
-        return None
-    if base == target:
-        return Size(0, 0, 0)
-    known = context.sizes.get((volume, base, target))
-    if known is not None:
-        return known
-    order = PrepareSend(context.header(volume), "", base, target, node, size_only=True)
-    answer = (yield from context.give({node: order}))[node]
-    if not isinstance(answer, Size):
-        return None
-    while len(context.sizes) >= SIZES_MAX:
-        del context.sizes[next(iter(context.sizes))]
-    context.sizes[volume, base, target] = answer
-    context.changed(volume)
-    return answer
-
-
-def _own_bytes(context: Context, volume: str, row: ReplicaPlan) -> Flow[int | None]:
-    if not row.preserve:
-        return 0
-    report = context.view(volume).replica(row.node).report
-    if report is None:
-        return None
-    live = report.live.modified_bytes if report.live.state is LiveState.MODIFIED else 0
-    own = yield from size_of(context, volume, row.node, row.base, report.lineage.tip_id)
-    if own is None or live is None:
-        return report.live.allocated_bytes
-    return own.bytes + live
-
-
-def _plan(
-    context: Context, view: VolumeView, request: ResyncRequest | PlanRequest, *, takes_snapshot: bool
-) -> VolumePlan:
-    return plan_volume(
-        view,
-        target=None,
-        takes_snapshot=takes_snapshot,
-        nodes=request.nodes,
-        full=request.full,
-        replace=request.replace,
-        now_ms=context.now_ms,
-    )
-
-
-def _imagined(view: VolumeView, decision: Elected) -> VolumeEntry:
-    """The entry as it would be after a first election, to plan against; never stored."""
-    report = view.replica(decision.winner).report
-    record = VolumeRecord(
-        view.name, report.volume_id if report is not None else "", primary=decision.winner, members=(decision.winner,)
-    )
-    return VolumeEntry(record)
-
-
-def _refused(view: VolumeView, refusal: Refusal) -> VolumePlan:
-    return VolumePlan(view.name, view.record.primary, NO_CP, takes_snapshot=False, replicas=(), refusal=refusal)
+def refusal_of(error: ResilverError, next_command: str = "") -> Refusal:
+    return Refusal((error.reason,), error.message, next_command=error.next_command or next_command)
 
 
 def _after(reason: str, resync: Resync) -> str:
@@ -495,7 +263,3 @@ def _after(reason: str, resync: Resync) -> str:
         "PRESERVED_FULL": f"resilver preserved {resync.volume}",
     }
     return commands.get(reason, "")
-
-
-def refusal_of(error: ResilverError, next_command: str = "") -> Refusal:
-    return Refusal((error.reason,), error.message, next_command=error.next_command or next_command)
