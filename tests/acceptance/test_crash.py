@@ -16,7 +16,7 @@ from tests.loopfs import needs_root
 pytestmark = needs_root
 
 LARGE_BYTES = 1 << 30
-BYTES = 256 * MIB
+BYTES = 160 * MIB
 AGAIN_BYTES_MAX = 32 * MIB
 RECORD_BYTES = 48
 NODES = ("a", "b", "c")
