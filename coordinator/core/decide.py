@@ -167,6 +167,9 @@ def establish(context: Context, volume: str) -> Flow[ResilverError | None]:
     May be run again for the same epoch, also by a later leader: every order in it is idempotent.
     """
     record = context.entries[volume].record
+    gone = _fork_gone(context, record)
+    if gone is not None:
+        return gone
     others = [node for node in record.members if node != record.primary and context.reachable(node)]
     told = yield from context.give({node: OpenEpoch(context.header(volume), record, grant=False) for node in others})
     for node, answer in told.items():
@@ -200,6 +203,15 @@ def _awaits(context: Context, record: VolumeRecord) -> bool:
     """Whether the opening CP of that epoch is still to be recorded."""
     entry = context.entries.get(record.volume)
     return entry is not None and entry.opening and entry.record.epoch == record.epoch
+
+
+def _fork_gone(context: Context, record: VolumeRecord) -> Refused | None:
+    """A run that was not stopped in time may have replaced what the winner was elected for: that is preserved there."""
+    winner = context.view(record.volume).replica(record.primary)
+    if not record.newest_id or not winner.fresh or winner.lineage.find(record.newest_id) is not None:
+        return None
+    message = f"epoch {record.epoch} cannot be opened: {record.primary} is without {record.newest_cp}, its beginning"
+    return Refused("PRIMARY_BEHIND", message, next_command=f"resilver elect {record.volume}")
 
 
 def _winners_tip(context: Context, record: VolumeRecord) -> str:
