@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+TRACES_MAX = 10
 SHARE = 50
 """Seeds that a process takes at a time."""
 
@@ -60,17 +61,17 @@ def run_all(seeds: range, jobs: int, mutation: str, directory: Path) -> int:
     with ProcessPoolExecutor(jobs) as pool:
         for broken, counted in pool.map(_share, shares, [mutation] * len(shares)):
             counts.update(counted)
-            for seed, name, said in broken:
+            for seed, said in broken:
                 failed += 1
                 again = f" --mutation {mutation!r}" if mutation else ""
-                say(f".venv/bin/python -m tests.simulation {seed}{again}   # {name}: {said}")
-                if failed == 1:
+                say(f".venv/bin/python -m tests.simulation {seed}{again}   # {said}")
+                if failed <= TRACES_MAX:
                     replay(seed, mutation, directory)
     say(f"{len(seeds)} seeds in {time.monotonic() - begun:.0f} s, {failed} failed; {_told(counts)}")
     return 1 if failed else 0
 
 
-def _share(seeds: Iterable[int], mutation: str) -> tuple[list[tuple[int, str, str]], Counter[str]]:
+def _share(seeds: Iterable[int], mutation: str) -> tuple[list[tuple[int, str]], Counter[str]]:
     from tests.simulation.mutations import applied, harsh
     from tests.simulation.simulate import simulate
 
@@ -80,7 +81,7 @@ def _share(seeds: Iterable[int], mutation: str) -> tuple[list[tuple[int, str, st
             result = simulate(seed, None, harsh(mutation))
             counts.update(result.counts)
             if result.broken:
-                broken.append((seed, result.name, result.broken))
+                broken.append((seed, result.broken))
     return broken, counts
 
 

@@ -125,8 +125,12 @@ class Guarantees:
         newest = entry.record.newest_id if entry is not None else ""
         if newest in self._gone or (entry is not None and entry.recovering):
             return  # nobody can be blamed; or the store's newest is an old one, which may be pruned
-        if newest and not any(newest in disk.stored for (_, one), disk in self.disks.items() if one == volume):
+        if newest and not any(self._keeps(disk, newest) for (_, one), disk in self.disks.items() if one == volume):
             raise Broken("NOTHING_ACKNOWLEDGED_LOST", f"nobody has the data of {newest}, the newest CP of {volume}")
+
+    def _keeps(self, disk: Disk, snapshot_id: str) -> bool:
+        """In its lineage or, if a transfer that was still under way has replaced it, among its preserved copies."""
+        return snapshot_id in disk.stored or self._bytes[snapshot_id] in disk.preserved_bytes.values()
 
     # What nobody can be blamed for.
 
@@ -253,7 +257,8 @@ class Guarantees:
         acknowledged = self.acknowledged.setdefault(name, set())
         away = {node for node, one in self.disks if one == name} - answered
         for lost in sorted(acknowledged - self.line(new.newest_id)):
-            holders = {node for (node, one), disk in self.disks.items() if one == name and disk.holds(lost)}
+            having = {node: disk for (node, one), disk in self.disks.items() if one == name}
+            holders = {node for node, disk in having.items() if disk.holds(lost) or self._keeps(disk, lost)}
             showed = {one.node for one in election.candidates if one.reported and lost in self.line(one.snapshot)}
             if not accepted & (holders | away) or showed - accepted:
                 message = f"{lost} of {name}, on {sorted(holders)}, is given up for {new.primary} at {new.newest_id}"

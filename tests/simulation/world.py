@@ -289,14 +289,14 @@ class World:
         if not agent.alive:
             self._answer(call, _unreached(call))
             return
-        if self.chance("agent dies in an order"):
-            agent.fuse = self.random.randrange(1, 7)
         if not call.settled and self.random.random() < 0.02 and self.faulty:
             # Whoever gave it has waited long enough; it is obeyed all the same, later.
             self._answer(call, _unreached(call))
             self.flights.append(call)
             return
         answer: list[e.OrderResult | ResilverError] = []
+        if self.chance("agent dies in an order"):
+            agent.fuse = self.random.randrange(1, 7)
 
         def obey() -> None:
             try:
