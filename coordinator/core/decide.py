@@ -167,16 +167,9 @@ def establish(context: Context, volume: str) -> Flow[ResilverError | None]:
     May be run again for the same epoch, also by a later leader: every order in it is idempotent.
     """
     record = context.entries[volume].record
-    gone = _fork_gone(context, record)
-    if gone is not None:
-        return gone
-    others = [node for node in record.members if node != record.primary and context.reachable(node)]
-    told = yield from context.give({node: OpenEpoch(context.header(volume), record, grant=False) for node in others})
-    for node, answer in told.items():
-        if isinstance(answer, ResilverError) and answer.reason in ("STALE_EPOCH", "EPOCH_CONFLICT", "STALE_TERM"):
-            return answer
-        if isinstance(answer, ResilverError):
-            context.tell("MEMBER_NOT_TOLD", answer.message, volume=volume, node=node, reason=answer.reason)
+    problem = _fork_gone(context, record) or (yield from _tell_others(context, record))
+    if problem is not None:
+        return problem
     winner = record.primary
     granted = (yield from context.give({winner: OpenEpoch(context.header(volume), record, grant=True)}))[winner]
     if isinstance(granted, ResilverError):
@@ -203,6 +196,19 @@ def _awaits(context: Context, record: VolumeRecord) -> bool:
     """Whether the opening CP of that epoch is still to be recorded."""
     entry = context.entries.get(record.volume)
     return entry is not None and entry.opening and entry.record.epoch == record.epoch
+
+
+def _tell_others(context: Context, record: VolumeRecord) -> Flow[ResilverError | None]:
+    """Every reachable member but the winner; a problem only if one of them knows better."""
+    volume = record.volume
+    others = [node for node in record.members if node != record.primary and context.reachable(node)]
+    told = yield from context.give({node: OpenEpoch(context.header(volume), record, grant=False) for node in others})
+    for node, answer in told.items():
+        if isinstance(answer, ResilverError) and answer.reason in ("STALE_EPOCH", "EPOCH_CONFLICT", "STALE_TERM"):
+            return answer
+        if isinstance(answer, ResilverError):
+            context.tell("MEMBER_NOT_TOLD", answer.message, volume=volume, node=node, reason=answer.reason)
+    return None
 
 
 def _fork_gone(context: Context, record: VolumeRecord) -> Refused | None:
