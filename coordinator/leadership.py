@@ -113,10 +113,15 @@ class Leadership:
             self._reign = None
             for task in tasks:
                 task.cancel()
-            with suppress(asyncio.CancelledError):
-                await asyncio.gather(*tasks, return_exceptions=True)
-            self._on_leader(None)
-            await self._resign(reign)
+            try:
+                # Being cancelled here must not be lost: it is what ends the process.
+                await asyncio.wait(tasks)
+            finally:
+                for task in tasks:
+                    if task.done() and not task.cancelled():
+                        task.exception()  # asked for, or asyncio would log it as forgotten
+                self._on_leader(None)
+                await self._resign(reign)
 
     def _tell_end(self, task: asyncio.Future[None]) -> None:
         error = None if task.cancelled() else task.exception()

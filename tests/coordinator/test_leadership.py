@@ -177,6 +177,30 @@ async def test_a_machine_that_slept_has_lost_its_reign(coordinator, url):
     await soon(first.ends, 1.0)
 
 
+async def test_a_stop_while_a_reign_is_ending_is_a_stop(coordinator, url):
+    slept_s = 0.0
+    ending, let_go = asyncio.Event(), asyncio.Event()
+
+    async def lead(_reign, _leading):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ending.set()
+            await let_go.wait()
+
+    first = await coordinator(url, clock=lambda: boottime_s() + slept_s, lead=lead)
+    await soon(first.reigns)
+    slept_s = TTL_S
+    await asyncio.wait_for(ending.wait(), 5)
+    slept_s = 0.0
+    first.task.cancel()
+    let_go.set()
+    done, _ = await asyncio.wait({first.task}, timeout=10)
+    assert done
+    assert first.task.cancelled()
+    assert first.reigns.empty()
+
+
 async def test_a_reign_whose_key_was_taken_ends(coordinator, shared_etcd, cluster):
     first = await coordinator(shared_etcd.url)
     await soon(first.reigns)
