@@ -17,7 +17,7 @@ from agent.backends.base import Stage
 from agent.stream.chunks import CHUNK_BYTES_MAX
 from agent.stream.journal import Journal
 
-MARK_BYTES: Final = 8 << 20
+MARK_BYTES: Final = 4 << 20
 MARK_CHUNKS: Final = 4096
 
 
