@@ -125,7 +125,7 @@ def users_of(stat: os.stat_result, *, besides_fd: int = -1) -> list[User]:
 
 def _looked_up(stat: os.stat_result, besides_fd: int) -> Iterator[User]:
     for loop in loops.loops_on(stat):
-        yield User(str(loop.device), not loop.read_only)
+        yield User(str(loop.path), not loop.read_only)
     own = os.getpid()
     for process in Path("/proc").glob("[0-9]*"):
         pid = int(process.name)

@@ -1,4 +1,4 @@
-"""Loop devices and mounts: what stands on a file, and what is mounted from that.
+"""Loop devices and mounts: what stands on a file or a block device, and what is mounted from that.
 
 A loop device is found by the device and inode of its file, so that hard links and renames hide nothing. Mounts are
 looked for in every mount namespace that a process lives in, not only in ours.
@@ -7,6 +7,7 @@ looked for in every mount namespace that a process lives in, not only in ours.
 from __future__ import annotations
 
 import os
+import stat as modes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Final
 from agent.disk import ioctl
 
 _BLOCK: Final = Path("/sys/block")
+_EVERY_BLOCK: Final = Path("/sys/class/block")  # partitions too
 
 
 @dataclass(frozen=True, slots=True)
-class Loop:
-    """An attached loop device."""
+class Device:
+    """A block device that something may be mounted from."""
 
-    device: Path
+    path: Path
     read_only: bool
 
 
@@ -36,7 +38,18 @@ class Mount:
     reach: Path
 
 
-def loops_on(stat: os.stat_result) -> list[Loop]:
+def devices_on(stat: os.stat_result) -> list[Device]:
+    """What a file or a block device can be mounted by: the loop devices that stand on it, or the device itself."""
+    if not modes.S_ISBLK(stat.st_mode):
+        return loops_on(stat)
+    entry = Path(f"/sys/dev/block/{os.major(stat.st_rdev)}:{os.minor(stat.st_rdev)}").resolve()
+    try:
+        return [Device(Path("/dev") / entry.name, (entry / "ro").read_text().strip() == "1")]
+    except OSError:
+        return []
+
+
+def loops_on(stat: os.stat_result) -> list[Device]:
     """The loop devices whose file is this inode. Without the right to ask a device, its file's name is looked up."""
     found = []
     for entry in sorted(_BLOCK.glob("loop*")):
@@ -49,9 +62,9 @@ def loops_on(stat: os.stat_result) -> list[Loop]:
         if status is not None:
             there = (status.major, status.minor, status.inode)
             if there == (os.major(stat.st_dev), os.minor(stat.st_dev), stat.st_ino):
-                found.append(Loop(device, status.read_only))
+                found.append(Device(device, status.read_only))
         elif _is_same(Path(backing), stat):
-            found.append(Loop(device, (entry / "ro").read_text().strip() == "1"))
+            found.append(Device(device, (entry / "ro").read_text().strip() == "1"))
     return found
 
 
@@ -62,27 +75,37 @@ def _is_same(path: Path, stat: os.stat_result) -> bool:
         return False
 
 
-def mounts_of(loop: Loop) -> list[Mount]:
-    """What is mounted from a loop device, its partitions, and what is stacked upon them; each file system once."""
-    numbers, names = set(), set()
-    for entry in _stacked(_BLOCK / loop.device.name):
+def mounts_of(device: Device) -> list[Mount]:
+    """What is mounted from a device, its partitions, and what is stacked upon them; each file system once."""
+    numbers = set()
+    for entry in _stacked(_EVERY_BLOCK / device.path.name):
         try:
             numbers.add((entry / "dev").read_text().strip())
         except OSError:
             continue
-        names.add(f"/dev/{entry.name}")
     seen: dict[str, Mount] = {}
     for mount in all_mounts():
-        if mount.device in numbers or mount.source in names:
+        if mount.device in numbers or _number_of(mount) in numbers:
             seen.setdefault(mount.device, mount)
     return list(seen.values())
+
+
+def _number_of(mount: Mount) -> str:
+    """The device that a mount names as its source, where its own number tells nothing (Btrfs); empty if it has none."""
+    if not (mount.device.startswith("0:") and mount.source.startswith("/dev/")):
+        return ""
+    try:
+        number = Path(mount.source).stat().st_rdev
+    except OSError:
+        return ""
+    return f"{os.major(number)}:{os.minor(number)}"
 
 
 def _stacked(entry: Path) -> Iterator[Path]:
     """A block device, its partitions, and the devices that hold any of them."""
     yield entry
-    for partition in entry.glob(f"{entry.name}p*"):
-        yield from _stacked(partition)
+    for partition in entry.glob("*/partition"):
+        yield from _stacked(partition.parent)
     for holder in (entry / "holders").glob("*"):
         yield from _stacked(holder.resolve())
 

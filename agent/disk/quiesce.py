@@ -1,17 +1,25 @@
-"""Brings what is mounted from a file to rest, for the moment of a clone.
+"""Brings what is mounted from a file or a block device to rest, for the moment of a clone.
 
-A file that a loop device stands on lacks what its mount has not yet written. Each mount is frozen by a helper process
-(`freeze.py`); where it cannot be frozen, it is synced; an attached device without a mount is flushed. What is frozen is
-written down first, so that the agent can thaw it at its next start even if the helper was killed too.
+What a loop device stands on, or an LV, lacks what its mount has not yet written. Each mount is frozen by a helper
+process (`freeze.py`); where it cannot be frozen, it is synced; an attached device without a mount is flushed. What is
+frozen is written down first, so that the agent can thaw it at its next start even if the helper was killed too.
+
+Blocks may stand within one another, also in different threads: a mount that an outer block of this process holds
+frozen is not frozen again, and the inner one asks that helper before it claims anything. So whoever wants several
+volumes at one instant holds them all with `quiesced_together` and takes each one's snapshot within, as ever. One
+deadline covers all of them. What is done within must not write to what is frozen: it would wait for that deadline.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +29,7 @@ from resilver.lineage import Consistency
 
 FREEZE_MAX_S: Final = 10.0
 _ANSWER_MAX_S: Final = 30.0
+_ANSWER_BYTES_MAX: Final = 64
 
 
 class _Helper:
@@ -28,26 +37,60 @@ class _Helper:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
+        self._asking = threading.Lock()
 
     @classmethod
     def start(cls, mount: Path, deadline_s: float) -> _Helper | None:
         """Freezes a mount; None if it cannot be frozen, or somebody else has done so."""
         command = [sys.executable, "-I", "-S", freeze.__file__, str(mount), str(deadline_s)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        helper = cls(process)
-        if process.stdout.readline() == b"frozen\n":
+        helper = cls(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0))
+        if helper._answer() == b"frozen\n":
             return helper
         helper.thaw()
         return None
 
+    def held(self) -> bool:
+        """Whether the mount has been frozen from the start until now."""
+        with self._asking:
+            assert self._process.stdin is not None
+            try:
+                self._process.stdin.write(b"?")
+            except (OSError, ValueError):  # it has ended, or been ended
+                return False
+            return self._answer() == b"held\n"
+
     def thaw(self) -> bool:
-        """Ends the freeze; True if it had held until now."""
-        try:
-            out, _ = self._process.communicate(timeout=_ANSWER_MAX_S)
-        except subprocess.TimeoutExpired:
-            return False
-        return b"thawed\n" in out
+        """Ends the freeze; True if it had held until now. A helper that does not answer thaws whenever it can."""
+        with self._asking:
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.close()
+            held = self._answer() == b"thawed\n"
+            self._process.stdout.close()
+            try:
+                self._process.wait(_ANSWER_MAX_S)
+            except subprocess.TimeoutExpired:
+                return False
+            return held
+
+    def _answer(self) -> bytes:
+        """The next line of the helper, empty at its end or if none comes in time."""
+        assert self._process.stdout is not None
+        line, until = b"", time.monotonic() + _ANSWER_MAX_S
+        ready = select.poll()
+        ready.register(self._process.stdout, select.POLLIN)
+        while not line.endswith(b"\n") and len(line) < _ANSWER_BYTES_MAX:
+            left_ms = int((until - time.monotonic()) * 1000)
+            byte = self._process.stdout.read(1) if ready.poll(max(0, left_ms)) else b""
+            if not byte:
+                return b""
+            line += byte
+        return line
+
+
+# The helpers of all blocks under way, by the mount's device.
+_helpers: Final[dict[str, _Helper]] = {}
+_lock: Final = threading.Lock()
 
 
 class Quiesced:
@@ -57,40 +100,88 @@ class Quiesced:
         self.consistency = Consistency.CRASH
 
 
-@contextlib.contextmanager
 def quiesced(
     stat: os.stat_result, record: Path, *, others_write: bool, deadline_s: float = FREEZE_MAX_S, may_freeze: bool = True
-) -> Iterator[Quiesced]:
-    """Brings the mounts upon a file to rest around the block.
+) -> contextlib.AbstractContextManager[Quiesced]:
+    """As `quiesced_together`, of one file or block device."""
+    return quiesced_together((stat,), record, others_write=others_write, deadline_s=deadline_s, may_freeze=may_freeze)
 
-    `record` is where the frozen mounts are written down; `others_write`: somebody besides loop devices may write,
-    so that the best that can be had is what a power cut would leave.
+
+@contextlib.contextmanager
+def quiesced_together(
+    stats: Sequence[os.stat_result],
+    record: Path,
+    *,
+    others_write: bool,
+    deadline_s: float = FREEZE_MAX_S,
+    may_freeze: bool = True,
+) -> Iterator[Quiesced]:
+    """Brings the mounts upon files and block devices to rest around the block.
+
+    `record` is where the frozen mounts are written down (one for each caller, on none of them; `thaw_recorded` at
+    start); `others_write`: somebody besides mounts and loop devices may write, so that the best that can be had is
+    what a power cut would leave. FROZEN: each of them was, by its mounts, until the block had ended.
     """
     result = Quiesced()
-    attached = loops.loops_on(stat)
-    mounts = [mount for loop in attached if not loop.read_only for mount in loops.mounts_of(loop)]
-    helpers: list[_Helper] = []
+    devices = [loops.devices_on(stat) for stat in stats]
+    mounts = [_mounts_of(each) for each in devices]
+    every = {mount.device: mount for each in mounts for mount in each}
+    outer = _joined(every)
+    own = {device: mount for device, mount in every.items() if device not in outer}
+    started: dict[str, _Helper] = {}
     at_rest = held = True
     try:
-        if may_freeze and mounts:
-            write_json(record, {"mounts": [str(mount.reach) for mount in mounts]})
-        for mount in mounts:
-            helper = _Helper.start(mount.reach, deadline_s) if may_freeze else None
-            if helper is not None:
-                helpers.append(helper)
-            else:
-                at_rest = _flushed(mount.reach, ioctl.syncfs) and at_rest
-        for loop in attached:
-            at_rest = _flushed(loop.device, os.fsync) and at_rest
+        # Before the first is frozen: what freezing would write while its users wait.
+        for mount in own.values():
+            at_rest = _flushed(mount.reach, ioctl.syncfs) and at_rest
+        if may_freeze and own:
+            write_json(record, {"mounts": [str(mount.reach) for mount in own.values()]})
+            _freeze(own, deadline_s, started)
+        for device in (device for each in devices for device in each):
+            at_rest = _flushed(device.path, os.fsync) and at_rest
         yield result
     finally:
-        for helper in helpers:
-            held = helper.thaw() and held
-        if may_freeze and mounts:
+        for helper in outer.values():
+            held = helper.held() and held
+        held = _thaw(started) and held
+        if may_freeze and own:
             remove_file(record)
-    if attached and at_rest and not others_write:
-        frozen = bool(mounts) and len(helpers) == len(mounts) and held
+    if all(devices) and at_rest and not others_write:
+        frozen = held and all(mounts) and len(outer) + len(started) == len(every)
         result.consistency = Consistency.FROZEN if frozen else Consistency.SYNCED
+
+
+def _mounts_of(devices: list[loops.Device]) -> list[loops.Mount]:
+    return [mount for device in devices if not device.read_only for mount in loops.mounts_of(device)]
+
+
+def _joined(mounts: dict[str, loops.Mount]) -> dict[str, _Helper]:
+    """The helpers of outer blocks that hold some of these mounts at this moment."""
+    with _lock:
+        found = {device: _helpers[device] for device in mounts if device in _helpers}
+    return {device: helper for device, helper in found.items() if helper.held()}
+
+
+def _freeze(mounts: dict[str, loops.Mount], deadline_s: float, started: dict[str, _Helper]) -> None:
+    """Freezes as many as can be; all of them thaw by one deadline."""
+    until = time.monotonic() + deadline_s
+    for device, mount in mounts.items():
+        helper = _Helper.start(mount.reach, max(0.0, until - time.monotonic()))
+        if helper is not None:
+            started[device] = helper
+            with _lock:
+                _helpers[device] = helper
+
+
+def _thaw(started: dict[str, _Helper]) -> bool:
+    """Thaws; True if all of them had held until now."""
+    held = True
+    with _lock:
+        for device in started:
+            _helpers.pop(device, None)
+    for helper in started.values():
+        held = helper.thaw() and held
+    return held
 
 
 def _flushed(path: Path, flush: Callable[[int], None]) -> bool:
