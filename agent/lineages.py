@@ -37,6 +37,7 @@ def record_to_json(record: Snapshot) -> Json:
         "consistency": record.consistency.value,
         "origin": record.origin.value,
         "note": record.note,
+        "group_id": record.group_id,
     }
 
 
@@ -52,4 +53,5 @@ def record_from_json(value: Json) -> Snapshot:
         consistency=Consistency(value["consistency"]),
         origin=Origin(value["origin"]),
         note=value["note"],
+        group_id=value.get("group_id", ""),  # of a record that was written before there were groups
     )

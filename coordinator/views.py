@@ -227,6 +227,7 @@ def snapshot_to_view(engine: Engine, held: Held) -> volume_pb2.Snapshot:
         origin=ORIGINS[record.origin],
         consistency=CONSISTENCIES[record.consistency],
         note=cut(record.note),
+        group_id=record.group_id,
         copies=[
             volume_pb2.SnapshotCopy(node=node, pinned_by=first(engine.pinned_by(held.volume, node, record.id)))
             for node in held.nodes[:ENTRIES_MAX]

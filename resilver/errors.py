@@ -70,6 +70,7 @@ class Refused(ResilverError):
             "PRESERVED_FULL",
             "KEEPS_BEING_WRITTEN",
             "SNAPSHOT_NOT_ATOMIC",
+            "HOOK_FAILED",
             "PINNED",
             "LAST_COPY",
             "PAUSED",

@@ -64,7 +64,8 @@ class Origin(Enum):
 class Snapshot:
     """One record of a lineage. `present` is one node's: whether the data is still there.
 
-    `create_time_ms` is Unix time; `parent` is empty for the first of a lineage.
+    `create_time_ms` is Unix time; `parent` is empty for the first of a lineage. `group_id` is the same for snapshots of
+    several volumes that were taken together, while all of them were held; empty for one that was taken alone.
     """
 
     id: str
@@ -77,6 +78,7 @@ class Snapshot:
     consistency: Consistency = Consistency.CRASH
     origin: Origin = Origin.RESILVER
     note: str = ""
+    group_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

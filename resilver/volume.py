@@ -104,7 +104,10 @@ class PreservedCopy:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """What a node says of its replica. `volume_id` is the data's own, empty where it was never mirrored."""
+    """What a node says of its replica. `volume_id` is the data's own, empty where it was never mirrored.
+
+    `group` is the configuration's: volumes of one node that have the same are snapshotted together.
+    """
 
     volume: str
     presence: Presence
@@ -122,6 +125,7 @@ class ReplicaReport:
     preserved: tuple[PreservedCopy, ...] = ()
     problems: tuple[str, ...] = ()
     examine_time_ms: int = 0
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,6 +115,7 @@ def snapshot_to_proto(snapshot: Snapshot) -> volume_pb2.SnapshotRecord:
         consistency=CONSISTENCIES[snapshot.consistency],
         origin=ORIGINS[snapshot.origin],
         note=cut_text(snapshot.note, NOTE_CHARS_MAX),
+        group_id=snapshot.group_id,
     )
 
 
@@ -130,6 +131,7 @@ def snapshot_from_proto(message: volume_pb2.SnapshotRecord, field: str = "snapsh
         consistency=check_enum(CONSISTENCY_BY_VALUE, message.consistency, f"{field}.consistency"),
         origin=check_enum(ORIGIN_BY_VALUE, message.origin, f"{field}.origin"),
         note=check_text(message.note, f"{field}.note", chars_max=NOTE_CHARS_MAX),
+        group_id=check_id(message.group_id, f"{field}.group_id", required=False),
     )
 
 
@@ -292,6 +294,7 @@ def report_to_proto(report: ReplicaReport, *, node: str = "") -> volume_pb2.Repl
         problems=cut_texts(report.problems, PROBLEMS_MAX),
         examine_time=time_to_proto(report.examine_time_ms),
         reflink=report.reflink,
+        group=report.group,
     )
 
 
@@ -318,6 +321,7 @@ def report_from_proto(
         ),
         problems=check_texts(message.problems, f"{field}.problems", PROBLEMS_MAX),
         examine_time_ms=time_from_proto(message.examine_time, f"{field}.examine_time"),
+        group=check_name(message.group, f"{field}.group") if message.group else "",
     )
 
 

@@ -14,13 +14,13 @@ the disk becomes `Damaged("IO_ERROR")` or `Refused("NO_SPACE")`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from agent.delta import DeltaMap, DeltaRange
-from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
+from resilver.lineage import Consistency, ConsistencyPoint, Lineage, Snapshot
 from resilver.volume import Grant, LiveCopy, Presence, PreservedCopy, VolumeRecord
 
 
@@ -46,11 +46,15 @@ class Examined:
     problems: tuple[str, ...] = ()
 
 
+def _as_found(consistency: Consistency) -> Consistency:
+    return consistency
+
+
 @dataclass(frozen=True, slots=True)
 class NewSnapshot:
     """What the caller decides of a snapshot that is to be taken; size and consistency are the backend's to fill in.
 
-    `volume_id` is written beside the record, and stamps a replica that had none.
+    `volume_id` is written beside the record, and stamps a replica that had none. `settle` is asked by `record`.
     """
 
     id: str
@@ -60,6 +64,27 @@ class NewSnapshot:
     epoch_id: str
     create_time_ms: int
     note: str = ""
+    group_id: str = ""
+    settle: Callable[[Consistency], Consistency] = _as_found
+
+    def record(self, size_bytes: int, consistency: Consistency) -> Snapshot:
+        """The record to write: asked for once, when the data is a point in time and whatever the backend held for it is
+        let go, and before anything shows the snapshot.
+
+        It waits for the other volumes of a group. If it raises, the snapshot does not count: the backend removes what
+        it has made, and passes the error on.
+        """
+        return Snapshot(
+            id=self.id,
+            cp=self.cp,
+            parent=self.parent,
+            epoch_id=self.epoch_id,
+            create_time_ms=self.create_time_ms,
+            size_bytes=size_bytes,
+            consistency=self.settle(consistency),
+            note=self.note,
+            group_id=self.group_id,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +171,9 @@ class Backend(Protocol):
     def save_grant(self, grant: Grant | None) -> None: ...
 
     def take_snapshot(self, new: NewSnapshot) -> Snapshot:
-        """Takes a CP of the live copy. SNAPSHOT_NOT_ATOMIC where it cannot be one, NO_SPACE below the reserve."""
+        """Takes a CP of the live copy, whose record is `new.record(…)`. SNAPSHOT_NOT_ATOMIC where it cannot be one,
+        NO_SPACE below the reserve.
+        """
 
     def delta_map(self, base: str, target: str) -> DeltaMap:
         """The ranges that differ; base empty: what is allocated in the target. BASE_GONE, TARGET_GONE."""

@@ -70,16 +70,7 @@ def _take(layout: Layout, copier: Copier, new: NewSnapshot, making: Path, step: 
     step("snapshot.begun")
     table, consistency = _duplicate(layout, copier, making)
     step("snapshot.cloned")
-    made = Snapshot(
-        id=new.id,
-        cp=new.cp,
-        parent=new.parent,
-        epoch_id=new.epoch_id,
-        create_time_ms=new.create_time_ms,
-        size_bytes=(making / "data").stat().st_size,
-        consistency=consistency,
-        note=new.note,
-    )
+    made = new.record((making / "data").stat().st_size, consistency)
     save_stored(making, Stored(made, new.volume_id, table))
     step("snapshot.recorded")
     making.rename(layout.snapshot(new.id))

@@ -105,7 +105,8 @@ def lineages(draw, count_max=6):
     parents = [*chain[1:], draw(st.just("") | ids)]
     return Lineage(tuple(
         Snapshot(each, draw(cps), parent, draw(st.booleans()), draw(ids | st.just("")), draw(times), draw(numbers),
-                 draw(st.sampled_from(Consistency)), draw(st.sampled_from(Origin)), draw(texts))
+                 draw(st.sampled_from(Consistency)), draw(st.sampled_from(Origin)), draw(texts),
+                 draw(ids | st.just("")))
         for each, parent in zip(chain, parents, strict=False)
     ))  # fmt: skip
 
@@ -130,6 +131,7 @@ reports = st.builds(
     ),
     problems=st.lists(texts, max_size=3).map(tuple),
     examine_time_ms=times,
+    group=names | st.just(""),
 )
 
 

@@ -17,7 +17,7 @@ from agent.identity import Identity, Pin, Remembered
 from agent.runfile import SavedRun
 from agent.tickets import Ticket, Tickets
 from resilver.errors import Invalid, Refused
-from resilver.lineage import NO_CP, Lineage, Snapshot, newest_shared
+from resilver.lineage import NO_CP, Consistency, Lineage, Snapshot, newest_shared
 from resilver.volume import Grant, LiveCopy, LiveState, Presence, PreservedCopy, VolumeRecord
 from tests.simulation.guarantees import Guarantees, Was
 
@@ -161,9 +161,7 @@ class Disk:
         if self.live is None:
             raise Refused("NO_DATA", "a consistency point is taken of the live copy")
         self._step("snapshot.begun")
-        made = Snapshot(
-            new.id, new.cp, new.parent, epoch_id=new.epoch_id, create_time_ms=new.create_time_ms, size_bytes=BLOCKS
-        )
+        made = new.record(BLOCKS, Consistency.CRASH)
         self._watch.took(self, made, self.live)
         self.records, self.volume_id = (made, *self.records), new.volume_id
         self.stored[made.id] = self.live

@@ -11,7 +11,7 @@ from resilver.cli.screens.layout import table
 from resilver.cli.words import age, clock, count, listing, seconds_of, short_id, since, size, state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from rich.table import Table
 
@@ -51,8 +51,11 @@ def nodes(items: Iterable[pb.Node], now: float) -> Table:
     return rows
 
 
-def snapshots(items: Iterable[pb.Snapshot], now: float) -> Table:
-    rows = table("SNAPSHOT", "CP", "AGE", "SIZE", "TAKEN", "ON", "PINNED BY", "NOTE", wrap=("ON", "PINNED BY", "NOTE"))
+def snapshots(items: Sequence[pb.Snapshot], now: float) -> Table:
+    """The group has a column only where there is one: equal ids are snapshots that were taken together."""
+    grouped = any(snapshot.group_id for snapshot in items)
+    columns = ["SNAPSHOT", "CP", "AGE", "SIZE", "TAKEN", *(["GROUP"] if grouped else []), "ON", "PINNED BY", "NOTE"]
+    rows = table(*columns, wrap=("ON", "PINNED BY", "NOTE"))
     for snapshot in items:
         pins = {reason: None for copy in snapshot.copies for reason in copy.pinned_by}
         rows.add_row(
@@ -61,6 +64,7 @@ def snapshots(items: Iterable[pb.Snapshot], now: float) -> Table:
             since(snapshot.create_time, now),
             size(snapshot.size_bytes),
             word(snapshot, "consistency").lower() or "-",
+            *([short_id(snapshot.group_id) or "-"] if grouped else []),
             listing(copy.node for copy in snapshot.copies),
             listing(pins),
             snapshot.note or "-",

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,28 @@ def test_snapshots_that_are_refused(replica):
         with pytest.raises(Invalid):
             replica.backend.take_snapshot(NewSnapshot(bad, VOLUME_ID, ConsistencyPoint(1, 2), "s1", "e", 5))
     assert len(replica.lineage) == 1
+
+
+def test_a_snapshot_counts_only_if_whoever_ordered_it_says_so(replica):
+    replica.create()
+    tip = replica.snapshot()
+    before = sorted(path.name for path in replica.root.iterdir())
+    asked = []
+
+    def refuse(consistency: Consistency) -> Consistency:
+        asked.append((consistency, replica.lineage.tip_id))
+        raise Refused("HOOK_FAILED", "the deadline had passed")
+
+    new = NewSnapshot("s2", VOLUME_ID, ConsistencyPoint(1, 2), tip.id, "e", 5, group_id="g1", settle=refuse)
+    with pytest.raises(Refused, match="the deadline had passed"):
+        replica.backend.take_snapshot(new)
+    assert asked == [(Consistency.CLOSED, tip.id)]
+    assert replica.lineage.records == (tip,)
+    assert sorted(path.name for path in replica.root.iterdir()) == before
+    made = replica.backend.take_snapshot(replace(new, settle=lambda _found: Consistency.FROZEN))
+    assert (made.consistency, made.group_id) == (Consistency.FROZEN, "g1")
+    assert replica.lineage.tip == made
+    assert replica.backend.examine().lineage.tip == made
 
 
 def test_modified_is_found_without_times(replica):
