@@ -118,6 +118,7 @@ class Examiner:
             reflink=examined.reflink,
             preserved=examined.preserved,
             problems=examined.problems,
+            others=examined.others,
             examine_time_ms=now_ms(),
         )
         lost = "" if remembered is None else _loss(examined, remembered)
@@ -146,6 +147,7 @@ class Examiner:
             live=LiveCopy(path=made.live.path),
             record=None,
             grant=None,
+            others=(),
             problems=(f"REPLICA_LOST: {why}", *made.problems),
         )
 
@@ -202,6 +204,7 @@ def _outline(examined: Examined) -> object:
         examined.grant,
         examined.preserved,
         examined.problems,
+        examined.others,
         examined.file_system_id,
         # Steps of about 4 %: free space alone is told when it has changed by as much.
         int(math.log2(examined.free_bytes + 1) * 16),

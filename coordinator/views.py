@@ -191,11 +191,12 @@ def _kept_bytes(copy: PreservedCopy) -> int:
 
 @dataclass(slots=True)
 class Held:
-    """One snapshot, and the nodes that have its data."""
+    """One snapshot, and the nodes that have its data; `off_lineage` those of them whose lineage it is not in."""
 
     volume: str
     snapshot: Snapshot
     nodes: list[str] = field(default_factory=list)
+    off_lineage: set[str] = field(default_factory=set)
 
     @property
     def key(self) -> str:
@@ -206,12 +207,19 @@ class Held:
 
 
 def held_snapshots(view: VolumeView, node: str = "") -> list[Held]:
-    """Every snapshot whose data some node has, or that one node has, newest first."""
+    """Every snapshot whose data some node has, or that one node has, newest first; those of other tools too."""
     held: dict[str, Held] = {}
     for name in sorted(view.replicas):
         for record in view.replicas[name].lineage:
             if record.present:
                 held.setdefault(record.id, Held(view.name, record)).nodes.append(name)
+    for name in sorted(view.replicas):
+        report = view.replicas[name].report
+        for other in report.others if report is not None else ():
+            one = held.setdefault(other.id, Held(view.name, other))
+            if name not in one.nodes:
+                one.nodes.append(name)
+                one.off_lineage.add(name)
     return sorted((one for one in held.values() if not node or node in one.nodes), key=lambda one: one.key)
 
 
@@ -229,7 +237,11 @@ def snapshot_to_view(engine: Engine, held: Held) -> volume_pb2.Snapshot:
         note=cut(record.note),
         group_id=record.group_id,
         copies=[
-            volume_pb2.SnapshotCopy(node=node, pinned_by=first(engine.pinned_by(held.volume, node, record.id)))
+            volume_pb2.SnapshotCopy(
+                node=node,
+                pinned_by=first(engine.pinned_by(held.volume, node, record.id)),
+                off_lineage=node in held.off_lineage,
+            )
             for node in held.nodes[:ENTRIES_MAX]
         ],
     )

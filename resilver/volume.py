@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from resilver.lineage import NO_CP, ConsistencyPoint, Lineage
+from resilver.lineage import NO_CP, ConsistencyPoint, Lineage, Snapshot
 
 
 class LiveState(Enum):
@@ -107,6 +107,7 @@ class ReplicaReport:
     """What a node says of its replica. `volume_id` is the data's own, empty where it was never mirrored.
 
     `group` is the configuration's: volumes of one node that have the same are snapshotted together.
+    `others` are snapshots of other tools that are not in the lineage: shown, and never decided by.
     """
 
     volume: str
@@ -126,6 +127,7 @@ class ReplicaReport:
     problems: tuple[str, ...] = ()
     examine_time_ms: int = 0
     group: str = ""
+    others: tuple[Snapshot, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

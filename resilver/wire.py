@@ -65,6 +65,8 @@ PAGE_BYTES_MAX: Final = 512 << 10
 LINEAGE_RECORDS_MAX: Final = 20_000
 PRESERVED_MAX: Final = 256
 PRESERVED_BYTES_MAX: Final = 256 << 10
+OTHERS_MAX: Final = 500
+OTHERS_BYTES_MAX: Final = 64 << 10
 MEMBERS_MAX: Final = 256
 PROBLEMS_MAX: Final = 32
 USERS_MAX: Final = 16
@@ -276,6 +278,19 @@ def _preserved_that_fit(report: ReplicaReport, node: str) -> list[volume_pb2.Pre
     return fitting
 
 
+def _others_that_fit(report: ReplicaReport) -> list[volume_pb2.SnapshotRecord]:
+    newest_first = sorted(report.others, key=lambda snapshot: (-snapshot.create_time_ms, snapshot.id))
+    fitting: list[volume_pb2.SnapshotRecord] = []
+    bytes_left = OTHERS_BYTES_MAX
+    for snapshot in newest_first[:OTHERS_MAX]:
+        message = snapshot_to_proto(snapshot)
+        bytes_left -= message.ByteSize() + 8
+        if bytes_left < 0:
+            break
+        fitting.append(message)
+    return fitting
+
+
 def report_to_proto(report: ReplicaReport, *, node: str = "") -> volume_pb2.ReplicaReport:
     """The report without its lineage, which travels beside it."""
     return volume_pb2.ReplicaReport(
@@ -295,6 +310,7 @@ def report_to_proto(report: ReplicaReport, *, node: str = "") -> volume_pb2.Repl
         examine_time=time_to_proto(report.examine_time_ms),
         reflink=report.reflink,
         group=report.group,
+        others=_others_that_fit(report),
     )
 
 
@@ -302,6 +318,7 @@ def report_from_proto(
     message: volume_pb2.ReplicaReport, lineage: Lineage | None = None, field: str = "replica"
 ) -> ReplicaReport:
     check_count(message.preserved, f"{field}.preserved", PRESERVED_MAX)
+    check_count(message.others, f"{field}.others", OTHERS_MAX)
     return ReplicaReport(
         volume=check_name(message.volume, f"{field}.volume"),
         presence=check_enum(PRESENCE_BY_VALUE, message.presence, f"{field}.presence"),
@@ -322,6 +339,7 @@ def report_from_proto(
         problems=check_texts(message.problems, f"{field}.problems", PROBLEMS_MAX),
         examine_time_ms=time_from_proto(message.examine_time, f"{field}.examine_time"),
         group=check_name(message.group, f"{field}.group") if message.group else "",
+        others=tuple(snapshot_from_proto(one, f"{field}.others[{index}]") for index, one in enumerate(message.others)),
     )
 
 

@@ -29,7 +29,8 @@ class Examined:
     """What is there, by looking: nothing is remembered between two calls but what stands on the disk.
 
     `file_system_id` names the file system (its UUID, or what comes nearest), so that an absent disk is told from
-    an empty one. `record` and `grant` are the copies that stand beside the snapshots.
+    an empty one. `record` and `grant` are the copies that stand beside the snapshots. `others` are snapshots that other
+    tools made and that are not in the lineage: never a tip, only shown.
     """
 
     presence: Presence
@@ -44,6 +45,7 @@ class Examined:
     reflink: bool
     file_system_id: str
     problems: tuple[str, ...] = ()
+    others: tuple[Snapshot, ...] = ()
 
 
 def _as_found(consistency: Consistency) -> Consistency:

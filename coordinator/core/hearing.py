@@ -26,6 +26,7 @@ from coordinator.core.events import (
 )
 from coordinator.core.status import status_of
 from coordinator.core.tasks import Flow
+from resilver.lineage import Origin
 from resilver.volume import Grant, Progress, ReplicaReport, ResyncState
 
 OPENING_AGAIN_MS: Final = 5_000
@@ -275,7 +276,7 @@ def _go_on(context: Context, volume: str, node: str, report: ReplicaReport) -> N
         return
     if entry.opening and node == entry.record.primary and volume not in context.locks:
         _spawn_once(context, f"opening {volume}", decide.finish_opening(context, volume))
-    present = sum(record.present for record in report.lineage)
+    present = sum(record.present and record.origin is not Origin.ADOPTED for record in report.lineage)
     if present > report.keep_last and volume not in context.locks:
         _spawn_once(context, f"prune {volume} {node}", upkeep.prune_by_itself(context, volume, node))
     _retry_blocked(context, volume, node, report)

@@ -1,4 +1,7 @@
-"""Snapshots on request, drops, pruning, exports, pauses and membership: what operators do beside resyncs."""
+"""Snapshots on request, drops, pruning, exports, pauses and membership: what operators do beside resyncs.
+
+What another tool made is never dropped here, by order or by itself: whoever made it lets it go.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +35,18 @@ from coordinator.core.resyncs import refusal_of
 from coordinator.core.status import status_of
 from coordinator.core.tasks import Flow, join
 from resilver.errors import NotFound, Refused, ResilverError
-from resilver.lineage import Snapshot
+from resilver.lineage import Origin, Snapshot
 
 PRUNED_AT_ONCE_MAX: Final = 4
+ANOTHER_TOOLS: Final = "another tool's"
 
 
 def pinned_by(view: VolumeView, context: Context, node: str, snapshot_id: str) -> tuple[str, ...]:
     """Why a node may not let a snapshot go; empty if it may."""
     reasons: list[str] = []
+    held = held_on(view, node, snapshot_id)
+    if held is not None and held.origin is Origin.ADOPTED:
+        reasons.append(ANOTHER_TOOLS)
     if view.replica(node).lineage.tip_id == snapshot_id:
         reasons.append("tip")
     if snapshot_id == view.record.newest_id:
@@ -60,9 +67,19 @@ def pinned_by(view: VolumeView, context: Context, node: str, snapshot_id: str) -
     return tuple(dict.fromkeys(reasons))
 
 
+def held_on(view: VolumeView, node: str, snapshot_id: str) -> Snapshot | None:
+    """The snapshot if its data is there, in the lineage or beside it."""
+    replica = view.replica(node)
+    record = replica.lineage.find(snapshot_id)
+    if record is not None and record.present:
+        return record
+    others = replica.report.others if replica.report is not None else ()
+    return next((one for one in others if one.id == snapshot_id), None)
+
+
 def prunable(context: Context, view: VolumeView, node: str, keep_last: int) -> tuple[Snapshot, ...]:
     """What is beyond `keep_last` and pinned by nothing, oldest first."""
-    present = [one for one in view.replica(node).lineage if one.present]
+    present = [one for one in view.replica(node).lineage if one.present and one.origin is not Origin.ADOPTED]
     beyond = present[keep_last:] if keep_last else []
     return tuple(one for one in reversed(beyond) if not pinned_by(view, context, node, one.id))
 
@@ -126,7 +143,7 @@ def drop(context: Context, request: DropRequest) -> Flow[Dropped]:
         for node in sorted(nodes):
             pins = pinned_by(view, context, node, request.snapshot_id)
             if pins:
-                raise Refused("PINNED", f"{request.snapshot_id} on {node} is needed: {', '.join(pins)}", node=node)
+                raise Refused("PINNED", _why_pinned(view, node, request.snapshot_id, pins), node=node)
         if nodes >= holders:
             raise Refused("LAST_COPY", f"{request.snapshot_id} is on no other node: {', '.join(sorted(nodes))}")
     if request.validate_only:
@@ -145,15 +162,19 @@ def drop(context: Context, request: DropRequest) -> Flow[Dropped]:
     return Dropped(freed)
 
 
+def _why_pinned(view: VolumeView, node: str, snapshot_id: str, pins: tuple[str, ...]) -> str:
+    if ANOTHER_TOOLS not in pins:
+        return f"{snapshot_id} on {node} is needed: {', '.join(pins)}"
+    held = held_on(view, node, snapshot_id)
+    name = held.note if held is not None and held.note else snapshot_id
+    return f"{name} on {node} was made by another tool: let it go with that one"
+
+
 def _holders(context: Context, snapshot_id: str) -> tuple[str, frozenset[str], bool] | None:
     """The volume that a snapshot or preserved copy belongs to, who has its data, and whether it is preserved."""
     for volume in context.names():
         view = context.view(volume)
-        have = frozenset(
-            node
-            for node, replica in view.replicas.items()
-            if (record := replica.lineage.find(snapshot_id)) is not None and record.present
-        )
+        have = frozenset(node for node in view.replicas if held_on(view, node, snapshot_id) is not None)
         if have:
             return volume, have, False
         kept = frozenset(

@@ -9,7 +9,7 @@ import pytest
 from coordinator import views
 from coordinator.core.cluster import NodeView, Pause, Size
 from coordinator.core.events import GiveOrder, OrderAnswered, PrepareSend, ReplicaReported
-from resilver.lineage import ConsistencyPoint
+from resilver.lineage import ConsistencyPoint, Origin, Snapshot
 from resilver.v1 import volume_pb2 as pb
 from resilver.volume import LiveState, Presence, PreservedCopy
 from tests.coordinator.known import MINUTE_MS, NOW_MS, Known, entry, granted, report, snapshot
@@ -172,6 +172,24 @@ def test_snapshots_are_merged_over_nodes_newest_first():
     message = views.snapshot_to_view(known.engine, held[0])
     assert (message.volume, message.copies[0].node) == ("vm1", "a")
     assert "tip" in list(message.copies[0].pinned_by)
+
+
+def test_another_tools_snapshots_are_listed_with_who_has_them_beside_the_lineage():
+    known = three()
+    mine = Snapshot("77", create_time_ms=NOW_MS, origin=Origin.ADOPTED, note="autosnap_daily")
+    shared = replace(snapshot("3-40"), origin=Origin.ADOPTED)
+    known.hear("c", replace(known.engine.view("vm1").replica("c").report, others=(mine, shared)))
+    held = {one.snapshot.id: one for one in views.held_snapshots(known.engine.view("vm1"))}
+    message = views.snapshot_to_view(known.engine, held["77"])
+    assert (message.note, [(copy.node, copy.off_lineage) for copy in message.copies]) == (
+        "autosnap_daily",
+        [("c", True)],
+    )
+    assert message.origin == pb.ORIGIN_ADOPTED
+    assert list(message.copies[0].pinned_by) == ["another tool's"]
+    message = views.snapshot_to_view(known.engine, held["s3-40"])
+    assert [(copy.node, copy.off_lineage) for copy in message.copies] == [("a", False), ("b", False), ("c", True)]
+    assert [one.snapshot.id for one in views.held_snapshots(known.engine.view("vm1"), "b")] == ["s3-40", "s3-39"]
 
 
 def test_preserved_copies_say_whose_they_are():

@@ -132,6 +132,11 @@ reports = st.builds(
     problems=st.lists(texts, max_size=3).map(tuple),
     examine_time_ms=times,
     group=names | st.just(""),
+    others=st.lists(
+        st.builds(Snapshot, ids, create_time_ms=times, origin=st.just(Origin.ADOPTED), note=texts),
+        max_size=3,
+        unique_by=lambda snapshot: snapshot.create_time_ms,
+    ).map(lambda others: tuple(sorted(others, key=lambda snapshot: -snapshot.create_time_ms))),
 )
 
 
@@ -180,7 +185,14 @@ def test_no_message_is_over_1_mib_whatever_the_notes_and_paths_are():
         for at in range(400)
     )  # fmt: skip
     report = ReplicaReport(
-        "vm1", Presence.PRESENT, lineage=chain(700, "€" * 2000), preserved=copies, problems=("€" * 9000,) * 90
+        "vm1",
+        Presence.PRESENT,
+        lineage=chain(700, "€" * 2000),
+        preserved=copies,
+        problems=("€" * 9000,) * 90,
+        others=tuple(
+            Snapshot(str(at), note="€" * 2000 * (at % 2), create_time_ms=at, origin=Origin.ADOPTED) for at in range(900)
+        ),
     )
     pages = wire.report_pages(report)
     assert max(page.ByteSize() for page in pages) < 1 << 20
@@ -188,6 +200,8 @@ def test_no_message_is_over_1_mib_whatever_the_notes_and_paths_are():
     assert came is not None
     assert len(came.lineage) == 700
     assert came.preserved[0].id == copies[-1].id, "the newest are kept"
+    assert [one.id for one in came.others[:2]] == ["899", "898"], "the newest are kept"
+    assert len(came.others) < 100, "what is too much to travel is left out"
 
 
 def test_the_oldest_records_of_an_endless_lineage_are_left_out():
@@ -242,6 +256,12 @@ def broken_reports():
         changed(lambda m: m.record.members.extend(["a", "b/c"])), "replica.record.members[1]", id="member"
     )
     yield pytest.param(changed(lambda m: m.preserved.add(id="/")), "replica.preserved[0].id", id="preserved")
+    yield pytest.param(changed(lambda m: m.others.add(id="@x")), "replica.others[0].id", id="others")
+    yield pytest.param(
+        changed(lambda m: m.others.extend([volume_pb2.SnapshotRecord(id="1")] * (wire.OTHERS_MAX + 1))),
+        "replica.others",
+        id="too many others",
+    )
 
 
 @pytest.mark.parametrize(("message", "field"), list(broken_reports()))

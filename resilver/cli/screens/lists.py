@@ -52,24 +52,37 @@ def nodes(items: Iterable[pb.Node], now: float) -> Table:
 
 
 def snapshots(items: Sequence[pb.Snapshot], now: float) -> Table:
-    """The group has a column only where there is one: equal ids are snapshots that were taken together."""
+    """The group has a column only where there is one: equal ids are snapshots that were taken together.
+
+    A file system's snapshots have no size of their own; those of other tools were taken in their own way.
+    """
     grouped = any(snapshot.group_id for snapshot in items)
     columns = ["SNAPSHOT", "CP", "AGE", "SIZE", "TAKEN", *(["GROUP"] if grouped else []), "ON", "PINNED BY", "NOTE"]
     rows = table(*columns, wrap=("ON", "PINNED BY", "NOTE"))
     for snapshot in items:
+        adopted = word(snapshot, "origin") == "ADOPTED"
         pins = {reason: None for copy in snapshot.copies for reason in copy.pinned_by}
         rows.add_row(
             Text(short_id(snapshot.id), style="bold"),
             cp_text(snapshot.cp) or "-",
             since(snapshot.create_time, now),
-            size(snapshot.size_bytes),
-            word(snapshot, "consistency").lower() or "-",
+            size(snapshot.size_bytes) if snapshot.size_bytes else "-",
+            "adopted" if adopted else word(snapshot, "consistency").lower() or "-",
             *([short_id(snapshot.group_id) or "-"] if grouped else []),
             listing(copy.node for copy in snapshot.copies),
             listing(pins),
-            snapshot.note or "-",
+            _note(snapshot),
         )
     return rows
+
+
+def _note(snapshot: pb.Snapshot) -> str:
+    """Its note; of another tool's snapshot that is the name, and where it lies beside the lineage."""
+    off = [copy.node for copy in snapshot.copies if copy.off_lineage]
+    if not off:
+        return snapshot.note or "-"
+    where = "" if len(off) == len(snapshot.copies) else f" on {listing(off)}"
+    return f"{snapshot.note} (not in the lineage{where})".strip()
 
 
 def preserved(items: Iterable[pb.PreservedCopy], now: float) -> Table:

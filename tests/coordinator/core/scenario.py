@@ -13,7 +13,9 @@ scenario may name them. A line that starts with `#` is kept as it is.
     report a vm1 1-2:s2 1-1:s1 modified    its lineage tip first as CP:id, then the live copy's state;
                                        `+grant` and `+record`: it has what the store has; `!x`: answers examine x;
                                        `knows=V1,5,E5,b`: its record is of that volume_id, epoch, epoch_id, primary;
-                                       `-s1` for a record whose data is pruned; `epoch=ID` of the tip
+                                       `-s1` for a record whose data is pruned; `epoch=ID` of the tip;
+                                       `0-0:g5`: another tool's, called `auto-g5`; `~g7`: one beside the lineage;
+                                       `backend=KIND`
     progress a i7 transferring 10/20
     answer i5 taken s3 1-3 ID          an order came back: taken | same | done | size BYTES RANGES | refused REASON |
                                        progress RESYNC STATE DONE/TOTAL
@@ -31,7 +33,7 @@ from coordinator.core.cluster import ElectionRecord, NodeView, Resync, Size, Vol
 from coordinator.core.context import Identity, Settings
 from coordinator.core.engine import Engine
 from resilver.errors import ResilverError, error_for
-from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
+from resilver.lineage import ConsistencyPoint, Lineage, Origin, Snapshot
 from resilver.volume import Grant, LiveCopy, LiveState, Presence, Progress, ReplicaReport, ResyncState, VolumeRecord
 
 START_MS = 1_700_000_000_000
@@ -111,6 +113,8 @@ class Scenario:
                 report = replace(report, record=told, volume_id=volume_id)
             elif word.startswith("epoch="):
                 epoch_id = word[6:]
+            elif word.startswith(("backend=", "~")):
+                report = beside(report, word)
             else:
                 cp, _, name = word.lstrip("-").partition(":")
                 records.append((cp, name, not word.startswith("-")))
@@ -186,10 +190,24 @@ def lineage(records: list[tuple[str, str, bool]], epoch_id: str = "") -> Lineage
     parents = [name for _, name, _ in records][1:] + ["" for _ in records[:1]]
     return Lineage(
         tuple(
-            Snapshot(name, ConsistencyPoint.parse(cp), parent, present, epoch_id if index == 0 else "", START_MS)
+            replace(adopted(name), parent=parent, present=present)
+            if cp == "0-0"
+            else Snapshot(name, ConsistencyPoint.parse(cp), parent, present, epoch_id if index == 0 else "", START_MS)
             for index, ((cp, name, present), parent) in enumerate(zip(records, parents, strict=True))
         )
     )
+
+
+def beside(report: ReplicaReport, word: str) -> ReplicaReport:
+    """The report with what its kind is, or with one more snapshot beside the lineage."""
+    if word.startswith("~"):
+        return replace(report, others=(*report.others, adopted(word[1:])))
+    return replace(report, backend=word.removeprefix("backend="))
+
+
+def adopted(name: str) -> Snapshot:
+    """A snapshot that another tool made."""
+    return Snapshot(name, create_time_ms=START_MS, origin=Origin.ADOPTED, note=f"auto-{name}")
 
 
 def describe(action: e.Action) -> list[str]:
