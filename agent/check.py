@@ -11,7 +11,8 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
-from agent.node import check_limits, make_backend
+from agent.backends.kinds import make_backend
+from agent.node import check_limits
 from resilver.errors import Invalid, ResilverError
 from resilver.volume import Presence
 

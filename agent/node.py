@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from agent import metrics
-from agent.backends.base import Backend
-from agent.backends.image import ImageBackend
+from agent.backends.kinds import make_backend
 from agent.deltas import Deltas
 from agent.examiner import ReplicaSettings
 from agent.identity import Identity
@@ -51,24 +50,6 @@ AUTHORIZE_TIMEOUT_S: Final = 30.0
 RENEW_S: Final = 2.0
 
 _log = structlog.get_logger(__name__)
-
-
-def make_backend(volume: VolumeConfig, config: AgentConfig) -> Backend:
-    """The backend of a volume; the kinds that are not built yet are named as such."""
-    if volume.backend != "image":
-        raise Invalid(
-            "CONFIG_INVALID",
-            f"volume {volume.name}: backend {volume.backend!r} is not available in this version; use 'image'",
-            field="volumes.backend",
-        )
-    return ImageBackend(
-        volume.name,
-        volume.path,
-        volume.snapshot_dir,
-        keep_last=volume.keep_last,
-        reserve_ratio=config.space.reserve_ratio,
-        reserve_min_bytes=config.space.reserve_min_bytes,
-    )
 
 
 def check_limits(config: AgentConfig) -> None:

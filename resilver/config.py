@@ -12,6 +12,7 @@ The file says what is true of this machine; the store says what is true of the v
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -84,14 +85,21 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class Space(Struct, frozen=True, kw_only=True):
-    """What stays free of a file system: the larger of the two."""
+    """What stays free of a file system: the larger of the two. `spool_max_bytes`: how much of a file system's own stream
+    is kept until it is in place, so that it need not be sent again.
+    """
 
     reserve_ratio: Annotated[float, Meta(ge=0, le=0.9)] = 0.05
     reserve_min_bytes: Bytes = 1 << 30
+    spool_max_bytes: Bytes = 16 << 30
 
 
 class VolumeConfig(Struct, frozen=True, kw_only=True):
-    """One volume as it lies on this node. `snapshot_dir` is absolute once loaded."""
+    """One volume as it lies on this node. `snapshot_dir` is absolute once loaded.
+
+    `path` is what the backend calls the live copy: a file, a subvolume, `pool/dataset`, `vg/lv`. `adopt` are patterns
+    of snapshots that other tools have made or received, beside those that the live copy itself shows.
+    """
 
     name: str
     backend: str
@@ -99,6 +107,7 @@ class VolumeConfig(Struct, frozen=True, kw_only=True):
     priority: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)] = 0
     snapshot_dir: Path = Path()
     keep_last: Annotated[int, Meta(ge=1, le=10_000)] = 16
+    adopt: tuple[str, ...] = ()
 
 
 class EtcdConfig(Struct, frozen=True, kw_only=True):
@@ -193,6 +202,14 @@ RELOADABLE_AGENT: Final = frozenset(
 RELOADABLE_COORDINATOR: Final = frozenset({"log_level", "node_timeout_s", "examine_timeout_s", "resyncs_max"})
 
 Config = TypeVar("Config", AgentConfig, CoordinatorConfig)
+
+# Backends whose live copy is named in a pool; what stands beside the snapshots is mounted below _META.
+_NAMED: Final = {
+    "zfs": 'a dataset, such as "tank/vm1"',
+    "lvm-thin": 'a volume group and a thin volume, such as "vg/vm1"',
+}
+_POOLED: Final = re.compile(r"[A-Za-z0-9][^/\x00-\x1f@#]*(?:/[^/\x00-\x1f@#]+)+")
+_META: Final = Path("/var/lib/resilver/volumes")
 
 _CHOICES: Final = {"log_level": get_args(LogLevel), "log_format": get_args(LogFormat)}
 _STORES: Final = "sqlite:///var/lib/resilver/store.db or etcd://h1:2379,h2:2379"
@@ -310,6 +327,8 @@ def _included(file: Path, patterns: Iterable[str]) -> Iterator[VolumeConfig]:
 
 def _resolved(volume: VolumeConfig) -> VolumeConfig:
     beside = volume.path.parent / ".resilver" / volume.name
+    if volume.backend in _NAMED:
+        beside = _META / volume.name
     unset = volume.snapshot_dir == Path()
     return msgspec.structs.replace(volume, snapshot_dir=beside if unset else volume.snapshot_dir)
 
@@ -381,9 +400,23 @@ def _volume_faults(volumes: Iterable[VolumeConfig]) -> Iterator[Fault]:
             yield f"{at}.name", f"{volume.name!r} is the name of another volume on this node: give each its own"
         names.add(volume.name)
         for key, path in (("path", volume.path), ("snapshot_dir", volume.snapshot_dir)):
+            if key == "path" and volume.backend in _NAMED:
+                yield from _named_faults(f"{at}.path", volume, taken)
+                continue
             yield from absolute_faults(f"{at}.{key}", path)
             # Compared as the kernel would reach them: a symbolic link must not bring two volumes onto one file.
             real = os.path.realpath(path)
             if real in taken:
                 yield f"{at}.{key}", f"{str(path)!r} is the same place as {taken[real]}: give each its own"
             taken[real] = f"the {key} of {volume.name!r}"
+
+
+def _named_faults(field: str, volume: VolumeConfig, taken: dict[str, str]) -> Iterator[Fault]:
+    """A volume whose live copy has a name in a pool, and no path."""
+    name = str(volume.path)
+    if _POOLED.fullmatch(name) is None:
+        yield field, f"{name!r} should be {_NAMED[volume.backend]}"
+    key = f"{volume.backend} {name}"
+    if key in taken:
+        yield field, f"{name!r} is the same as {taken[key]}: give each its own"
+    taken[key] = f"the path of {volume.name!r}"

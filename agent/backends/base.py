@@ -7,17 +7,22 @@ copies. It decides nothing about epochs, terms or who is primary (`agent/replica
 * the live copy's path shows a whole old image or a whole new one at every instant, also after a kill;
 * nothing is replaced that was not kept, and nothing is replaced while somebody has it open.
 
+There are two shapes of delta. A **block** backend tells the ranges that differ, and any node that has the target
+serves them in any order. A **stream** backend has its file system write what differs as one stream, which only the
+other end's file system can read; it is made and taken from its first byte to its last.
+
 Every method blocks and is called from a worker thread. Methods of one backend are never called concurrently, except
-`delta_map`, `open_reader` and the methods of an open stage. Errors are those of `resilver.errors`; an OSError from
-the disk becomes `Damaged("IO_ERROR")` or `Refused("NO_SPACE")`.
+`delta_map`, `open_reader`, `delta_bytes`, `open_send` and the methods of what was opened. Errors are those of
+`resilver.errors`; an OSError from the disk becomes `Damaged("IO_ERROR")` or `Refused("NO_SPACE")`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from agent.delta import DeltaMap, DeltaRange
 from resilver.lineage import Consistency, ConsistencyPoint, Lineage, Snapshot
@@ -153,8 +158,71 @@ class Stage(Protocol):
     def close(self) -> None: ...
 
 
-class Backend(Protocol):
-    """One replica's data on one node."""
+class SendStream(Protocol):
+    """What the source's file system writes, from the first byte. `format` is one of `StreamBackend.formats`."""
+
+    format: str
+
+    def read_into(self, view: memoryview) -> int:
+        """Fills the view as far as there is something, at least one byte; 0 at the end of a whole stream.
+
+        `Damaged("IO_ERROR")` with the file system's own words if it could not write all of it.
+        """
+
+    def close(self) -> None:
+        """Ends whatever makes the stream, also in the middle, and from another thread; again is fine."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOrigin:
+    """What a source says of the two ends of a delta: their names in its file system, which travel with the data.
+
+    `native_base` is empty for a full copy. `stream_bytes` is about what will travel, None where nobody can say.
+    """
+
+    native_base: str
+    native_target: str
+    formats: tuple[str, ...]
+    stream_bytes: int | None = None
+
+
+class StreamStage(Protocol):
+    """What is becoming the target of a stream; survives restarts, keyed (base, target).
+
+    `directory` is where a transfer may keep its journal and its spool; it goes when the stage does. Used from one
+    thread at a time, but for `close`, which may come from another in the middle of any other call.
+    """
+
+    base: str
+    target: str
+    directory: Path
+    resumed: bool
+
+    def resume_token(self) -> str:
+        """What the source's file system needs to go on where this one stopped; empty where it must start again."""
+
+    def start(self, stream_format: str, token: str = "") -> None:
+        """Takes a stream from its first byte (with a token: from where it stopped). What came before is discarded."""
+
+    def feed(self, data: memoryview) -> None:
+        """Takes the next bytes; blocks while the file system is busy, and raises its own words if it gave up."""
+
+    def finish(self) -> None:
+        """The stream is whole: returns when all of it is on the disk and is what `StreamOrigin.native_target` names.
+
+        `Damaged("SOURCE_DAMAGED")` if it became something else. Again after success changes nothing. The live copy is
+        as it was.
+        """
+
+    def verify(self, stop: threading.Event) -> None:
+        """Reads back from the disk what came; `Damaged("READBACK_MISMATCH")`."""
+
+    def close(self) -> None:
+        """Ends whatever takes the stream; what came is kept as far as `resumed` and the spool allow."""
+
+
+class ReplicaBackend(Protocol):
+    """One replica's data on one node: what every kind has."""
 
     kind: str
 
@@ -177,20 +245,9 @@ class Backend(Protocol):
         NO_SPACE below the reserve.
         """
 
-    def delta_map(self, base: str, target: str) -> DeltaMap:
-        """The ranges that differ; base empty: what is allocated in the target. BASE_GONE, TARGET_GONE."""
-
-    def open_reader(self, snapshot_id: str) -> SnapshotReader: ...
-
-    def check_space(self, delta: DeltaMap, *, resumed_bytes: int = 0) -> int:
-        """The bytes that receiving the delta needs; NO_SPACE if they are not free above the reserve."""
-
-    def open_stage(self, base: str, target: str, size_bytes: int) -> Stage:
-        """The stage of (base, target), made if it is not there; stages of another pair are discarded first."""
-
     def discard_stage(self) -> None: ...
 
-    def commit(self, stage: Stage, order: CommitOrder) -> tuple[PreservedCopy, ...]:
+    def commit(self, stage: AnyStage, order: CommitOrder) -> tuple[PreservedCopy, ...]:
         """Makes the stage a snapshot and the live copy its clone; answers what was preserved.
 
         IN_USE names who has the live copy open, TARGET_CHANGED the tip that was found: then nothing has changed
@@ -205,3 +262,57 @@ class Backend(Protocol):
 
     def export(self, snapshot_id: str, path: Path, *, writable: bool) -> int:
         """Copies a snapshot or preserved copy to a path that does not exist yet; its size in bytes."""
+
+
+class BlockBackend(ReplicaBackend, Protocol):
+    """A volume of blocks."""
+
+    shape: Literal["blocks"]
+
+    def delta_map(self, base: str, target: str) -> DeltaMap:
+        """The ranges that differ; base empty: what is allocated in the target. BASE_GONE, TARGET_GONE."""
+
+    def open_reader(self, snapshot_id: str) -> SnapshotReader: ...
+
+    def check_space(self, delta: DeltaMap, *, resumed_bytes: int = 0) -> int:
+        """The bytes that receiving the delta needs; NO_SPACE if they are not free above the reserve."""
+
+    def open_stage(self, base: str, target: str, size_bytes: int) -> Stage:
+        """The stage of (base, target), made if it is not there; stages of another pair are discarded first."""
+
+
+class StreamBackend(ReplicaBackend, Protocol):
+    """A volume whose file system writes and reads its own deltas."""
+
+    shape: Literal["stream"]
+
+    def formats(self) -> tuple[str, ...]:
+        """The formats of streams that this end can write and read, the best first."""
+
+    def delta_bytes(self, base: str, target: str) -> int | None:
+        """About how long the stream would be, without reading data; None where nobody can say. BASE_GONE, TARGET_GONE.
+
+        Base empty: a full copy.
+        """
+
+    def native_id(self, snapshot_id: str) -> str:
+        """What the file system calls that snapshot, the same on every node that has it. TARGET_GONE."""
+
+    def open_send(self, base: str, target: str, stream_format: str, token: str = "") -> SendStream:
+        """Begins to write the stream. A token that is of another base or target is refused as TICKET_INVALID."""
+
+    def check_base(self, base: str, native_base: str) -> None:
+        """That the base here is the source's and untouched since it came: BASE_GONE, `Damaged("BASE_MISMATCH")`."""
+
+    def check_stream_space(self, stream_bytes: int | None, *, resumed_bytes: int = 0) -> int:
+        """The bytes that receiving needs, the spool not counted; NO_SPACE if they are not free above the reserve."""
+
+    def open_stream_stage(self, base: str, target: str, origin: StreamOrigin) -> StreamStage:
+        """The stage of (base, target, native target), made if it is not there; any other is discarded first.
+
+        Where base and target are one, nothing is to be received: the commit only sets the live copy right.
+        """
+
+
+Backend: TypeAlias = BlockBackend | StreamBackend
+AnyStage: TypeAlias = Stage | StreamStage

@@ -18,10 +18,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from agent.backends import image_commit, image_keep, image_layout, image_live, image_snapshot, image_stage
-from agent.backends.base import CommitOrder, Examined, NewSnapshot, SnapshotReader, Stage
+from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SnapshotReader, Stage
 from agent.backends.image_copy import Copier, export_file, opened
 from agent.backends.image_layout import Layout, State, load_state
 from agent.delta import DeltaMap, DeltaRange
@@ -76,6 +76,7 @@ class ImageBackend:
     """One replica whose live copy is a raw image file. `step` is called by name at the points listed in STEPS."""
 
     kind = "image"
+    shape: Literal["blocks"] = "blocks"
 
     def __init__(
         self,
@@ -233,7 +234,7 @@ class ImageBackend:
             image_commit.settle(self._tools)  # a commit that was given up in the middle puts its tree back first
         image_stage.discard(self._layout)
 
-    def commit(self, stage: Stage, order: CommitOrder) -> tuple[PreservedCopy, ...]:
+    def commit(self, stage: AnyStage, order: CommitOrder) -> tuple[PreservedCopy, ...]:
         if not isinstance(stage, image_stage.ImageStage):
             raise TypeError("a stage of another backend")
         return image_commit.commit(self._tools, stage, order)
