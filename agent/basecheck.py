@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Sequence
 
-    from agent.backends.base import Backend
+    from agent.backends.base import BlockBackend
     from agent.delta import DeltaMap
     from resilver.lineage import Lineage
 
@@ -57,7 +57,7 @@ def pick_blocks(size_bytes: int, allocated: DeltaMap, chance: random.Random) -> 
     return [DeltaRange(start, min(BLOCK_BYTES, size_bytes - start)) for start in starts_at if start < size_bytes]
 
 
-def digest_ranges(backend: Backend, snapshot: str, ranges: Sequence[DeltaRange]) -> list[bytes]:
+def digest_ranges(backend: BlockBackend, snapshot: str, ranges: Sequence[DeltaRange]) -> list[bytes]:
     """The BLAKE3 of some stretches of a snapshot, each as long as it says."""
     reader = backend.open_reader(snapshot)
     try:

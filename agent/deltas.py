@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from agent.backends.base import Backend
+    from agent.backends.base import Backend, BlockBackend
     from agent.delta import DeltaMap
 
 RANGES_KEPT_MAX: Final = 1_000_000
@@ -23,9 +23,12 @@ _Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class DeltaSize:
-    """What a delta costs. `range_count` counts zero ranges too: they travel as a header each, and take an extent."""
+    """What a delta costs. `range_count` counts zero ranges too: they travel as a header each, and take an extent.
 
-    delta_bytes: int
+    Of a file system's own stream only `delta_bytes` is said, and not even that where nobody knows.
+    """
+
+    delta_bytes: int | None
     range_count: int
     capacity_bytes: int
 
@@ -39,24 +42,35 @@ class Deltas:
         self._sizes: OrderedDict[_Key, DeltaSize] = OrderedDict()
 
     def map(self, base: str, target: str) -> DeltaMap:
-        """The delta map; BASE_GONE, TARGET_GONE."""
+        """The delta map of a volume of blocks; BASE_GONE, TARGET_GONE."""
+        assert self._backend.shape == "blocks", "a stream has no map"
+        return self._map(self._backend, base, target)
+
+    def size(self, base: str, target: str) -> DeltaSize:
+        """What a delta costs; BASE_GONE, TARGET_GONE."""
+        key = (base, target)
+        if key not in self._sizes:
+            if self._backend.shape == "stream":
+                self._keep(key, DeltaSize(self._backend.delta_bytes(base, target), 0, 0))
+            else:
+                self._map(self._backend, base, target)
+        self._sizes.move_to_end(key)
+        return self._sizes[key]
+
+    def _map(self, backend: BlockBackend, base: str, target: str) -> DeltaMap:
         key = (base, target)
         known = self._maps.get(key)
         if known is not None:
             self._maps.move_to_end(key)
             return known
-        made = self._backend.delta_map(base, target)
-        self._sizes[key] = DeltaSize(made.data_bytes, len(made), made.capacity_bytes)
+        made = backend.delta_map(base, target)
+        self._keep(key, DeltaSize(made.data_bytes, len(made), made.capacity_bytes))
         self._maps[key] = made
         while self._maps and sum(len(each) for each in self._maps.values()) > RANGES_KEPT_MAX:
             self._maps.popitem(last=False)
-        while len(self._sizes) > SIZES_KEPT_MAX:
-            self._sizes.popitem(last=False)
         return made
 
-    def size(self, base: str, target: str) -> DeltaSize:
-        key = (base, target)
-        if key not in self._sizes:
-            self.map(base, target)
-        self._sizes.move_to_end(key)
-        return self._sizes[key]
+    def _keep(self, key: _Key, size: DeltaSize) -> None:
+        self._sizes[key] = size
+        while len(self._sizes) > SIZES_KEPT_MAX:
+            self._sizes.popitem(last=False)

@@ -12,7 +12,7 @@ import contextlib
 import time
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 
@@ -28,7 +28,7 @@ from agent.reporter import LOOK_S, Reporter
 from agent.reporter import Hello as AgentHello
 from agent.runs import Runs
 from agent.service import AgentService, Node, PeerService
-from agent.stream.sender import BlockServer, ServedSnapshot
+from agent.stream.sender import BlockServer, ServedSnapshot, ServedStream
 from agent.tickets import Tickets
 from agent.worker import Worker
 from resilver.address import Address
@@ -38,9 +38,14 @@ from resilver.rpc import add_health_and_reflection, bind, make_server, stop
 from resilver.v1 import agent_pb2_grpc
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from agent.backends.base import SendStream, SnapshotReader
     from agent.stream.frame import Hello
     from resilver.config import AgentConfig, VolumeConfig
     from resilver.volume import Progress, ReplicaReport
+
+Opened = TypeVar("Opened", bound="SnapshotReader | SendStream")
 
 SERVICES: Final = ("resilver.v1.Agent", "resilver.v1.Peer")
 SWEEP_S: Final = 3600.0
@@ -86,6 +91,7 @@ class AgentNode:
             Peers(loop),
             self._tickets,
             receive_max_count=config.limits.receive_max_count,
+            spool_max_bytes=config.space.spool_max_bytes,
             on_progress=self._progressed,
         )
         for replica in self._replicas.values():
@@ -194,26 +200,40 @@ class AgentNode:
         self._received.saw(progress)
         self._outbox.put_progress(progress)
 
-    def _authorize(self, hello: Hello) -> ServedSnapshot:
+    def _authorize(self, hello: Hello) -> ServedSnapshot | ServedStream:
         """Called by the block server, from the thread of a connection."""
         replica = self._replicas.get(hello.volume)
         if replica is None:
             raise Refused("TARGET_GONE", f"{self._config.node} has no volume {hello.volume!r}")
-        self._tickets.check(
+        ticket = self._tickets.check(
             secret=hello.ticket,
             resync_id=hello.resync_id,
             volume=hello.volume,
             target_node=hello.target_node,
             target=hello.target,
         )
-        opening = replica.reader.submit(partial(replica.backend.open_reader, hello.target))
+        backend, on_sent = replica.backend, _Renewal(self._tickets, hello).sent
+        if hello.stream is None and backend.shape == "blocks":
+            return ServedSnapshot(self._opened(replica, partial(backend.open_reader, hello.target)), on_sent)
+        if hello.stream is None or backend.shape == "blocks":
+            said = f"{hello.volume} on {self._config.node} is kept by the {backend.kind} backend, which sends otherwise"
+            raise Refused("BACKEND_MISMATCH", said)
+        chosen = next((each for each in backend.formats() if each in hello.stream.formats), None)
+        if chosen is None:
+            said = f"{self._config.node} writes {', '.join(backend.formats())}, not {', '.join(hello.stream.formats)}"
+            raise Refused("NOT_SUPPORTED", said)
+        send = partial(backend.open_send, ticket.base, hello.target, chosen, hello.stream.token)
+        return ServedStream(self._opened(replica, send), on_sent)
+
+    def _opened(self, replica: Replica, open_it: Callable[[], Opened]) -> Opened:
+        """What is opened on the volume's reading thread; a disk that does not answer is left to itself."""
+        opening = replica.reader.submit(open_it)
         try:
-            reader = opening.result(timeout=AUTHORIZE_TIMEOUT_S)
+            return opening.result(timeout=AUTHORIZE_TIMEOUT_S)
         except TimeoutError as error:
             opening.add_done_callback(_close_late)
-            said = f"the disk of {hello.volume} on {self._config.node} does not answer"
+            said = f"the disk of {replica.volume} on {self._config.node} does not answer"
             raise Unavailable("DEADLINE", said) from error
-        return ServedSnapshot(reader, _Renewal(self._tickets, hello).sent)
 
     def _hello(self) -> AgentHello:
         config = self._config

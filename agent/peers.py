@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import numpy as np
 from grpc import aio
 
+from agent.backends.base import StreamOrigin
 from agent.delta import DeltaMap
+from agent.stream.pump import FORMATS_MAX
 from agent.stream.work import Stopped
 from resilver import wire
 from resilver.errors import Damaged, Exhausted, Unavailable
-from resilver.fields import check_count, check_number
+from resilver.fields import check_count, check_number, check_optional, check_text, check_texts
 from resilver.rpc import make_channel, to_error
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 
@@ -63,10 +65,14 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a source told: the target's lineage, tip first, and the map from the base to it."""
+    """What a source told: the target's lineage, tip first, and the map from the base to it.
+
+    Instead of a map, which is empty then, `origin` where the source's file system writes a stream of its own.
+    """
 
     lineage: Lineage
     delta: DeltaMap
+    origin: StreamOrigin | None = None
 
 
 class Peers:
@@ -122,12 +128,15 @@ async def _fetch(source: Source, wanted: Wanted) -> Offer:
     records: list[Snapshot] = []
     columns = array("q"), array("q"), array("b")
     capacity = 0
+    origin: StreamOrigin | None = None
     async with _peer(source) as peer:
         call = peer.StreamDelta(request)
         while (page := await _next_page(call, source)) is not None:
             capacity = check_number(page.capacity_bytes, "capacity_bytes")
             records += [wire.snapshot_from_proto(record, "records") for record in page.records]
             check_count(records, "records", wire.LINEAGE_RECORDS_MAX)
+            if page.HasField("origin"):
+                origin = _origin(page.origin)
             for each in page.ranges:
                 columns[0].append(check_number(each.offset, "ranges.offset"))
                 columns[1].append(check_number(each.length, "ranges.length"))
@@ -147,7 +156,16 @@ async def _fetch(source: Source, wanted: Wanted) -> Offer:
         delta.check()
     except ValueError as error:
         raise Damaged("SOURCE_DAMAGED", f"{source.node} told a delta that is none: {error}") from error
-    return Offer(lineage, delta)
+    return Offer(lineage, delta, origin)
+
+
+def _origin(told: agent_pb2.StreamOrigin) -> StreamOrigin:
+    return StreamOrigin(
+        native_base=check_text(told.native_base, "origin.native_base"),
+        native_target=check_text(told.native_target, "origin.native_target"),
+        formats=check_texts(told.formats, "origin.formats", FORMATS_MAX),
+        stream_bytes=check_optional(told, "stream_bytes", "origin"),
+    )
 
 
 async def _next_page(

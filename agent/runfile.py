@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from agent.backends.base import StreamOrigin
 from agent.peers import Source
 from resilver.volume import Order, Progress, ResyncState, SourceShare
 
@@ -27,12 +28,20 @@ class RunOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class StagePlace:
+    """By what, beside base and target, a stage is opened again: the size of a volume of blocks, or a stream's ends."""
+
+    capacity_bytes: int = 0
+    origin: StreamOrigin | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SavedRun:
-    """`capacity_bytes` is known once a stage has been made, None before."""
+    """`place` is known once a stage has been made, None before."""
 
     wanted: RunOrder
     progress: Progress
-    capacity_bytes: int | None
+    place: StagePlace | None
     time_ms: int
 
 
@@ -51,6 +60,14 @@ def run_from_json(value: Json) -> SavedRun | None:
         progress["state"] = ResyncState(progress["state"])
         progress["sources"] = tuple(SourceShare(**share) for share in progress["sources"])
         progress["preserved"] = tuple(progress["preserved"])
-        return SavedRun(RunOrder(**wanted), Progress(**progress), value["capacity_bytes"], value["time_ms"])
+        return SavedRun(RunOrder(**wanted), Progress(**progress), _place(value["place"]), value["time_ms"])
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _place(value: Json | None) -> StagePlace | None:
+    if value is None:
+        return None
+    told = value["origin"]
+    origin = None if told is None else StreamOrigin(**{**told, "formats": tuple(told["formats"])})
+    return StagePlace(value["capacity_bytes"], origin)

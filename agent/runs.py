@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from agent.peers import Peers
     from agent.replica import Replica
-    from agent.runfile import RunOrder
+    from agent.runfile import RunOrder, StagePlace
     from agent.tickets import Tickets
 
 COUNTS_SAVED_S: Final = 5.0
@@ -53,12 +53,14 @@ class Runs:
         tickets: Tickets,
         *,
         receive_max_count: int,
+        spool_max_bytes: int,
         on_progress: Callable[[Progress], None],
     ) -> None:
         self._directory: Final = directory
         self._replicas: Final = replicas
         self._peers: Final = peers
         self._tickets: Final = tickets
+        self._spool_max_bytes: Final = spool_max_bytes
         self._on_progress: Final = on_progress
         self._mutex = threading.Lock()
         self._runs: dict[str, Run] = {}
@@ -79,10 +81,10 @@ class Runs:
         report = replica.check_receive(wanted.order, replaces=wanted.replace_unrelated)
         if report.lineage.find(wanted.target) is None:
             check_tip(wanted.order, report.lineage)
-        capacity = None
+        place = None
         if known is not None and (known.wanted.base, known.wanted.target) == (wanted.base, wanted.target):
-            capacity = known.capacity_bytes
-        run = self._made(wanted, replica, capacity_bytes=capacity)
+            place = known.place
+        run = self._made(wanted, replica, place=place)
         with self._mutex:
             self._save(run)
             before = self._runs.get(volume)
@@ -155,7 +157,7 @@ class Runs:
                 continue
             _log.info("run resumed", volume=volume, resync=saved.wanted.resync_id)
             progress = replace(saved.progress, state=ResyncState.QUEUED)
-            run = self._made(saved.wanted, replica, capacity_bytes=saved.capacity_bytes, progress=progress)
+            run = self._made(saved.wanted, replica, place=saved.place, progress=progress)
             with self._mutex:
                 self._runs[volume] = run
             self._start(run, None)
@@ -184,10 +186,18 @@ class Runs:
         wanted: RunOrder,
         replica: Replica,
         *,
-        capacity_bytes: int | None,
+        place: StagePlace | None,
         progress: Progress | None = None,
     ) -> Run:
-        return Run(wanted, replica, self._peers, self._told, progress=progress, capacity_bytes=capacity_bytes)
+        return Run(
+            wanted,
+            replica,
+            self._peers,
+            self._told,
+            progress=progress,
+            place=place,
+            spool_max_bytes=self._spool_max_bytes,
+        )
 
     def _start(self, run: Run, before: Run | None) -> None:
         name = f"run of {run.wanted.order.volume}"
@@ -216,12 +226,12 @@ class Runs:
         """
         volume = run.wanted.order.volume
         known = self._saved.get(volume)
-        saved = SavedRun(run.wanted, run.progress, run.capacity_bytes, now_ms())
+        saved = SavedRun(run.wanted, run.progress, run.place, now_ms())
         same_step = (
             known is not None
             and known.wanted.resync_id == run.wanted.resync_id
             and known.progress.state is run.progress.state
-            and known.capacity_bytes == run.capacity_bytes
+            and known.place == run.place
         )
         if same_step and time.monotonic() - self._saved_at.get(volume, 0.0) < COUNTS_SAVED_S:
             return

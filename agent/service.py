@@ -42,6 +42,7 @@ from resilver.wire import (
 if TYPE_CHECKING:
     from grpc import aio
 
+    from agent.backends.base import StreamBackend
     from agent.delta import DeltaMap
     from agent.identity import Identity
     from agent.replica import Replica
@@ -256,6 +257,12 @@ class PeerService(agent_pb2_grpc.PeerServicer):
             raise Refused("BASE_GONE", f"resync {ticket.resync_id} was prepared from base {ticket.base or 'nothing'}")
         start = check_number(request.starting_offset, "starting_offset")
         lineage = await replica.worker.run(partial(replica.lineage_to, ticket.target))
+        if replica.backend.shape == "stream":
+            work_out = partial(_origin, replica.backend, self._node.deltas[replica.volume], ticket)
+            origin = await replica.reader.run(work_out)
+            for records in record_pages(lineage):
+                yield agent_pb2.StreamDeltaResponse(records=records, origin=origin)
+            return
         delta = await replica.reader.run(partial(self._node.deltas[replica.volume].map, ticket.base, ticket.target))
         if start == 0:
             for records in record_pages(lineage):
@@ -281,7 +288,12 @@ class PeerService(agent_pb2_grpc.PeerServicer):
         if sum(each.length for each in ranges) > DIGEST_BYTES_MAX:
             raise invalid("ranges", f"have more than {DIGEST_BYTES_MAX} bytes together")
         await self._shown(request, snapshot=check_id(request.snapshot, "snapshot"))
-        digests = await replica.reader.run(partial(digest_ranges, replica.backend, request.snapshot, ranges))
+        backend = replica.backend
+        if backend.shape != "blocks":
+            raise Refused(
+                "NOT_SUPPORTED", f"{replica.volume} is kept by the {backend.kind} backend, which has no ranges"
+            )
+        digests = await replica.reader.run(partial(digest_ranges, backend, request.snapshot, ranges))
         return agent_pb2.DigestRangesResponse(digests=digests)
 
     async def _shown(
@@ -301,6 +313,15 @@ class PeerService(agent_pb2_grpc.PeerServicer):
             snapshot=snapshot,
         )
         return await self._node.control.run(check)
+
+
+def _origin(backend: StreamBackend, deltas: Deltas, ticket: Ticket) -> agent_pb2.StreamOrigin:
+    return agent_pb2.StreamOrigin(
+        native_base=backend.native_id(ticket.base) if ticket.base else "",
+        native_target=backend.native_id(ticket.target),
+        formats=backend.formats(),
+        stream_bytes=deltas.size(ticket.base, ticket.target).delta_bytes,
+    )
 
 
 def _ticket(request: agent_pb2.PrepareSendRequest, order: Order) -> Ticket:

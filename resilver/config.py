@@ -85,8 +85,9 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class Space(Struct, frozen=True, kw_only=True):
-    """What stays free of a file system: the larger of the two. `spool_max_bytes`: how much of a file system's own stream
-    is kept until it is in place, so that it need not be sent again.
+    """What stays free of a file system: the larger of the two.
+
+    `spool_max_bytes`: how much of a file system's own stream is kept until it is in place, so as not to be sent again.
     """
 
     reserve_ratio: Annotated[float, Meta(ge=0, le=0.9)] = 0.05

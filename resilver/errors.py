@@ -65,6 +65,7 @@ class Refused(ResilverError):
             "TARGET_CHANGED",
             "BASE_GONE",
             "TARGET_GONE",
+            "STREAM_CHANGED",
             "NO_SOURCE",
             "NO_SPACE",
             "PRESERVED_FULL",

@@ -198,6 +198,10 @@ class StreamStage(Protocol):
     directory: Path
     resumed: bool
 
+    @property
+    def complete(self) -> bool:
+        """Whether a whole stream has been taken, now or before a restart: `finish` has succeeded, nothing is fed."""
+
     def resume_token(self) -> str:
         """What the source's file system needs to go on where this one stopped; empty where it must start again."""
 

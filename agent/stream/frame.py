@@ -18,6 +18,10 @@ bytes) of the sixty before it. Numbers are little-endian. The rules:
 
 `DATA` answers one requested range, `ZERO` says that such a range reads as zero (a header only). The other kinds carry
 small bodies: JSON, or for `REQUEST` pairs of numbers.
+
+Where a HELLO wishes for a file system's own stream, nothing is requested: `DATA` and `ZERO` come in the order of the
+stream, 1 MiB each but the last, `WAIT` while the source has nothing to send yet, and `END` with the length and the
+chain of all digests (`extend_chain`), by which two streams with one beginning know each other.
 """
 
 from __future__ import annotations
@@ -67,6 +71,8 @@ class Kind(IntEnum):
     ZERO = 5  # server: a range that reads as zero
     ERROR = 6  # server: a reason and a sentence; the connection ends
     BYE = 7  # either: nothing more will come, and nothing is wrong
+    WAIT = 8  # server: the next piece of a stream is still being made
+    END = 9  # server: the stream is whole
 
 
 class Header(NamedTuple):
@@ -101,21 +107,44 @@ class Range(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class StreamWish:
+    """A stream that is wanted from `offset` on, a multiple of 1 MiB; `chain` is that of all before it, in hex.
+
+    `formats` are those that the target can take; `token` is what its file system said of where it stopped.
+    """
+
+    formats: tuple[str, ...]
+    offset: int = 0
+    chain: str = ""
+    token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
-    """Who asks, for which run, and for which snapshot of which volume."""
+    """Who asks, for which run, and for which snapshot of which volume; with a wish, for a stream to it."""
 
     ticket: str
     resync_id: str
     volume: str
     target: str
     target_node: str
+    stream: StreamWish | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """What the server will read from."""
+    """What the server will read from; of a stream, its format, and no size."""
 
     size_bytes: int
+    format: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd:
+    """How long a stream was, and the chain of its digests, in hex."""
+
+    length: int
+    chain: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +236,10 @@ def encode_welcome(welcome: Welcome) -> bytes:
     return encode(Kind.WELCOME, msgspec.json.encode(welcome))
 
 
+def encode_end(end: StreamEnd) -> bytes:
+    return encode(Kind.END, msgspec.json.encode(end))
+
+
 def encode_request(ranges: Sequence[tuple[int, int]]) -> bytes:
     """At most REQUEST_RANGES_MAX ranges, each of at most PAYLOAD_BYTES_MAX."""
     return encode(Kind.REQUEST, np.array(list(ranges), dtype=_RANGE).tobytes())
@@ -226,6 +259,10 @@ def decode_welcome(frame: Frame) -> Welcome:
     if not 0 <= welcome.size_bytes <= VOLUME_BYTES_MAX:
         raise _damaged("a WELCOME names an impossible size")
     return welcome
+
+
+def decode_end(frame: Frame) -> StreamEnd:
+    return _json(frame, StreamEnd)
 
 
 def decode_request(frame: Frame) -> list[Range]:
@@ -248,6 +285,11 @@ def decode_error(frame: Frame) -> ResilverError:
     if _REASON.fullmatch(told.reason) is None:
         raise _damaged("an ERROR names no reason")
     return error_for(told.reason, told.message[:MESSAGE_CHARS_MAX])
+
+
+def extend_chain(chain: bytes, digest: bytes) -> bytes:
+    """The chain of digests, one piece longer."""
+    return blake3(chain + digest).digest()
 
 
 def reads_as_zero(body: memoryview) -> bool:

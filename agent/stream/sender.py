@@ -10,6 +10,7 @@ The rules:
   answers does not leave within that time, is dropped. So is whoever sends a damaged frame: that ends its own
   connection, with an ERROR frame if it still listens, and no other.
 * Connections beyond `connections_max` are told so and closed.
+* Whoever wishes for a file system's own stream requests nothing: `pump.py` sends it from its beginning to its end.
 * `stop` lets each connection finish the buffer that it is sending, says BYE, and cuts what is left at its deadline.
 """
 
@@ -27,7 +28,7 @@ from typing import Final
 
 import structlog
 
-from agent.backends.base import SnapshotReader
+from agent.backends.base import SendStream, SnapshotReader
 from agent.stream import frame as frames
 from agent.stream.announcer import Announcer
 from agent.stream.frame import (
@@ -40,6 +41,7 @@ from agent.stream.frame import (
     Kind,
     Range,
 )
+from agent.stream.pump import Pump, check_wish
 from resilver.address import Address
 from resilver.errors import Damaged, Exhausted, Invalid, ResilverError, Unavailable
 from resilver.fields import check_id, check_name
@@ -72,7 +74,15 @@ class ServedSnapshot:
     on_sent: Callable[[int], None] = _nothing
 
 
-Authorize = Callable[[Hello], ServedSnapshot]
+@dataclass(frozen=True, slots=True)
+class ServedStream:
+    """A file system's own stream for an authorized connection, which wished for one; the server closes it."""
+
+    stream: SendStream
+    on_sent: Callable[[int], None] = _nothing
+
+
+Authorize = Callable[[Hello], ServedSnapshot | ServedStream]
 
 
 class BlockServer:
@@ -174,7 +184,7 @@ class BlockServer:
         with self._lock:
             self._connections.discard(connection)
 
-    def authorize(self, hello: Hello) -> ServedSnapshot:
+    def authorize(self, hello: Hello) -> ServedSnapshot | ServedStream:
         return self._authorize(hello)
 
     @property
@@ -241,12 +251,34 @@ class _Connection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         hello = self._hello()
         served = self._server.authorize(hello)
+        if isinstance(served, ServedStream):
+            self._stream(served, hello)
+            return
         try:
             with contextlib.closing(Announcer(served.reader, str(self._peer))) as announcer:
                 self._send(frames.encode_welcome(frames.Welcome(served.reader.size_bytes)))
                 self._answer(served, announcer)
         finally:
             served.reader.close()
+
+    def _stream(self, served: ServedStream, hello: Hello) -> None:
+        """Sends a stream from where the client wants it; the client says nothing more."""
+        assert hello.stream is not None, "nobody is given a stream who did not wish for one"
+
+        def send(data: bytes | memoryview) -> None:
+            if self._server.stopping or self._left():
+                raise _Gone
+            self._send(data)
+            served.on_sent(len(data))
+
+        with contextlib.closing(Pump(served.stream, str(self._peer))) as pump:
+            self._send(frames.encode_welcome(frames.Welcome(0, served.stream.format)))
+            pump.run(hello.stream, send, lambda: self._server.stopping or self._left())
+        raise _Gone
+
+    def _left(self) -> bool:
+        """Whether the client has closed, or said BYE: it says nothing else while it is sent a stream."""
+        return bool(self._readable.poll(0))
 
     def _hello(self) -> Hello:
         frame = self._frame(self._server.hello_timeout_s)
@@ -258,6 +290,8 @@ class _Connection:
         check_name(hello.volume, "volume")
         check_id(hello.target, "target")
         check_name(hello.target_node, "target_node")
+        if hello.stream is not None:
+            check_wish(hello.stream)
         return hello
 
     def _answer(self, served: ServedSnapshot, announcer: Announcer) -> None:

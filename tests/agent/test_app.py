@@ -60,7 +60,7 @@ def change(agent, old, new):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('backend = "image"', 'backend = "zfs"', "backend 'zfs' is not available"),
+        ('backend = "image"', 'backend = "tape"', "there is no backend 'tape'"),
         ("[[volumes]]", "[[volumes]]\nsize = 1", "unknown key"),
         ("vm1.img", "", "is a directory"),
         ('"test"', "7", "cluster"),

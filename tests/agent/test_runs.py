@@ -16,7 +16,7 @@ from agent.examiner import ReplicaSettings
 from agent.identity import Identity
 from agent.peers import Peers, Source
 from agent.replica import Replica
-from agent.runfile import RunOrder, SavedRun, run_from_json, run_to_json
+from agent.runfile import RunOrder, SavedRun, StagePlace, run_from_json, run_to_json
 from agent.runs import Runs
 from agent.tickets import Tickets
 from resilver.errors import ResilverError
@@ -33,7 +33,7 @@ def saved(state=ResyncState.BLOCKED, time_ms=NOW_MS):
     source = Source("a", "h:1", "h:2")
     wanted = RunOrder(order, "r1", "s1", "s2", "t", (source,), replace_own_data=True)
     progress = Progress("r1", "vm1", state, 9, 1, 5, 6, 0, (SourceShare("a", 6, 1),), "IN_USE", "by qemu", ("p1",))
-    return SavedRun(wanted, progress, MIB, time_ms)
+    return SavedRun(wanted, progress, StagePlace(MIB), time_ms)
 
 
 def test_a_run_comes_back_as_it_was_kept():
@@ -68,6 +68,7 @@ def kept(replica, tmp_path):
             Peers(loop),
             tickets,
             receive_max_count=1,
+            spool_max_bytes=0,
             on_progress=lambda _progress: None,
         )
         for one in left:

@@ -18,7 +18,7 @@ from agent.identity import Pin
 from agent.peers import Source
 from agent.replica import Replica
 from agent.run import Run
-from agent.runfile import RunOrder, SavedRun
+from agent.runfile import RunOrder, SavedRun, StagePlace
 from agent.runs import Runs
 from agent.stream.work import Stopped
 from agent.tickets import Ticket
@@ -84,16 +84,16 @@ class StepRun(Run):
             self._fail(Stopped())
             self.ended.set()
 
-    def _on_worker(self, job: Callable[[], Any]) -> Any:
+    def on_worker(self, job: Callable[[], Any]) -> Any:
         if self.stop.is_set():
             raise Stopped
         return job()
 
     def _work(self) -> Iterator[None]:
         wanted, backend = self.wanted, self._disk
-        self._tell(state=ResyncState.PREPARING)
+        self.tell(state=ResyncState.PREPARING)
         yield
-        report = self._on_worker(self._checked)
+        report = self.on_worker(self._checked)
         if self._is_done(report):
             self._succeed(report)
             return
@@ -107,7 +107,7 @@ class StepRun(Run):
             yield from self._blocks(stage)
         yield
         backend.decided_on = wanted.order.expected_tip or ""
-        self._on_worker(lambda: self._commit(stage, lineage))
+        self.on_worker(lambda: self._commit(stage, lineage))
         order = wanted.order
         epoch = (order.epoch, order.epoch_id)
         self._agent.world.watch.told_epoch(self._agent.name, order.volume, order.volume_id, epoch, "a commit")
@@ -115,26 +115,21 @@ class StepRun(Run):
     def _prepare_stage(self, report: ReplicaReport) -> Iterator[None]:
         wanted, disk = self.wanted, self._disk
         known, pair = disk.stage, (wanted.base, wanted.target)
-        if (
-            self.capacity_bytes is not None
-            and known is not None
-            and (known.base, known.target) == pair
-            and known.lineage
-        ):
-            self._may_replace(report, known.lineage)
+        if self.place is not None and known is not None and (known.base, known.target) == pair and known.lineage:
+            self.may_replace(report, known.lineage)
             return known.lineage
         lineage, left = yield from self._asked(self._agent.fetch)
-        self._may_replace(report, lineage)
-        self._tell(total_bytes=len(left), range_count=len(left))
+        self.may_replace(report, lineage)
+        self.tell(total_bytes=len(left), range_count=len(left))
         if wanted.base:
             check_lineages(wanted.base, report.lineage, lineage)
-        self.capacity_bytes = BLOCKS
+        self.place = StagePlace(BLOCKS)
         stage = disk.open_stage(wanted.base, wanted.target, BLOCKS)
         stage.lineage, stage.left = lineage, left
         return lineage
 
     def _blocks(self, stage: Any) -> Iterator[None]:
-        self._tell(state=ResyncState.TRANSFERRING)
+        self.tell(state=ResyncState.TRANSFERRING)
         while stage.left:
             yield
             if self.stop.is_set():
@@ -143,8 +138,8 @@ class StepRun(Run):
             value = yield from self._asked(lambda wanted, source, block=block: self._agent.pull(wanted, source, block))
             stage.content[block] = value
             stage.left.pop(0)
-            self._tell(done_bytes=(self.progress.done_bytes or 0) + 1)
-        self._tell(state=ResyncState.VERIFYING)
+            self.tell(done_bytes=(self.progress.done_bytes or 0) + 1)
+        self.tell(state=ResyncState.VERIFYING)
 
     def _asked(self, call: Callable[[RunOrder, Source], Any]) -> Iterator[None]:
         """The first good answer, as the real run asks: those that are away are waited for, but not for ever."""
@@ -188,9 +183,7 @@ class StepRuns(Runs):
             if saved.progress.state.final:
                 continue
             progress = replace(saved.progress, state=ResyncState.QUEUED)
-            self._runs[volume] = self._made(
-                saved.wanted, self._replicas[volume], capacity_bytes=saved.capacity_bytes, progress=progress
-            )
+            self._runs[volume] = self._made(saved.wanted, self._replicas[volume], place=saved.place, progress=progress)
 
     def _made(self, wanted: RunOrder, replica: Replica, **more: Any) -> Any:
         return StepRun(self._agent, wanted, replica, self._told, **more)
@@ -201,7 +194,7 @@ class StepRuns(Runs):
     def _save(self, run: Run) -> None:
         self._agent.step("run.begun")
         volume = run.wanted.order.volume
-        saved = SavedRun(run.wanted, run.progress, run.capacity_bytes, self._agent.now_ms())
+        saved = SavedRun(run.wanted, run.progress, run.place, self._agent.now_ms())
         self._saved[volume] = self._kept[volume] = saved
 
 
