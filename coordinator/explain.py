@@ -153,7 +153,8 @@ def _candidate_row(candidate: Candidate) -> tuple[str, ...]:
         answered = f"no, last report {_clock(candidate.report_time_ms)}"
     else:
         answered = "no, never"
-    return (candidate.node, answered, _cp(candidate.cp), candidate.live.value, candidate.verdict)
+    newest = candidate.snapshot_name or _cp(candidate.cp)
+    return (candidate.node, answered, newest, candidate.live.value, candidate.verdict)
 
 
 def _why_refused(title: str, election: ElectionRecord) -> str:
@@ -175,7 +176,7 @@ def _why_state(view: VolumeView, node: str) -> str:
     away = "" if replica.fresh else f"; it is not connected, its last report is of {_clock(replica.report_time_ms)}"
     match status.state:
         case ReplicaState.IN_SYNC:
-            said = f"its newest CP is the primary's, {_cp(replica.lineage.cp)}"
+            said = f"its newest CP is the primary's, {replica.lineage.tip_name}"
         case ReplicaState.EMPTY:
             said = "it has no data yet"
         case ReplicaState.LOST:
@@ -186,7 +187,7 @@ def _why_state(view: VolumeView, node: str) -> str:
             whom = "with the primary" if view.record.primary else "with anything: there is no primary yet"
             said = f"it has data, and no snapshot in common {whom}"
         case ReplicaState.UNKNOWN:
-            said = f"its newest CP was {_cp(replica.lineage.cp)}"
+            said = f"its newest CP was {replica.lineage.tip_name}"
             if status.fork is not None and node != view.record.primary:
                 said += f"; {_fork(view, node)}"
         case ReplicaState.STALE | ReplicaState.DIVERGED:
@@ -248,7 +249,7 @@ def _would_do(row: ReplicaPlan) -> str:
     said = _ACTIONS[row.action]
     copies = row.action in (PlanAction.DELTA, PlanAction.FULL)
     if row.action is PlanAction.DELTA:
-        said += f" from {_cp(row.base_cp)}" if row.base_cp != NO_CP else ""
+        said += f" from {row.base_name or _cp(row.base_cp)}"
     if row.size is not None and copies:
         said += f", {'' if row.exact else '>= '}{size(row.size.bytes)}"
     if row.sources and copies:

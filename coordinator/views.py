@@ -100,6 +100,8 @@ def replica_to_proto(engine: Engine, view: VolumeView, node: str, now_ms: int, *
         behind_duration=None if behind_ms is None else duration_to_proto(behind_ms),
         out_of_sync_bytes=out_of_sync_bytes(engine, view, node, status),
         own_cps=status.own_cps,
+        snapshot_name=_name(lineage.tip),
+        common_name=_name(status.common),
         backend=report.backend if report is not None else "",
         priority=replica.priority,
         resync=resync.id if resync is not None else "",
@@ -173,6 +175,10 @@ def fitted(message: volume_pb2.Volume) -> volume_pb2.Volume:
         del replica.problems[1:]
         del replica.live.in_use_by[1:]
     return message
+
+
+def _name(snapshot: Snapshot | None) -> str:
+    return cut(snapshot.name, USER_CHARS_MAX) if snapshot is not None else ""
 
 
 def _heard_ms(replica: ReplicaView, node: NodeView | None) -> int:

@@ -32,7 +32,7 @@ from coordinator.core.cluster import (
 )
 from coordinator.core.events import Planned, Pruned, VolumeRefusal
 from resilver.errors import ResilverError
-from resilver.fields import LIVE_STATES, RESYNC_STATES, TEXT_CHARS_MAX
+from resilver.fields import LIVE_STATES, NOTE_CHARS_MAX, RESYNC_STATES, TEXT_CHARS_MAX
 from resilver.v1 import coordinator_pb2, error_pb2, volume_pb2
 from resilver.volume import SourceShare
 from resilver.wire import SOURCES_MAX, cp_to_proto, time_to_proto
@@ -100,8 +100,8 @@ def first(items: Iterable[str], count_max: int = ENTRIES_MAX) -> list[str]:
 def loss_to_proto(loss: Loss) -> error_pb2.Loss:
     return error_pb2.Loss(
         node=loss.node,
-        from_cp="" if loss.from_cp is None else str(loss.from_cp),
-        to_cp="" if loss.to_cp is None else str(loss.to_cp),
+        from_cp="" if loss.from_cp is None else cut(loss.from_name or str(loss.from_cp)),
+        to_cp="" if loss.to_cp is None else cut(loss.to_name or str(loss.to_cp)),
         lost_cps=loss.lost_cps,
         live_modified=loss.live_modified,
         unseen_seconds=None if loss.unseen_ms is None else loss.unseen_ms / 1000,
@@ -146,6 +146,7 @@ def candidate_to_proto(candidate: Candidate) -> volume_pb2.Candidate:
         common_cp=cp_to_proto(candidate.common_cp),
         verdict=cut(candidate.verdict),
         priority=candidate.priority,
+        snapshot_name=cut(candidate.snapshot_name, NOTE_CHARS_MAX),
     )
 
 
@@ -185,6 +186,7 @@ def replica_plan_to_proto(plan: ReplicaPlan) -> volume_pb2.ReplicaPlan:
         action=ACTIONS[plan.action],
         base_cp=cp_to_proto(plan.base_cp),
         base=plan.base,
+        base_name=cut(plan.base_name, NOTE_CHARS_MAX),
         target_cp=cp_to_proto(plan.target_cp),
         target=plan.target,
         sources=first(plan.sources),

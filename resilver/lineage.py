@@ -6,6 +6,8 @@ The rules, on which everything else stands:
 * A lineage is a chain of records from the tip backwards. Pruning removes data, never a record.
 * One replica *contains* another if the other's tip is in its lineage. Sequence numbers never decide between
   lineages that do not contain each other.
+* Snapshots that other tools made have no CP, and their parents are each node's own: two nodes may hold different ones
+  of the same history. Where two lineages disagree about the order of what they share, neither is the newer one.
 * A comparison answers with a value, or with a typed reason that holds both sides.
 
 Pure: no I/O, no clock.
@@ -64,6 +66,8 @@ class Origin(Enum):
 class Snapshot:
     """One record of a lineage. `present` is one node's: whether the data is still there.
 
+    The `note` of an adopted one is the name that the other tool gave it.
+
     `create_time_ms` is Unix time; `parent` is empty for the first of a lineage. `group_id` is the same for snapshots of
     several volumes that were taken together, while all of them were held; empty for one that was taken alone.
     """
@@ -79,6 +83,11 @@ class Snapshot:
     origin: Origin = Origin.RESILVER
     note: str = ""
     group_id: str = ""
+
+    @property
+    def name(self) -> str:
+        """What to call it: its CP, or where it has none the name that another tool gave it, or its id."""
+        return str(self.cp) if self.cp != NO_CP else self.note or self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +132,11 @@ class Lineage:
     def tip_id(self) -> str:
         """The tip's id, empty if there is none."""
         return self.records[0].id if self.records else ""
+
+    @property
+    def tip_name(self) -> str:
+        """What to call the tip, `none` if there is none."""
+        return self.records[0].name if self.records else "none"
 
     @property
     def cp(self) -> ConsistencyPoint:
@@ -186,14 +200,16 @@ def newest_shared(mine: Lineage, theirs: Lineage) -> Snapshot | None:
 def relate(mine: Lineage, theirs: Lineage) -> Relation:
     """What `mine` is to `theirs`: BEHIND if my tip is in their lineage and not the reverse.
 
+    Two tips that are in each other's lineages are DIVERGED: the order of adopted snapshots is in doubt there.
     A lineage without records is EQUAL to another such, and BEHIND any other.
     """
     if mine.tip_id == theirs.tip_id:
         return Relation.EQUAL
-    if theirs.contains(mine):
-        return Relation.BEHIND
-    if mine.contains(theirs):
-        return Relation.AHEAD
+    behind, ahead = theirs.contains(mine), mine.contains(theirs)
+    if behind and ahead:
+        return Relation.DIVERGED
+    if behind or ahead:
+        return Relation.BEHIND if behind else Relation.AHEAD
     return Relation.UNRELATED if newest_shared(mine, theirs) is None else Relation.DIVERGED
 
 
@@ -217,7 +233,7 @@ class BaseGone:
     newest_shared: Snapshot
 
     def __str__(self) -> str:
-        shared = self.newest_shared.cp
+        shared = self.newest_shared.name
         return (
             f"the newest snapshot in common is {shared}, but its data, or that of any older one, is not on both sides: "
             f"{_names(self.mine)} here, {_names(self.theirs)} there"
@@ -237,7 +253,7 @@ def newest_in_common(mine: Lineage, theirs: Lineage) -> Snapshot | NothingInComm
 
 
 def _names(lineage: Lineage) -> str:
-    present = [str(record.cp) if record.cp != NO_CP else record.id for record in lineage if record.present]
+    present = [record.name for record in lineage if record.present]
     if not present:
         return "nothing"
     return ", ".join(present[:8]) + (f" and {len(present) - 8} more" if len(present) > 8 else "")

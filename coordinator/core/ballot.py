@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from coordinator.core.claims import Problem, exceeds, has_data, is_foreign, is_here, sorted_replicas
+from coordinator.core.claims import Problem, exceeds, has_data, is_foreign, is_here, newest_name, sorted_replicas
 from coordinator.core.cluster import ReplicaView, VolumeView
-from coordinator.core.words import listed, point
-from resilver.lineage import Lineage, newest_shared
+from coordinator.core.words import listed
+from resilver.lineage import NO_CP, Lineage, Relation, Snapshot, newest_shared, relate
 from resilver.volume import LiveState, Presence
 
 NEWEST_COPY_MISSING: Final = "NEWEST_COPY_MISSING"
@@ -75,11 +75,13 @@ def ballot(view: VolumeView) -> Ballot:
 
 def beats(mine: ReplicaView, other: ReplicaView) -> bool:
     """Whether `mine` is at least as up to date as the other."""
-    if mine.lineage.contains(other.lineage):
-        return True
-    if other.lineage.contains(mine.lineage) or newest_shared(mine.lineage, other.lineage) is None:
-        return False
-    return mine.lineage.cp.epoch > other.lineage.cp.epoch
+    match relate(mine.lineage, other.lineage):
+        case Relation.EQUAL | Relation.AHEAD:
+            return True
+        case Relation.DIVERGED:
+            return mine.lineage.cp.epoch > other.lineage.cp.epoch
+        case _:
+            return False
 
 
 def covers(mine: ReplicaView, other: ReplicaView) -> bool:
@@ -88,7 +90,8 @@ def covers(mine: ReplicaView, other: ReplicaView) -> bool:
         return False
     if "" not in (mine.report.volume_id, other.report.volume_id) and mine.report.volume_id != other.report.volume_id:
         return False
-    return bool(other.lineage.records) and mine.lineage.contains(other.lineage) and not other.live_modified
+    contains = relate(mine.lineage, other.lineage) in (Relation.EQUAL, Relation.AHEAD)
+    return bool(other.lineage.records) and contains and not other.live_modified
 
 
 def _known(view: VolumeView) -> Ballot:
@@ -130,7 +133,7 @@ def _first_sight(view: VolumeView) -> Ballot:
     else:
         beyond = tuple(one.node for one in here if one is not winner and not covers(winner, one))
         if beyond:
-            problems.append(_beyond_problem(beyond, winner))
+            problems.append(_not_covered(view, beyond, winner))
     return Ballot(winner, rule, tuple(problems), tuple(one.node for one in able), silent, beyond)
 
 
@@ -146,7 +149,8 @@ def _best(
     if len(pool) == 1:
         return winner, "the only candidate"
     if len(top) > 1:
-        return winner, f"equal CP, then {_tie_rule(view, winner, top[1])}"
+        what = "newest snapshot" if winner.lineage and winner.lineage.cp == NO_CP else "CP"
+        return winner, f"equal {what}, then {_tie_rule(view, winner, top[1])}"
     contained = all(winner.lineage.contains(one.lineage) for one in pool)
     return winner, "contains every other candidate" if contained else "the tip of the higher epoch"
 
@@ -203,27 +207,50 @@ def _nothing(view: VolumeView, here: Sequence[ReplicaView], silent: Sequence[str
 
 def _newest_missing(view: VolumeView) -> Problem:
     record = view.record
-    newest = point(record.newest_cp, record.newest_id)
+    newest = newest_name(view)
     holders = [one.node for one in sorted_replicas(view) if one.lineage.find(record.newest_id) is not None]
     last = f"it was last seen on {listed(holders)}" if holders else f"{record.primary or 'its primary'} took it"
     return Problem(NEWEST_COPY_MISSING, f"nobody who could go on has the newest known CP {newest}; {last}")
 
 
 def _beyond_problem(beyond: Sequence[str], winner: ReplicaView) -> Problem:
-    tip = point(winner.lineage.cp, winner.lineage.tip_id)
+    tip = winner.lineage.tip_name
     return Problem(
         NEWEST_COPY_MISSING, f"{listed(beyond)} has more than {winner.node} at {tip}, but no live copy to go on with"
     )
 
 
+def _not_covered(view: VolumeView, beyond: Sequence[str], winner: ReplicaView) -> Problem:
+    """At first sight: who has no live copy to go on with, but what the only one that could go on has not."""
+    if all(exceeds(view.replica(node).lineage, winner.lineage) for node in beyond):
+        return _beyond_problem(beyond, winner)
+    lacks = listed(f"{node} at {view.replica(node).lineage.tip_name}" for node in beyond)
+    common = _in_common([winner, *(view.replica(node) for node in beyond)])
+    message = f"{winner.node} at {winner.lineage.tip_name} is without what others have that no live copy descends from"
+    return Problem(NEWEST_COPY_MISSING, f"{message}: {lacks}; {common}")
+
+
+def _in_common(pool: Sequence[ReplicaView]) -> str:
+    """How far their histories agree."""
+    newest = _newest_in_all(pool)
+    return f"the newest that all of them have is {newest.name}" if newest is not None else "nothing is in all of them"
+
+
+def _newest_in_all(pool: Sequence[ReplicaView]) -> Snapshot | None:
+    rest = [one.lineage.ids() for one in pool[1:]]
+    return next((record for record in pool[0].lineage if all(record.id in ids for ids in rest)), None)
+
+
 def _ambiguous(pool: Sequence[ReplicaView]) -> Problem:
     each = listed(_described(one) for one in pool)
-    return Problem(AMBIGUOUS, f"several replicas have data, and none contains all others: {each}")
+    message = f"several replicas have data, and none contains all others: {each}"
+    # Of snapshots that other tools made no number tells how far they agree.
+    adopted = any(one.lineage and one.lineage.cp == NO_CP for one in pool)
+    return Problem(AMBIGUOUS, f"{message}; {_in_common(pool)}" if adopted else message)
 
 
 def _described(one: ReplicaView) -> str:
-    tip = point(one.lineage.cp, one.lineage.tip_id)
-    return f"{one.node} at {tip}{', with live writes' if one.live_modified else ''}"
+    return f"{one.node} at {one.lineage.tip_name}{', with live writes' if one.live_modified else ''}"
 
 
 def _presence(replica: ReplicaView) -> Presence | None:

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 from coordinator.core.cluster import ReplicaView, VolumeEntry, VolumeView
 from coordinator.core.words import listed, point, silent
-from resilver.lineage import Lineage
+from resilver.lineage import Lineage, Relation, relate
 from resilver.volume import Grant, LiveState, Presence, ReplicaReport, VolumeRecord
 
 PRIMARY_AWAY: Final = "PRIMARY_AWAY"
@@ -60,7 +60,15 @@ def is_here(view: VolumeView, replica: ReplicaView) -> bool:
 
 def exceeds(mine: Lineage, theirs: Lineage) -> bool:
     """Whether `mine` has every CP of `theirs` and more. Of no CPs at all nothing can be said."""
-    return bool(theirs.records) and mine.tip_id != theirs.tip_id and mine.contains(theirs)
+    return bool(theirs.records) and relate(mine, theirs) is Relation.AHEAD
+
+
+def newest_name(view: VolumeView) -> str:
+    """What to call the newest known CP; of an adopted snapshot only who has it knows the name."""
+    record = view.record
+    found = (one.lineage.find(record.newest_id) for one in sorted_replicas(view))
+    named = next((one.name for one in found if one is not None), "")
+    return named or point(record.newest_cp, record.newest_id)
 
 
 def next_epoch(view: VolumeView) -> int:
@@ -253,7 +261,7 @@ def _away(view: VolumeView, now_ms: int) -> str:
     if is_foreign(view, replica):
         return f"the primary {node} answers, but with the data of another volume ({report.volume_id})"
     if report.live.state is LiveState.ABSENT:
-        return f"the primary {node} answers, but its live copy is gone; its last CP is {_cp(report.lineage)}"
+        return f"the primary {node} answers, but its live copy is gone; its last CP is {report.lineage.tip_name}"
     return ""
 
 
@@ -261,15 +269,15 @@ def _behind(view: VolumeView) -> str:
     record, entry = view.record, view.entry
     mine = view.replica(record.primary).lineage
     if record.newest_id and mine.find(record.newest_id) is None:
-        newest = point(record.newest_cp, record.newest_id)
-        return f"the primary {record.primary} is here at {_cp(mine)}, without the newest known CP {newest}"
+        newest = newest_name(view)
+        return f"the primary {record.primary} is here at {mine.tip_name}, without the newest known CP {newest}"
     if entry is not None and entry.opening:
         # Whoever reigned before may have CPs after the fork; they were given up when this epoch was opened.
         return ""
     ahead = [one for one in sorted_replicas(view) if is_here(view, one) and exceeds(one.lineage, mine)]
     if ahead:
-        names = listed(f"{one.node} at {_cp(one.lineage)}" for one in ahead)
-        return f"the primary {record.primary} is here at {_cp(mine)}, but others have all of that and more: {names}"
+        names = listed(f"{one.node} at {one.lineage.tip_name}" for one in ahead)
+        return f"the primary {record.primary} is here at {mine.tip_name}, but others have all of that and more: {names}"
     return ""
 
 
@@ -288,7 +296,3 @@ def _own_grant(view: VolumeView) -> list[str]:
         return []  # said by rivals()
     held = f"epoch {grant.epoch}" if grant.epoch != record.epoch else f"another epoch {grant.epoch}"
     return [f"the primary {record.primary} holds a grant for {held}, but the store is in epoch {record.epoch}"]
-
-
-def _cp(lineage: Lineage) -> str:
-    return point(lineage.cp, lineage.tip_id)

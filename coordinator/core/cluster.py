@@ -151,7 +151,10 @@ class VolumeView:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What is given up with a node's data. `unseen_ms` None: never heard of."""
+    """What is given up with a node's data. `unseen_ms` None: never heard of.
+
+    `from_name` and `to_name` stand for the CPs where those are of another tool's snapshots, which have none.
+    """
 
     node: str
     from_cp: ConsistencyPoint | None = None
@@ -159,6 +162,8 @@ class Loss:
     lost_cps: int | None = None
     live_modified: bool = False
     unseen_ms: int | None = None
+    from_name: str = ""
+    to_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +192,7 @@ class Candidate:
     common_cp: ConsistencyPoint
     priority: int
     verdict: str
+    snapshot_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +268,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPlan:
-    """One row of a plan. `base` empty with FULL: everything that is allocated is copied.
+    """One row of a plan. `base` empty with FULL: everything that is allocated is copied; `base_name` is its CP or name.
 
     `size` is filled in by whoever asked a source; not `exact` while the target CP is still to be taken, and a lower
     bound then. `own_base` is where the replica's own data begins (for what preserving it costs).
@@ -274,6 +280,7 @@ class ReplicaPlan:
     why: str
     base: str = ""
     base_cp: ConsistencyPoint = NO_CP
+    base_name: str = ""
     target: str = ""
     target_cp: ConsistencyPoint = NO_CP
     expected_tip: str = ""

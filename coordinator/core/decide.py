@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from coordinator.core.claims import next_epoch, reconcile
+from coordinator.core.claims import newest_name, next_epoch, reconcile
 from coordinator.core.cluster import (
     Candidate,
     Elected,
@@ -216,7 +216,8 @@ def _fork_gone(context: Context, record: VolumeRecord) -> Refused | None:
     winner = context.view(record.volume).replica(record.primary)
     if not record.newest_id or not winner.fresh or winner.lineage.find(record.newest_id) is not None:
         return None
-    message = f"epoch {record.epoch} cannot be opened: {record.primary} is without {record.newest_cp}, its beginning"
+    newest = newest_name(context.view(record.volume))
+    message = f"epoch {record.epoch} cannot be opened: {record.primary} is without {newest}, its beginning"
     return Refused("PRIMARY_BEHIND", message, next_command=f"resilver elect {record.volume}")
 
 

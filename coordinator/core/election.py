@@ -30,6 +30,7 @@ from coordinator.core.claims import (
     is_foreign,
     is_here,
     missing_members,
+    newest_name,
     next_epoch,
     primary_problems,
     reconcile,
@@ -190,23 +191,28 @@ def _loss(case: _Case, node: str, winner: ReplicaView) -> Loss:
     replica, record = case.view.replica(node), case.view.record
     unseen_ms = max(case.now_ms - replica.report_time_ms, 0) if replica.report is not None else None
     if not replica.lineage.records or node == winner.node:
-        to_cp = record.newest_cp if node == record.primary and record.newest_id else None
-        return Loss(node, None, to_cp, None, replica.live_modified, unseen_ms)
+        acknowledged = node == record.primary and bool(record.newest_id)
+        to_name = newest_name(case.view) if acknowledged and record.newest_cp == NO_CP else ""
+        to_cp = record.newest_cp if acknowledged else None
+        return Loss(node, None, to_cp, None, replica.live_modified, unseen_ms, "", to_name)
     fork = newest_shared(replica.lineage, winner.lineage)
     own = replica.lineage.after(fork.id) if fork is not None else replica.lineage.records
     if not own:
         return Loss(node, None, None, 0, replica.live_modified, unseen_ms)
-    return Loss(node, own[-1].cp, own[0].cp, len(own), replica.live_modified, unseen_ms)
+    first, last = ("" if one.cp != NO_CP else one.name for one in (own[-1], own[0]))
+    return Loss(node, own[-1].cp, own[0].cp, len(own), replica.live_modified, unseen_ms, first, last)
 
 
 def _told(loss: Loss) -> str:
     """`a: 1-3 .. 1-4 (2 CPs), live writes, and what it has written in the 47 s since it was heard`."""
     parts = []
     if loss.lost_cps and loss.from_cp is not None and loss.to_cp is not None:
-        stretch = f"{loss.from_cp}" if loss.lost_cps == 1 else f"{loss.from_cp} .. {loss.to_cp}"
-        parts.append(f"{stretch} ({counted(loss.lost_cps, 'CP')})")
+        first, last = loss.from_name or str(loss.from_cp), loss.to_name or str(loss.to_cp)
+        stretch = first if loss.lost_cps == 1 else f"{first} .. {last}"
+        what = "snapshot" if loss.from_name or loss.to_name else "CP"
+        parts.append(f"{stretch} ({counted(loss.lost_cps, what)})")
     elif loss.to_cp is not None:
-        parts.append(f"CPs up to {loss.to_cp}")
+        parts.append(f"what is up to {loss.to_name}" if loss.to_name else f"CPs up to {loss.to_cp}")
     if loss.live_modified:
         parts.append("live writes")
     if loss.unseen_ms is None:
@@ -288,6 +294,7 @@ def _candidate(
         common_cp=common.cp if common is not None else NO_CP,
         priority=replica.priority,
         verdict=_verdict(view, replica, winner, accepted),
+        snapshot_name=replica.lineage.tip.name if replica.lineage.tip is not None else "",
     )
 
 
@@ -311,14 +318,20 @@ def _beside(replica: ReplicaView, lineage: Lineage, node: str) -> str:
         return f"cannot be compared with {node}"
     match relate(mine, lineage):
         case Relation.EQUAL:
-            return f"has the same CP as {node}{writes}"
+            return f"has the same {'CP as' if mine.cp != NO_CP else 'newest snapshot as'} {node}{writes}"
         case Relation.BEHIND:
             return f"is contained in {node}{writes}"
         case Relation.AHEAD:
             return f"has {span(mine.after(lineage.tip_id))} beyond {node}{writes}"
         case Relation.DIVERGED:
-            fork = newest_shared(mine, lineage)
-            assert fork is not None
-            return f"split from {node} at {name_of(fork)}, with {span(mine.after(fork.id))} of its own{writes}"
+            return _split(mine, lineage, node) + writes
         case Relation.UNRELATED:
             return f"has nothing in common with {node}"
+
+
+def _split(mine: Lineage, lineage: Lineage, node: str) -> str:
+    fork = newest_shared(mine, lineage)
+    assert fork is not None
+    if fork.id == lineage.tip_id:
+        return f"has the snapshots of {node} in another order: {mine.tip_name} is its newest"
+    return f"split from {node} at {name_of(fork)}, with {span(mine.after(fork.id))} of its own"

@@ -8,6 +8,8 @@ The rules:
 * A delta is never turned into a full copy in silence: without a base the row is blocked, and says what would do it.
 * The base is the newest snapshot that the replica and a source both still have; every node that has base and target
   is a source, in a fixed order.
+* Snapshots that other tools made are a base like any other, and are never preserved, because nothing replaces them.
+* Kinds of volume that cannot read each other's deltas do not mix; those that exchange blocks do.
 * The primary is settled before a plan is made; reports are fresh.
 
 Pure: no I/O, no clock. Sizes are filled in by whoever asks a source.
@@ -38,12 +40,17 @@ from resilver.lineage import (
     ConsistencyPoint,
     Lineage,
     NothingInCommon,
+    Origin,
     Snapshot,
     newest_in_common,
+    newest_shared,
 )
 from resilver.volume import LiveCopy, LiveState
 
 ETAG_BYTES: Final = 4
+
+_BLOCKS: Final = ("image", "lvm-thin")
+"""Kinds that exchange blocks. Every other kind sends its file system's own stream, which only its own kind reads."""
 
 _S = ReplicaState
 _MUST_BE_NAMED: Final = {
@@ -201,14 +208,17 @@ def _changed(goal: _Goal, row: ReplicaPlan, replica: ReplicaView) -> ReplicaPlan
     holds = bool(goal.target) and lineage.find(goal.target) is not None
     if row.state is not _S.DIVERGED and holds and live is LiveState.UNMODIFIED:
         return replace(row, action=PlanAction.NONE, why="it has the target, and its live copy is unmodified")
-    kept = goal.lineage.ids()
-    own = [record for record in lineage if record.id not in kept]
+    # Only what is newer than the fork is its own: other tools may have let go of older ones on one side alone.
+    kept, fork = goal.lineage.ids(), newest_shared(lineage, goal.lineage)
+    after = lineage.after(fork.id) if fork is not None else lineage.records
+    own = [record for record in after if record.id not in kept]
     if own or row.state is _S.DIVERGED:
         # An agent refuses to replace what keeps being written to, unless an operator has named the node.
         named = row.node in goal.replaced
-        row = replace(row, preserve=_own_data(own, live), replace_own_data=True, replace_unrelated=named)
+        ours = [record for record in own if record.origin is not Origin.ADOPTED]
+        row = replace(row, preserve=_own_data(ours, live), replace_own_data=True, replace_unrelated=named)
     if goal.full and not holds:
-        return _full(goal, replace(row, why=_why(goal, replica, "a full copy was asked for")))
+        return _full(goal, replace(row, why=_why(goal, replica, f"a full copy was asked for{_left_alone(own)}")))
     found = newest_in_common(lineage, goal.lineage)
     if isinstance(found, NothingInCommon):
         return _blocked(row, "REPLICA_UNRELATED", str(found), f"resilver explain {goal.view.name} {row.node}")
@@ -220,8 +230,10 @@ def _changed(goal: _Goal, row: ReplicaPlan, replica: ReplicaView) -> ReplicaPlan
     if base is None:
         return _no_source(goal, row)
     able = tuple(one.node for one in sources if _has(one, base.id))
-    why = _why(goal, replica, f"{name_of(base)} is the newest snapshot in common")
-    return replace(row, action=PlanAction.DELTA, why=why, base=base.id, base_cp=base.cp, sources=able)
+    left = _left_alone(own)
+    why = _why(goal, replica, f"{name_of(base)} is the newest snapshot in common{left}")
+    named_base = replace(row, base=base.id, base_cp=base.cp, base_name=base.name)
+    return replace(named_base, action=PlanAction.DELTA, why=why, sources=able)
 
 
 def _full(goal: _Goal, row: ReplicaPlan) -> ReplicaPlan:
@@ -266,7 +278,7 @@ def _sources(goal: _Goal, replica: ReplicaView) -> tuple[ReplicaView, ...]:
         if one.node != replica.node
         and is_here(goal.view, one)
         and (_has(one, goal.target) if goal.target else one.node == primary)
-        and not _backend_mismatch(goal.view, one)
+        and _exchange(_kind(one), _kind(replica))
     ]
     return tuple(sorted(able, key=lambda one: (one.node != primary, -one.priority, one.node)))
 
@@ -289,12 +301,26 @@ def _has(replica: ReplicaView, snapshot_id: str) -> bool:
 
 
 def _backend_mismatch(view: VolumeView, replica: ReplicaView) -> str:
-    """Deltas do not cross kinds of volume yet."""
-    primary = view.replica(view.record.primary).report
-    mine = replica.report
-    if primary is None or mine is None or not primary.backend or mine.backend in ("", primary.backend):
+    """Why the replica cannot take what the primary sends, and what would be right; empty if it can."""
+    node, primary = replica.node, view.record.primary
+    mine, theirs = _kind(replica), _kind(view.replica(primary))
+    if _exchange(mine, theirs):
         return ""
-    return f"{replica.node} is kept by the {mine.backend} backend, the primary by {primary.backend}"
+    right = _BLOCKS if theirs in _BLOCKS else (theirs,)
+    kinds = " or ".join(f'"{kind}"' for kind in right)
+    return (
+        f"{node} keeps {view.name} as {mine}, the primary {primary} as {theirs}, and neither can read what the other "
+        f"sends: configure {view.name} on {node} with backend = {kinds}"
+    )
+
+
+def _exchange(mine: str, theirs: str) -> bool:
+    """Whether two kinds read each other's deltas; an agent that tells no kind is given the benefit of the doubt."""
+    return "" in (mine, theirs) or mine == theirs or (mine in _BLOCKS and theirs in _BLOCKS)
+
+
+def _kind(replica: ReplicaView) -> str:
+    return replica.report.backend if replica.report is not None else ""
 
 
 # Words.
@@ -313,11 +339,18 @@ def _own_data(own: Sequence[Snapshot], live: LiveState) -> tuple[str, ...]:
 
 
 def _all_it_has(replica: ReplicaView) -> tuple[str, ...]:
-    present = [record for record in replica.lineage if record.present]
+    present = [record for record in replica.lineage if record.present and record.origin is not Origin.ADOPTED]
     words = [f"snapshots {span(present)}"] if present else []
     if _live(replica) is not LiveState.ABSENT:
         words.append("the whole live copy")
     return tuple(words)
+
+
+def _left_alone(own: Sequence[Snapshot]) -> str:
+    """What of another tool's is off the new lineage: it stays, but no delta starts there any more."""
+    theirs = [record for record in own if record.origin is Origin.ADOPTED and record.present]
+    stay = "stays" if len(theirs) == 1 else "stay"
+    return f"; another tool's {span(theirs)} {stay}, off the lineage" if theirs else ""
 
 
 def _why(goal: _Goal, replica: ReplicaView, text: str) -> str:

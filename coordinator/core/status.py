@@ -13,6 +13,7 @@ Pure: no I/O, no clock.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from coordinator.core.claims import (
@@ -20,12 +21,13 @@ from coordinator.core.claims import (
     has_data,
     is_foreign,
     is_here,
+    newest_name,
     primary_problems,
     recovering_problem,
     sorted_replicas,
 )
 from coordinator.core.cluster import ReplicaState, ReplicaView, Role, Status, VolumeState, VolumeView
-from coordinator.core.words import age, counted, listed, name_of, silent, size
+from coordinator.core.words import age, counted_snapshots, listed, name_of, silent, size
 from resilver.lineage import Lineage, Relation, Snapshot, newest_in_common, newest_shared, relate
 from resilver.volume import LiveCopy, LiveState, Presence, ReplicaReport
 
@@ -190,7 +192,7 @@ def _of_state(view: VolumeView, replica: ReplicaView, status: Status, now_ms: in
     found = []
     match status.state:
         case ReplicaState.UNKNOWN if replica.fresh:
-            message = f"cannot be compared: the primary does not show the newest known CP {view.record.newest_cp}"
+            message = f"cannot be compared: the primary does not show the newest known CP {newest_name(view)}"
             found.append(Problem("UNKNOWN", message, f"resilver elect {name}"))
         case ReplicaState.UNKNOWN:
             reason = "DUPLICATE_NODE" if replica.duplicate else "UNKNOWN"
@@ -210,7 +212,7 @@ def _of_state(view: VolumeView, replica: ReplicaView, status: Status, now_ms: in
             message = f"{who}: the first resync copies the whole volume"
             found.append(Problem("EMPTY", message, f"resilver resync {name}"))
         case ReplicaState.DIVERGED:
-            found.append(Problem("DIVERGED", _split(replica, status), f"resilver explain {name} {node}"))
+            found.append(Problem("DIVERGED", _split(view, replica, status), f"resilver explain {name} {node}"))
         case ReplicaState.STALE:
             found.append(_stale(view, replica, status, now_ms))
         case ReplicaState.IN_SYNC:
@@ -218,17 +220,40 @@ def _of_state(view: VolumeView, replica: ReplicaView, status: Status, now_ms: in
     return found
 
 
-def _split(replica: ReplicaView, status: Status) -> str:
+def _split(view: VolumeView, replica: ReplicaView, status: Status) -> str:
     fork = status.fork
     where = f"split at {name_of(fork)}" if fork is not None else "split"
-    own = [counted(status.own_cps, "CP")] if status.own_cps else []
+    after = replica.lineage.after(fork.id) if fork is not None else ()
+    if fork is not None and after and fork.id == reference_lineage(view).tip_id and _known_to(view, after):
+        return (
+            f"it has the primary's snapshots in another order, with {replica.lineage.tip_name} as its newest. "
+            "A resync brings it to the primary's order."
+        )
+    own = [counted_snapshots(after)] if after else []
     live = replica.report.live if replica.report is not None else LiveCopy()
     if live.state is LiveState.MODIFIED:
         amount = f" ({size(live.modified_bytes)})" if live.modified_bytes is not None else ""
         own.append(f"live writes{amount}")
-    verb = "is" if own == ["1 CP"] else "are"
+    verb = "is" if own in (["1 CP"], ["1 snapshot"]) else "are"
+    if after and live.state is not LiveState.MODIFIED and _others_have(view, after):
+        return (
+            f"{where}; another tool has gone on to {replica.lineage.tip_name}, which is on {view.record.primary} too, "
+            "but off the volume's lineage. Stop that tool's replication, then resync."
+        )
     users = f" It is in use by {listed(live.in_use_by)}." if live.in_use_by else ""
     return f"{where}; {' and '.join(own)} {verb} only on {replica.node}.{users} Nothing replaces them until you say so."
+
+
+def _known_to(view: VolumeView, after: Sequence[Snapshot]) -> bool:
+    ids = reference_lineage(view).ids()
+    return all(one.id in ids for one in after)
+
+
+def _others_have(view: VolumeView, after: Sequence[Snapshot]) -> bool:
+    """Whether the primary has all of these too, made by another tool since its epoch was opened."""
+    report = view.replica(view.record.primary).report
+    others = {one.id for one in report.others} if report is not None else set()
+    return all(one.id in others for one in after)
 
 
 def _stale(view: VolumeView, replica: ReplicaView, status: Status, now_ms: int) -> Problem:
@@ -241,7 +266,7 @@ def _stale(view: VolumeView, replica: ReplicaView, status: Status, now_ms: int) 
         message = f"{behind}its live copy is in use{users}, so it cannot be compared; a resync waits for it at its end"
         return Problem("IN_USE", message, resync)
     if live.state is LiveState.ABSENT and not status.behind_cps:
-        return Problem("STALE", "its snapshots are in sync, but its live copy is gone; a resync brings it back", resync)
+        return Problem("STALE", "its snapshots are in sync, but it has no live copy; a resync makes one", resync)
     if status.common is None:
         fork = f" ({name_of(status.fork)})" if status.fork is not None else ""
         message = f"{behind}no common snapshot is left on both sides{fork}; only a full copy is possible"
@@ -257,7 +282,7 @@ def _behind(view: VolumeView, status: Status, now_ms: int) -> str:
     lacking = reference_lineage(view).after(status.fork.id)
     if lacking and lacking[-1].create_time_ms:
         return f"{age(now_ms - lacking[-1].create_time_ms)} behind; "
-    return f"{counted(status.behind_cps, 'CP')} behind; "
+    return f"{counted_snapshots(lacking)} behind; "
 
 
 def _of_report(report: ReplicaReport, node: str) -> list[Problem]:

@@ -50,8 +50,8 @@ def size(count: int) -> str:
 
 
 def name_of(snapshot: Snapshot) -> str:
-    """Its CP, or its id where it was adopted and has none."""
-    return str(snapshot.cp) if snapshot.cp != NO_CP else snapshot.id
+    """Its CP, or the name that another tool gave it."""
+    return snapshot.name
 
 
 def point(cp: ConsistencyPoint, snapshot_id: str) -> str:
@@ -73,6 +73,11 @@ def span(snapshots: Sequence[Snapshot]) -> str:
     return ", ".join(name_of(one) for one in reversed(snapshots))
 
 
+def counted_snapshots(snapshots: Sequence[Snapshot]) -> str:
+    """`2 CPs`; `2 snapshots` where one of them was adopted and is no CP."""
+    return counted(len(snapshots), "CP" if all(one.cp != NO_CP for one in snapshots) else "snapshot")
+
+
 def counted(count: int, one: str) -> str:
     return f"{count} {one}" if count == 1 else f"{count} {one}s"
 
@@ -89,5 +94,6 @@ def last_seen(replica: ReplicaView, now_ms: int) -> str:
     report = replica.report
     if report is None:
         return "nothing has been heard of it"
-    cp = point(report.lineage.cp, report.lineage.tip_id)
-    return f"its last CP was {cp}, heard {age(now_ms - replica.report_time_ms)} ago, {_LIVE[report.live.state]}"
+    what = "snapshot" if report.lineage and report.lineage.cp == NO_CP else "CP"
+    heard = f"heard {age(now_ms - replica.report_time_ms)} ago, {_LIVE[report.live.state]}"
+    return f"its last {what} was {report.lineage.tip_name}, {heard}"

@@ -18,6 +18,9 @@ _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _FINE_FROM: Final = 3
 """From GiB on, two decimals: a tenth of a GiB is too coarse to plan by."""
 
+NAME_CHARS_MAX: Final = 17
+"""Of the name that another tool gave a snapshot, in a table; other tools put the date into it, so both ends count."""
+
 STYLES: Final = {
     "IN_SYNC": "green",
     "HEALTHY": "green",
@@ -120,6 +123,14 @@ def count(number: int, one: str, many: str = "") -> str:
 def listing(items: Iterable[str]) -> str:
     """`a, b`; "-" for none."""
     return ", ".join(items) or "-"
+
+
+def called(name: str, cp: str | None, chars_max: int = NAME_CHARS_MAX) -> str:
+    """A snapshot in a cell: its CP, else the name that another tool gave it, cut in the middle; "" for none."""
+    if cp or len(name) <= chars_max:
+        return cp or name
+    head = (chars_max - 1) // 2
+    return f"{name[:head]}…{name[head + 1 - chars_max :]}"
 
 
 def short_id(identity: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from resilver.lineage import (
     ConsistencyPoint,
     Lineage,
     NothingInCommon,
+    Origin,
     Relation,
     Snapshot,
     newest_in_common,
@@ -198,3 +201,32 @@ class TestNewestInCommon:
         assert type(here) is type(there)
         if isinstance(here, Snapshot) and isinstance(there, Snapshot):
             assert here.id == there.id
+
+
+class TestAdopted:
+    """Snapshots of other tools: no CP, and parents that are each node's own."""
+
+    def test_two_that_hold_different_ones_of_one_history_are_ordered_by_their_tips(self) -> None:
+        assert relate(adopted("1", "3"), adopted("2", "3", "4")) is Relation.BEHIND
+        assert relate(adopted("2", "3", "4"), adopted("1", "3")) is Relation.AHEAD
+        assert relate(adopted("1", "3"), adopted("2", "3")) is Relation.EQUAL
+        assert relate(adopted("1", "3"), adopted("1", "2")) is Relation.DIVERGED
+
+    def test_where_they_disagree_about_the_order_neither_is_the_newer(self) -> None:
+        mine, theirs = adopted("1", "2", "3"), adopted("1", "3", "2")
+        assert relate(mine, theirs) is relate(theirs, mine) is Relation.DIVERGED
+
+    def test_they_are_called_by_the_name_that_they_have(self) -> None:
+        lineage = adopted("1", "2")
+        assert (lineage.tip_name, Lineage().tip_name) == ("daily-2", "none")
+        assert Snapshot("77").name == "77"
+        assert Snapshot("s1", ConsistencyPoint(3, 1), note="before the upgrade").name == "3-1"
+        gone = newest_in_common(adopted("1").with_presence(()), lineage)
+        assert "daily-1, but its data" in str(gone)
+        assert "nothing here, daily-2, daily-1 there" in str(gone)
+
+
+def adopted(*ids: str) -> Lineage:
+    """Oldest first, each with the one before it on this node as its parent."""
+    made = chain(*ids).records
+    return Lineage(tuple(replace(one, cp=NO_CP, origin=Origin.ADOPTED, note=f"daily-{one.id}") for one in made))

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from resilver.cli.plainjson import cp_text, word
 from resilver.cli.screens.layout import indented, table
-from resilver.cli.words import age, clock, count, seconds_of, state
+from resilver.cli.words import age, called, clock, count, seconds_of, state
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -55,7 +55,7 @@ def candidates(election: pb.Election) -> RenderableType:
         rows.add_row(
             Text(one.node, style="bold"),
             "yes" if one.reported else away,
-            cp_text(one.cp) or "-",
+            called(one.snapshot_name, cp_text(one.cp)) or "-",
             word(one, "live").lower() or "-",
             state(word(one, "state")),
             one.verdict or "-",

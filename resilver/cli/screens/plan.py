@@ -11,7 +11,7 @@ from rich.text import Text
 from resilver.cli.output import next_line
 from resilver.cli.plainjson import cp_text, word
 from resilver.cli.screens.layout import Unbroken, indented, table
-from resilver.cli.words import clock, count, listing, seconds_of, size, state
+from resilver.cli.words import called, clock, count, listing, seconds_of, size, state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -83,7 +83,7 @@ def _row(volume: pb.VolumePlan, replica: pb.ReplicaPlan) -> tuple[Text, ...]:
         Text(replica.node, style="bold"),
         state(word(replica, "state")),
         Text.assemble(state(action)),
-        Text(cp_text(replica.base_cp) or ("none" if action == "FULL" else "-")),
+        Text(called(replica.base_name, cp_text(replica.base_cp)) or ("none" if action == "FULL" else "-")),
         Text(_to_copy(volume, replica)),
         Text(listing(replica.sources)),
         Text(space),
@@ -100,7 +100,7 @@ def _to_copy(volume: pb.VolumePlan, replica: pb.ReplicaPlan) -> str:
     # A replica that is at the primary's tip lacks only what the coming snapshot will hold: no figure is known yet.
     unknown = not replica.HasField("copy_bytes")
     if not replica.exact and volume.takes_snapshot and (unknown or not replica.copy_bytes):
-        base = cp_text(replica.base_cp)
+        base = called(replica.base_name, cp_text(replica.base_cp))
         return f"writes since {base}" if base else "all of it"
     if unknown:
         return "not known yet"
@@ -113,6 +113,8 @@ def _beneath(replica: pb.ReplicaPlan) -> list[RenderableType]:
     """What does not fit in a row: what is kept first, why a full copy, why not at all."""
     node = replica.node
     parts: list[RenderableType] = []
+    if replica.base_name and not cp_text(replica.base_cp):
+        parts.append(indented(Text(f"{node}: starts from {replica.base_name}, another tool's snapshot"), 6))
     if replica.preserve:
         kept = f", {size(replica.preserve_bytes)}" if replica.HasField("preserve_bytes") else ""
         what = " and ".join(part for part in (", ".join(replica.preserve[:-1]), replica.preserve[-1]) if part)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from resilver.cli.plainjson import cp_text, word
 from resilver.cli.screens.layout import Advice, table
-from resilver.cli.words import age, clock, count, seconds_of, short_age, since, size, state
+from resilver.cli.words import age, called, clock, count, seconds_of, short_age, since, size, state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -109,7 +109,7 @@ def _replicas(volumes: Sequence[pb.Volume], now: float) -> RenderableType:
                 replica.node,
                 word(replica, "role").lower() or "-",
                 state(word(replica, "state")),
-                cp_text(replica.cp) or "-",
+                called(replica.snapshot_name, cp_text(replica.cp)) or "-",
                 _behind(replica),
                 _live(replica),
                 _seen(replica, now),

@@ -1,23 +1,24 @@
 """A notation for histories: `a: 1 2 3 | b: 1 2 | c: 1 2' 3'`.
 
 Each replica's CPs, oldest first. `2` is CP 1-2, `2-5` CP 2-5; equal words are equal snapshots, a prime makes another
-one of the same CP; `(2)` has been pruned. Words beside the CPs:
+one of the same CP; `(2)` has been pruned. `g4` is another tool's snapshot: it has no CP, and is called `auto-g4`; `~g4`
+is one beside the lineage. Words beside the CPs:
 
     *  live copy modified      ?  in use, not comparable      !  live copy gone
     away  did not answer       silent  never heard of         empty, lost  as reported
     foreign  of another volume_id     raw  of no volume yet (no volume_id)
     grant=N  holds a grant for epoch N (`grant=Nx`: another epoch of that number); the primary holds its own, unless
              `nogrant`         told=N  was told of epoch N only (`told=Nx`)
-    prio=N   priority
+    prio=N   priority            kind=K   kept by that backend
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.core.cluster import ReplicaView, VolumeEntry, VolumeView
-from resilver.lineage import NO_CP, ConsistencyPoint, Lineage, Snapshot
+from resilver.lineage import NO_CP, ConsistencyPoint, Lineage, Origin, Snapshot
 from resilver.volume import Grant, LiveCopy, LiveState, Presence, ReplicaReport, VolumeRecord
 
 NAME = "vm1"
@@ -25,7 +26,7 @@ VOLUME_ID = "V"
 NOW_MS = 1_700_000_000_000
 HEARD_MS = NOW_MS - 47_000
 
-_CP = re.compile(r"(\()?(?:([0-9]+)-)?([0-9]+)('*)(\))?")
+_CP = re.compile(r"(\()?(?:([0-9]+)-|(g))?([0-9]+)('*)(\))?")
 _STRANGERS = {"foreign": "W", "raw": ""}
 _LIVE = {"*": LiveState.MODIFIED, "?": LiveState.UNKNOWN, "!": LiveState.ABSENT}
 
@@ -33,14 +34,14 @@ _LIVE = {"*": LiveState.MODIFIED, "?": LiveState.UNKNOWN, "!": LiveState.ABSENT}
 def cp_of(word: str) -> ConsistencyPoint:
     match = _CP.fullmatch(word)
     assert match is not None, word
-    return ConsistencyPoint(int(match[2] or 1), int(match[3]))
+    return NO_CP if match[3] else ConsistencyPoint(int(match[2] or 1), int(match[4]))
 
 
 def id_of(word: str) -> str:
     """`3'` is the id of `3'`, written in full: `1-3'`."""
     match = _CP.fullmatch(word)
     assert match is not None, word
-    return f"{match[2] or 1}-{match[3]}{match[4]}"
+    return f"g{match[4]}{match[5]}" if match[3] else f"{match[2] or 1}-{match[4]}{match[5]}"
 
 
 def lineage(text: str) -> Lineage:
@@ -48,13 +49,18 @@ def lineage(text: str) -> Lineage:
     records: list[Snapshot] = []
     parent = ""
     for word in text.split():
-        cp = cp_of(word)
-        snapshot = Snapshot(
-            id_of(word), cp, parent, not word.startswith("("), f"e{cp.epoch}", NOW_MS - 3_600_000, size_bytes=4096
-        )
+        cp, present = cp_of(word), not word.startswith("(")
+        snapshot = Snapshot(id_of(word), cp, parent, present, f"e{cp.epoch}", NOW_MS - 3_600_000, size_bytes=4096)
+        if cp == NO_CP:
+            snapshot = replace(adopted(id_of(word)), parent=parent, present=present)
         records.append(snapshot)
         parent = snapshot.id
     return Lineage(tuple(reversed(records)))
+
+
+def adopted(name: str) -> Snapshot:
+    """A snapshot that another tool made."""
+    return Snapshot(name, create_time_ms=NOW_MS - 3_600_000, origin=Origin.ADOPTED, note=f"auto-{name}")
 
 
 def snapshot(word: str, text: str) -> Snapshot:
@@ -82,11 +88,15 @@ class _Words:
     volume_id: str = VOLUME_ID
     priority: int = 0
     fresh: bool = True
+    kind: str = "image"
+    others: list[str] = field(default_factory=list)
 
     def take(self, word: str) -> None:
         key, _, value = word.partition("=")
         if _CP.fullmatch(word):
             self.cps.append(word)
+        elif word.startswith("~"):
+            self.others.append(word[1:])
         elif word in _LIVE:
             self.live = _LIVE[word]
         elif word in ("empty", "lost"):
@@ -108,6 +118,8 @@ class _Words:
                 self.told = VolumeRecord(NAME, VOLUME_ID, *epoch_of(value), self.node)
             case "prio":
                 self.priority = int(value)
+            case "kind":
+                self.kind = value
             case _:
                 raise AssertionError(key)
 
@@ -131,8 +143,9 @@ def replica(text: str, *, record: VolumeRecord | None) -> ReplicaView:
         live=LiveCopy(words.live),
         record=words.told,
         grant=words.grant,
-        backend="image",
+        backend=words.kind,
         priority=words.priority,
+        others=tuple(adopted(name) for name in words.others),
     )
     return ReplicaView(node, report, HEARD_MS, words.fresh)
 

@@ -304,7 +304,10 @@ def answer(value: object) -> list[str]:
                     rows.append(f"  refused {','.join(plan.refusal.reasons)}")
                 for row in plan.replicas:
                     cost = f" {row.size.bytes} bytes" if row.size is not None else ""
-                    rows.append(f"  {row.node} {row.state.value} {row.action.value} {row.base}..{row.target}{cost}")
+                    named = f" ({row.base_name})" if row.base and not row.base_cp.sequence else ""
+                    rows.append(
+                        f"  {row.node} {row.state.value} {row.action.value} {row.base}{named}..{row.target}{cost}"
+                    )
             return rows
         case ElectionRecord():
             return [kept(value)]

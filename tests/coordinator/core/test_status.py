@@ -171,7 +171,7 @@ class TestProblems:
             (
                 "a: 1 2 3 | b: 1 2 3 !",
                 "STALE",
-                "its snapshots are in sync, but its live copy is gone; a resync brings it back",
+                "its snapshots are in sync, but it has no live copy; a resync makes one",
                 "resilver resync vm1",
             ),
             (
