@@ -116,8 +116,8 @@ class _StreamRun:
 
     def resume(self) -> None:
         """Feeds the file system what an earlier start has left, unless it can go on by itself."""
-        self.token = self.stage.resume_token()
-        if self.token:
+        self.token = "" if self.stage.complete else self.stage.resume_token()
+        if self.token or self.stage.complete:
             self.spool.clear()
             return
         for piece, chain in self.spool.pieces():
@@ -257,4 +257,5 @@ class _StreamRun:
             # All of it came as it was sent, and was no good: the same again would be no better.
             self.spool.clear()
             raise
+        self.spool.clear()
         return True
