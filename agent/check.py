@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
 from agent.backends.kinds import make_backend
+from agent.hooks import program_fault, user_fault
 from agent.node import check_limits
 from resilver.errors import Invalid, ResilverError
 from resilver.volume import Presence
@@ -51,6 +52,10 @@ def _lines(config: AgentConfig) -> Iterator[Line]:
         yield True, error.message
     for volume in config.volumes:
         yield from _volume(volume, config)
+        yield from _hooks(volume)
+    for group in sorted({volume.group for volume in config.volumes if volume.group}):
+        names = [volume.name for volume in config.volumes if volume.group == group]
+        yield False, f"group {group}: {', '.join(names)}, snapshotted together"
 
 
 def _resolves(host: str, port: int, what: str) -> Line:
@@ -88,6 +93,16 @@ def _volume(volume: VolumeConfig, config: AgentConfig) -> Iterator[Line]:
         yield True, f"volume {volume.name}: {error.message}"
         return
     yield from _found(volume, examined)
+
+
+def _hooks(volume: VolumeConfig) -> Iterator[Line]:
+    name, hooks = f"volume {volume.name}", volume.hooks
+    if hooks.any and (fault := user_fault(hooks.user)):
+        yield True, f"{name}: hooks: {fault}"
+    for phase, words in (("before", hooks.before), ("after", hooks.after)):
+        if words:
+            fault = program_fault(words)
+            yield bool(fault), f"{name}: hook {phase}: {fault or words[0]}"
 
 
 def _found(volume: VolumeConfig, examined: Examined) -> Iterator[Line]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from agent.identity import Remembered
+from resilver.config import NO_HOOKS, Hooks
 from resilver.errors import ResilverError
 from resilver.lineage import Lineage
 from resilver.volume import LiveCopy, LiveState, Presence, ReplicaReport
@@ -33,6 +34,8 @@ class ReplicaSettings:
 
     priority: int = 0
     keep_last: int = 16
+    group: str = ""
+    hooks: Hooks = NO_HOOKS
 
 
 def now_ms() -> int:
@@ -46,6 +49,7 @@ class Examiner:
     def __init__(self, volume: str, node: str, backend: Backend, identity: Identity, settings: ReplicaSettings) -> None:
         self.settings = settings
         self.last: ReplicaReport | None = None
+        self.hook_problems: tuple[str, ...] = ()
         self._volume: Final = volume
         self._node: Final = node
         self._backend: Final = backend
@@ -117,9 +121,10 @@ class Examiner:
             reserve_bytes=examined.reserve_bytes,
             reflink=examined.reflink,
             preserved=examined.preserved,
-            problems=examined.problems,
             others=examined.others,
+            problems=(*examined.problems, *self.hook_problems),
             examine_time_ms=now_ms(),
+            group=self.settings.group,
         )
         lost = "" if remembered is None else _loss(examined, remembered)
         if lost:
@@ -152,8 +157,9 @@ class Examiner:
         )
 
     def _unreadable(self, why: str) -> ReplicaReport:
-        made = ReplicaReport(self._volume, Presence.LOST, backend=self._backend.kind, priority=self.settings.priority)
-        return replace(made, problems=(why,), examine_time_ms=now_ms())
+        settings = self.settings
+        made = ReplicaReport(self._volume, Presence.LOST, backend=self._backend.kind, priority=settings.priority)
+        return replace(made, problems=(why,), examine_time_ms=now_ms(), group=settings.group)
 
     def _as_compared(self, live: LiveCopy) -> LiveCopy:
         last = self.last

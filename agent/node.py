@@ -30,6 +30,7 @@ from agent.runs import Runs
 from agent.service import AgentService, Node, PeerService
 from agent.stream.sender import BlockServer, ServedSnapshot, ServedStream
 from agent.tickets import Tickets
+from agent.together import HOOKS_DIR
 from agent.worker import Worker
 from resilver.address import Address
 from resilver.config import AUTO
@@ -78,7 +79,12 @@ class AgentNode:
         self._control: Final = Worker("state_dir")
         self._replicas: Final = {
             volume.name: Replica(
-                volume.name, config.node, self._backends[volume.name], self._identity, _settings(volume)
+                volume.name,
+                config.node,
+                self._backends[volume.name],
+                self._identity,
+                _settings(volume),
+                hooks_dir=config.state_dir / HOOKS_DIR,
             )
             for volume in config.volumes
         }
@@ -275,7 +281,7 @@ def _close_late(opening: Any) -> None:
 
 
 def _settings(volume: VolumeConfig) -> ReplicaSettings:
-    return ReplicaSettings(volume.priority, volume.keep_last)
+    return ReplicaSettings(volume.priority, volume.keep_last, volume.group, volume.hooks)
 
 
 def _advertised(stated: str, listen: Address, port: int) -> str:

@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
 from agent.backends.base import NewSnapshot
 from agent.examiner import Examiner, ReplicaSettings, keeps_being_written, now_ms
+from agent.hooks import Hooked
+from agent.hooks import recover as recover_hooks
 from agent.rights import (
     check_epoch,
     check_grant,
@@ -29,6 +33,7 @@ from agent.rights import (
     compare_epochs,
     merge_record,
 )
+from agent.together import Member, Together
 from agent.worker import Worker
 from resilver.errors import Invalid, NotFound, Refused, ResilverError, Superseded
 from resilver.lineage import ConsistencyPoint
@@ -62,7 +67,16 @@ class Transfers(Protocol):
 class Replica:
     """One volume on this node. `transfers` and `on_report` are set by whoever wires the agent, before it serves."""
 
-    def __init__(self, volume: str, node: str, backend: Backend, identity: Identity, settings: ReplicaSettings) -> None:
+    def __init__(
+        self,
+        volume: str,
+        node: str,
+        backend: Backend,
+        identity: Identity,
+        settings: ReplicaSettings,
+        *,
+        hooks_dir: Path | None = None,
+    ) -> None:
         self.volume: Final = volume
         self.node: Final = node
         self.backend: Final = backend
@@ -71,6 +85,7 @@ class Replica:
         self.transfers: Transfers | None = None
         self.on_report: Callable[[ReplicaReport], None] = lambda _report: None
         self._examiner = Examiner(volume, node, backend, identity, settings)
+        self._hooks_dir = hooks_dir
         self._queued: Future[ReplicaReport] | None = None
         self._requests: OrderedDict[str, tuple[object, Snapshot, bool]] = OrderedDict()
 
@@ -106,6 +121,8 @@ class Replica:
     def recover(self) -> None:
         """At start. A volume that cannot be recovered is reported with its problem and tried again."""
         try:
+            if self._hooks_dir is not None:
+                self._hooks_ended(recover_hooks(self._hooks_dir, self.volume).get(self.volume, ""))
             self._examiner.recover()
         except ResilverError as error:
             _log.error("volume not recovered", volume=self.volume, reason=error.reason, message=error.message)
@@ -168,26 +185,54 @@ class Replica:
             self._tell()
 
     def take_snapshot(
-        self, order: Order, request_id: str, *, only_if_modified: bool = False, opening: bool = False, note: str = ""
+        self,
+        order: Order,
+        request_id: str,
+        *,
+        only_if_modified: bool = False,
+        opening: bool = False,
+        note: str = "",
+        together: Together | None = None,
     ) -> tuple[Snapshot, bool]:
-        """Takes a CP under the order's epoch; answers the tip and False where none is needed."""
+        """Takes a CP under the order's epoch; answers the tip and False where none is needed.
+
+        With others `together`, each on its own thread: one is needed if one of them needs it, and if one fails, all do.
+        """
         asked = (order.volume_id, order.epoch, order.epoch_id, only_if_modified, opening, note)
-        if (done := self._answered(request_id, asked)) is not None:
-            return done
+        those = together or Together([self.volume], self.node, self._hooks_dir)
+        try:
+            answer = self._answered(request_id, asked)
+            if answer is None:
+                answer = self._take_together(
+                    order, those, only_if_modified=only_if_modified, opening=opening, note=note
+                )
+                self._answer(request_id, asked, *answer)
+        except BaseException as error:
+            self._hooks_ended(those.leave(self.volume, error))
+            raise
+        self._hooks_ended(those.leave(self.volume))
+        return answer
+
+    def _take_together(
+        self, order: Order, those: Together, *, only_if_modified: bool, opening: bool, note: str
+    ) -> tuple[Snapshot, bool]:
         report = self._examiner.examine(compare_live=only_if_modified)
         check_volume(order, report)
         check_epoch(order, report.record)
         check_grant(order, report.grant, self.node)
         tip = report.lineage.tip
         if opening and tip is not None and tip.epoch_id == order.epoch_id:
-            return self._answer(request_id, asked, tip, taken=False)
+            return tip, False
         check_tip(order, report.lineage)
-        if only_if_modified and not opening and tip is not None and report.live.state is LiveState.UNMODIFIED:
-            return self._answer(request_id, asked, tip, taken=False)
-        taken = self._take(order, tip, note)
-        answer = self._answer(request_id, asked, taken, taken=True)
+        unmodified = tip is not None and report.live.state is LiveState.UNMODIFIED
+        new = replace(self._new(order, tip, note), group_id=those.group_id, settle=partial(those.settle, self.volume))
+        hooked = Hooked(self.volume, self.settings.hooks, str(new.cp))
+        needed = opening or not (only_if_modified and unmodified)
+        if not those.arrive(Member(hooked, report.live.path, needed)) and tip is not None:
+            return tip, False
+        taken = self.backend.take_snapshot(new)
         self.took_tip(taken.id, order.volume_id)
-        return answer
+        return taken, True
 
     def drop(self, order: Order, snapshot_id: str) -> int:
         """Lets the data of a snapshot or a preserved copy go; bytes freed. PINNED says by what."""
@@ -247,10 +292,19 @@ class Replica:
 
     # Inside.
 
-    def _take(self, order: Order, tip: Snapshot | None, note: str) -> Snapshot:
+    def _hooks_ended(self, failed: str | None) -> None:
+        """An `after` that failed stands among the replica's problems until one has succeeded."""
+        if failed is None:
+            return
+        said = (f"HOOK_FAILED: `after`: {failed}",) if failed else ()
+        if said != self._examiner.hook_problems:
+            self._examiner.hook_problems = said
+            self._tell()
+
+    def _new(self, order: Order, tip: Snapshot | None, note: str) -> NewSnapshot:
         if tip is not None and tip.cp.epoch > order.epoch:
             raise Superseded("STALE_EPOCH", f"the tip of {self.volume} is {tip.cp}: epoch {order.epoch} is over")
-        new = NewSnapshot(
+        return NewSnapshot(
             id=str(uuid.uuid4()),
             volume_id=order.volume_id,
             cp=ConsistencyPoint(order.epoch, (tip.cp.sequence if tip is not None else 0) + 1),
@@ -259,7 +313,6 @@ class Replica:
             create_time_ms=now_ms(),
             note=note,
         )
-        return self.backend.take_snapshot(new)
 
     def _lineage_to(self, report: ReplicaReport, target: str) -> Lineage:
         lineage = report.lineage.since(target)
@@ -294,9 +347,8 @@ class Replica:
             raise Invalid("REQUEST_ID_REUSED", f"request {request_id} was another one", field="request_id")
         return known[1], known[2]
 
-    def _answer(self, request_id: str, asked: object, snapshot: Snapshot, *, taken: bool) -> tuple[Snapshot, bool]:
+    def _answer(self, request_id: str, asked: object, snapshot: Snapshot, taken: bool) -> None:
         if request_id:
             self._requests[request_id] = (asked, snapshot, taken)
             while len(self._requests) > REQUESTS_MAX:
                 self._requests.popitem(last=False)
-        return snapshot, taken

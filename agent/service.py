@@ -24,8 +24,11 @@ from agent.delta import DeltaRange
 from agent.deltas import Deltas
 from agent.peers import Source
 from agent.runfile import RunOrder
+from agent.taking import all_or_why, on_all_threads, take_job
 from agent.tickets import Ticket
+from agent.together import HOOKS_DIR, Together
 from resilver.address import parse_address
+from resilver.config_hooks import GROUP_VOLUMES_MAX
 from resilver.errors import NotFound, Refused, ResilverError
 from resilver.fields import PATH_CHARS_MAX, check_count, check_id, check_name, check_number, check_text, invalid
 from resilver.v1 import agent_pb2, agent_pb2_grpc
@@ -147,17 +150,39 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     ) -> agent_pb2.TakeSnapshotResponse:
         del context
         order, replica = await self._admitted(request.header)
-        take = partial(
-            replica.take_snapshot,
-            order,
-            check_id(request.request_id, "request_id", required=False),
-            only_if_modified=request.only_if_modified,
-            opening=request.opening,
-            note=check_text(request.note, "note", chars_max=1024),
-        )
         with metrics.SNAPSHOT_SECONDS.labels(replica.volume).time():
-            snapshot, taken = await replica.worker.run(take)
+            snapshot, taken = await replica.worker.run(take_job(replica, order, request))
         return agent_pb2.TakeSnapshotResponse(snapshot=snapshot_to_proto(snapshot), taken=taken)
+
+    @counted
+    async def TakeSnapshots(  # noqa: N802
+        self, request: agent_pb2.TakeSnapshotsRequest, context: Context
+    ) -> agent_pb2.TakeSnapshotsResponse:
+        del context
+        check_count(request.requests, "requests", GROUP_VOLUMES_MAX)
+        group_id = check_id(request.group_id, "group_id")
+        admitted = [await self._admitted(one.header) for one in request.requests]
+        asked = {replica.volume for _, replica in admitted}
+        if not admitted or len(asked) != len(admitted):
+            raise invalid("requests", "name no volume, or one of them twice")
+        if any(one.opening for one in request.requests):
+            raise invalid("requests", "want an opening CP: those are taken one by one")
+        node = self._node
+        # In the order of the configuration: that is the order of the hooks.
+        together = Together(
+            [volume for volume in node.replicas if volume in asked],
+            node.name,
+            node.identity.state_dir / HOOKS_DIR,
+            group=admitted[0][1].settings.group,
+            group_id=group_id,
+        )
+        takes = [
+            (replica, take_job(replica, order, one, f"requests[{at}].", together))
+            for at, ((order, replica), one) in enumerate(zip(admitted, request.requests, strict=True))
+        ]
+        with metrics.SNAPSHOT_SECONDS.labels(admitted[0][1].volume).time():
+            ended = await asyncio.shield(on_all_threads(takes, together))
+        return agent_pb2.TakeSnapshotsResponse(snapshots=all_or_why([one.volume for _, one in admitted], ended))
 
     @counted
     async def PrepareSend(  # noqa: N802

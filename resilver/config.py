@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from resilver.address import Address, parse_address
+from resilver.config_hooks import NO_HOOKS, Hooks, hook_faults
 from resilver.config_rules import (
     AUTO,
     NAME,
@@ -41,12 +42,14 @@ __all__ = [
     "AUTO",
     "NAME",
     "NAME_RULE",
+    "NO_HOOKS",
     "RELOADABLE_AGENT",
     "RELOADABLE_COORDINATOR",
     "Address",
     "AgentConfig",
     "CoordinatorConfig",
     "EtcdConfig",
+    "Hooks",
     "Limits",
     "Space",
     "Tls",
@@ -100,6 +103,7 @@ class VolumeConfig(Struct, frozen=True, kw_only=True):
 
     `path` is what the backend calls the live copy: a file, a subvolume, `pool/dataset`, `vg/lv`. `adopt` are patterns
     of snapshots that other tools have made or received, beside those that the live copy itself shows.
+    Volumes of one node with the same `group` are snapshotted together.
     """
 
     name: str
@@ -109,6 +113,8 @@ class VolumeConfig(Struct, frozen=True, kw_only=True):
     snapshot_dir: Path = Path()
     keep_last: Annotated[int, Meta(ge=1, le=10_000)] = 16
     adopt: tuple[str, ...] = ()
+    group: str = ""
+    hooks: Hooks = NO_HOOKS
 
 
 class EtcdConfig(Struct, frozen=True, kw_only=True):
@@ -198,6 +204,8 @@ RELOADABLE_AGENT: Final = frozenset(
         "space.reserve_min_bytes",
         "volumes.priority",
         "volumes.keep_last",
+        "volumes.group",
+        "volumes.hooks",
     }
 )
 RELOADABLE_COORDINATOR: Final = frozenset({"log_level", "node_timeout_s", "examine_timeout_s", "resyncs_max"})
@@ -356,6 +364,7 @@ def _agent_faults(config: AgentConfig) -> Iterator[Fault]:
     clear |= {f"coordinators[{index}]": address for index, address in enumerate(config.coordinators)}
     yield from clear_faults(clear, insecure=config.insecure)
     yield from _volume_faults(config.volumes)
+    yield from hook_faults(config.volumes)
 
 
 def _coordinator_faults(config: CoordinatorConfig) -> Iterator[Fault]:

@@ -94,10 +94,11 @@ _lock: Final = threading.Lock()
 
 
 class Quiesced:
-    """What came of it: `consistency` is final once the block has ended."""
+    """What came of it, final once the block has ended. `held`: what could be frozen was so until then."""
 
     def __init__(self) -> None:
         self.consistency = Consistency.CRASH
+        self.held = True
 
 
 def quiesced(
@@ -143,7 +144,7 @@ def quiesced_together(
     finally:
         for helper in outer.values():
             held = helper.held() and held
-        held = _thaw(started) and held
+        held = result.held = _thaw(started) and held
         if may_freeze and own:
             remove_file(record)
     if all(devices) and at_rest and not others_write:

@@ -117,6 +117,7 @@ class AgentProcess:
     metrics_port: int = field(default_factory=free_port)
     extra: str = ""
     volume_extra: str = ""
+    volume_extras: dict[str, str] = field(default_factory=dict)
     reached_at: int = 0
     process: Process | None = None
     channel: Any = None
@@ -140,7 +141,7 @@ class AgentProcess:
             "[space]\nreserve_ratio = 0.0\nreserve_min_bytes = 1048576\n"
             + "".join(
                 f'[[volumes]]\nname = "{volume}"\nbackend = "image"\npath = "{self.image(volume)}"\n'
-                f"{self.volume_extra}\n"
+                f"{self.volume_extra}\n{self.volume_extras.get(volume, '')}\n"
                 for volume in self.volumes
             )
         )

@@ -127,6 +127,26 @@ def test_check_looks_and_changes_nothing(agent):
     assert "missing is not there" in text
 
 
+def test_check_looks_at_the_programs_of_hooks(agent):
+    program = agent.directory / "freeze"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o700)
+    agent.volume_extra = f'group = "db"\n[volumes.hooks]\nbefore = ["{program}", "x"]\nafter = ["/no/thaw"]\n'
+    agent.write_config()
+    code, text = ends(agent, "--check")
+    assert code == 2
+    assert f"ok     volume vm1: hook before: {program}" in text
+    assert "FAULT  volume vm1: hook after: /no/thaw: no such file" in text
+    assert "group db: vm1" in text
+    program.chmod(0o777)
+    change(agent, "/no/thaw", "/bin/true")
+    code, text = ends(agent, "--check")
+    assert (code, text.count("FAULT")) == (2, 1)
+    assert f"{program} can be written to by others" in text
+    program.chmod(0o700)
+    assert ends(agent, "--check")[0] == 0
+
+
 def test_sigterm_ends_it_within_five_seconds(agent):
     agent.start()
     begun = time.monotonic()

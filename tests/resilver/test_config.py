@@ -149,6 +149,12 @@ def test_what_is_no_address(text):
         ("", '[[volumes]]\nname = "v2"\nbackend = "image"\npath = "/srv/./a/vm1.img"', "volumes[1].path", "same place"),
         ("", '[[volumes]]\nname = "-x"\nbackend = "image"\npath = "/srv/x"', "volumes[1].name", "1 to 63 letters"),
         ("", '[[volumes]]\nname = "vm2"\npath = "/srv/x"', "volumes[1].backend", "is missing, and has no default"),
+        ("", 'group = "-"', "volumes[0].group", "1 to 63 letters"),
+        ("", "[volumes.hooks]\nbefor = []", "volumes[0].hooks.befor", "did you mean 'before'?"),
+        ("", '[volumes.hooks]\nbefore = "/bin/x"', "volumes[0].hooks.before", "should be a list"),
+        ("", '[volumes.hooks]\nafter = ["thaw"]', "volumes[0].hooks.after", "no path from the root"),
+        ("", "[volumes.hooks]\ntimeout_s = 61", "volumes[0].hooks.timeout_s", "should be <= 60"),
+        ("", "[volumes.hooks]\nfreezes = true", "volumes[0].hooks.freezes", "nor its group has a `before`"),
     ],
 )  # fmt: skip
 def test_what_an_agent_file_is_refused_for(agent, more, volume, field, says):
@@ -208,6 +214,24 @@ def test_what_a_coordinator_file_is_refused_for(coordinator, old, new, field, sa
         coordinator(text=COORDINATOR.replace(old, new))
     assert caught.value.metadata["field"] == field
     assert says in caught.value.message
+
+
+def in_group(name: str, more: str = "") -> str:
+    return f'[[volumes]]\nname = "{name}"\nbackend = "image"\npath = "/srv/{name}.img"\ngroup = "db"\n{more}\n'
+
+
+def test_hooks_and_groups(agent):
+    held = in_group("v1", '[volumes.hooks]\nbefore = ["/bin/freeze", "x"]\ntimeout_s = 2') + in_group(
+        "v2", "[volumes.hooks]\nfreezes = true"
+    )
+    plain, first, second = agent(volume=held).volumes
+    assert (plain.group, plain.hooks.any, plain.hooks.timeout_s) == ("", False, 10.0)
+    assert (first.group, first.hooks.before, first.hooks.timeout_s) == ("db", ("/bin/freeze", "x"), 2.0)
+    assert second.hooks.freezes
+    assert not second.hooks.any
+    with pytest.raises(Invalid, match="has 17 volumes; at most 16"):
+        agent(volume="".join(in_group(f"v{number}") for number in range(17)))
+    assert changed_keys(agent(volume=held), agent(volume=held.replace("= 2", "= 3"))) == {"volumes.hooks"}
 
 
 def test_two_links_to_one_file_are_one_path(tmp_path, agent):

@@ -1,0 +1,307 @@
+"""Hooks around a consistency point, of agents as processes: in what order, how long, and that `after` always runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from agent import hooks
+from resilver.errors import ResilverError
+from resilver.v1 import agent_pb2, volume_pb2
+from tests.agent.agents import MIB, AgentProcess, Leader, until, write_image
+
+VOLUMES = ("vm1", "vm2", "vm3")
+HOOK = """#!/bin/sh
+echo "$RESILVER_PHASE $RESILVER_VOLUME $RESILVER_NODE $RESILVER_CP ${RESILVER_GROUP:-alone}" >> "$1/log"
+if [ -e "$1/$RESILVER_PHASE.$RESILVER_VOLUME" ]; then . "$1/$RESILVER_PHASE.$RESILVER_VOLUME"; fi
+"""
+
+
+@dataclass
+class Scene:
+    """An agent that is primary of three volumes: `vm1` and `vm2` are the group `db`. All of them have hooks."""
+
+    agent: AgentProcess
+    directory: Path
+    leaders: dict[str, Leader]
+
+    def does(self, phase: str, volume: str, script: str) -> None:
+        """What the volume's hook does beside writing to the log."""
+        (self.directory / f"{phase}.{volume}").write_text(script)
+
+    def log(self) -> list[str]:
+        path = self.directory / "log"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def ran(self) -> list[str]:
+        """The phases and volumes in the log; it is empty then."""
+        found = [" ".join(line.split()[:2]) for line in self.log()]
+        (self.directory / "log").unlink(missing_ok=True)
+        return found
+
+    def pending(self) -> list[Path]:
+        return list((self.agent.directory / f"state-{self.agent.node}" / "hooks").glob("*.json"))
+
+    def take(self, volume: str = "vm3", **options) -> volume_pb2.SnapshotRecord:
+        return self.agent.snapshot(self.leaders[volume], **options)
+
+    def take_together(self, *volumes: str, expected: dict[str, str] | None = None, **options):
+        requests = [
+            agent_pb2.TakeSnapshotRequest(
+                header=self.leaders[volume].header((expected or {}).get(volume)),
+                request_id=str(uuid.uuid4()),
+                **options,
+            )
+            for volume in volumes
+        ]
+        wanted = agent_pb2.TakeSnapshotsRequest(requests=requests, group_id=str(uuid.uuid4()))
+        return wanted.group_id, self.agent.call("TakeSnapshots", wanted).snapshots
+
+    def tips(self) -> dict[str, str]:
+        return {volume: self.agent.tip(volume) for volume in VOLUMES}
+
+    def pid(self) -> int:
+        assert self.agent.process is not None
+        return self.agent.process.pid
+
+    def change_config(self, volume: str, extra: str) -> None:
+        """Another configuration of the volume, taken on by SIGHUP."""
+        self.agent.volume_extras[volume] = extra
+        self.agent.write_config()
+        count = self.agent.log().count('"reloaded"')
+        os.kill(self.pid(), signal.SIGHUP)
+        until(lambda: self.agent.log().count('"reloaded"') > count, "the configuration is reloaded")
+
+
+def hooked(directory: Path, more: str = "", *, after: str = "") -> str:
+    program = directory / "hook"
+    return (
+        f'[volumes.hooks]\nbefore = ["{program}", "{directory}"]\nafter = ["{after or program}", "{directory}"]\n{more}'
+    )
+
+
+@pytest.fixture
+def scene(tmp_path: Path, xfs: Path) -> Iterator[Scene]:
+    place = xfs / uuid.uuid4().hex
+    place.mkdir()
+    program = tmp_path / "hook"
+    program.write_text(HOOK)
+    program.chmod(0o700)
+    agent = AgentProcess("a", tmp_path, place, VOLUMES, extra='log_format = "json"')
+    agent.volume_extras = {volume: f'group = "db"\n{hooked(tmp_path)}' for volume in ("vm1", "vm2")}
+    agent.volume_extras["vm3"] = hooked(tmp_path)
+    leaders = {volume: Leader(volume=volume) for volume in VOLUMES}
+    for volume in VOLUMES:
+        write_image(agent.image(volume), MIB)
+    try:
+        agent.start()
+        for leader in leaders.values():
+            agent.open_epoch(leader)
+        yield Scene(agent, tmp_path, leaders)
+    finally:
+        agent.close()
+
+
+def reason_of(call: Callable[[], object]) -> tuple[str, str]:
+    with pytest.raises(ResilverError) as raised:
+        call()
+    return raised.value.reason, raised.value.message
+
+
+def test_hooks_run_around_the_snapshot_and_are_told_of_what(scene: Scene) -> None:
+    scene.does("before", "vm3", f"printf stopped > {scene.agent.image('vm3')}")
+    scene.does("after", "vm3", f"printf going > {scene.agent.image('vm3')}")
+    made = scene.take()
+    assert scene.log() == ["before vm3 a 1-1 alone", "after vm3 a 1-1 alone"]
+    assert scene.agent.snapshot_data("vm3", made.id).read_bytes() == b"stopped"
+    assert scene.agent.image("vm3").read_bytes() == b"going"
+    assert made.consistency == volume_pb2.CONSISTENCY_CLOSED
+    assert made.group_id == ""
+    assert not scene.pending()
+
+
+def test_a_volume_is_frozen_if_its_hooks_are_said_to_freeze_it(scene: Scene) -> None:
+    with scene.agent.image("vm3").open("r+b"):
+        assert scene.take().consistency == volume_pb2.CONSISTENCY_CRASH
+        scene.change_config("vm3", hooked(scene.directory, "freezes = true"))
+        assert scene.take().consistency == volume_pb2.CONSISTENCY_FROZEN
+    # That nobody had it open says more.
+    assert scene.take().consistency == volume_pb2.CONSISTENCY_CLOSED
+
+
+def test_a_group_is_held_as_a_whole(scene: Scene) -> None:
+    writer = scene.agent.image("vm1"), scene.agent.image("vm2")
+    scene.does("before", "vm2", f"printf stopped | tee {writer[0]} > {writer[1]}")
+    scene.does("after", "vm2", f"printf going | tee {writer[0]} > {writer[1]}")
+    group_id, answers = scene.take_together("vm2", "vm1")
+    assert [line.split()[:2] for line in scene.log()] == [
+        ["before", "vm1"], ["before", "vm2"], ["after", "vm2"], ["after", "vm1"],
+    ]  # fmt: skip
+    assert {line.split()[4] for line in scene.log()} == {"db"}
+    made = dict(zip(("vm2", "vm1"), answers, strict=True))
+    for volume, answer in made.items():
+        assert answer.taken
+        assert answer.snapshot.group_id == group_id
+        assert scene.agent.records(volume)[0].group_id == group_id
+        assert scene.agent.snapshot_data(volume, answer.snapshot.id).read_bytes() == b"stopped"
+    assert not scene.pending()
+    # What is written beside the data is what is told: also after a restart.
+    scene.agent.kill()
+    scene.agent.start()
+    assert scene.agent.records("vm1")[0].group_id == group_id
+
+
+def test_a_group_is_taken_if_one_of_it_is_modified(scene: Scene) -> None:
+    scene.take_together("vm1", "vm2")
+    before = scene.tips()
+    _, answers = scene.take_together("vm1", "vm2", only_if_modified=True)
+    assert not any(answer.taken for answer in answers)
+    assert scene.tips() == before
+    scene.ran()
+    scene.agent.image("vm2").write_bytes(b"new")
+    group_id, answers = scene.take_together("vm1", "vm2", only_if_modified=True)
+    assert [(answer.taken, answer.snapshot.group_id) for answer in answers] == [(True, group_id)] * 2
+    assert len(scene.ran()) == 4
+
+
+def test_a_group_is_taken_whole_or_not_at_all(scene: Scene) -> None:
+    scene.take_together("vm1", "vm2")
+    before = scene.tips()
+    scene.ran()
+    reason, said = reason_of(lambda: scene.take_together("vm1", "vm2", expected={"vm2": "another"}))
+    assert reason == "TARGET_CHANGED"
+    assert "vm2" in said
+    assert scene.ran() == [], "nothing is held for an order that is refused"
+    # One that fails while all are held: its live copy is gone.
+    scene.does("before", "vm2", f"rm {scene.agent.image('vm2')}")
+    reason, said = reason_of(lambda: scene.take_together("vm1", "vm2"))
+    assert reason == "NO_DATA"
+    assert scene.ran() == ["before vm1", "before vm2", "after vm2", "after vm1"]
+    assert scene.tips() == before
+    assert not any(path.name.startswith("new") for path in (scene.agent.place / ".resilver" / "vm1").iterdir())
+
+
+def test_a_hook_that_fails_is_a_refusal_and_after_has_run(scene: Scene) -> None:
+    scene.does("before", "vm3", "echo no database here; exit 7")
+    reason, said = reason_of(scene.take)
+    assert reason == "HOOK_FAILED"
+    assert "ended with 7" in said
+    assert scene.ran() == ["before vm3", "after vm3"]
+    assert scene.agent.tip("vm3") == ""
+    assert "no database here" in scene.agent.log()
+    scene.does("before", "vm3", "")
+    assert scene.take().cp.text == "1-1"
+
+
+def test_the_second_hook_of_a_group_fails(scene: Scene) -> None:
+    scene.does("before", "vm1", "exit 1")
+    assert reason_of(lambda: scene.take_together("vm1", "vm2"))[0] == "HOOK_FAILED"
+    assert scene.ran() == ["before vm1", "after vm1"], "what was not begun is not ended"
+    scene.does("before", "vm1", "")
+    scene.does("before", "vm2", "exit 1")
+    assert reason_of(lambda: scene.take_together("vm1", "vm2"))[0] == "HOOK_FAILED"
+    assert scene.ran() == ["before vm1", "before vm2", "after vm2", "after vm1"]
+    assert scene.tips() == dict.fromkeys(VOLUMES, "")
+
+
+def test_a_hook_that_hangs_is_ended(scene: Scene) -> None:
+    scene.change_config("vm3", hooked(scene.directory, "timeout_s = 0.5"))
+    scene.does("before", "vm3", "sleep infinity")
+    reason, said = reason_of(scene.take)
+    assert reason == "HOOK_FAILED"
+    assert "did not end within" in said
+    assert scene.ran() == ["before vm3", "after vm3"]
+
+
+def test_a_program_that_is_left_behind_is_not_waited_for(scene: Scene) -> None:
+    scene.does("before", "vm3", f"sleep infinity & echo $! > {scene.directory}/left")
+    try:
+        assert scene.take().cp.text == "1-1"
+    finally:
+        os.kill(int((scene.directory / "left").read_text()), signal.SIGKILL)
+
+
+def test_a_snapshot_does_not_count_once_the_deadline_has_passed(scene: Scene) -> None:
+    scene.change_config("vm3", hooked(scene.directory, "timeout_s = 1"))
+    scene.does("before", "vm3", f"kill -STOP {scene.pid()}")
+    scene.does("after", "vm3", f"kill -CONT {scene.pid()}")
+    reason, said = reason_of(scene.take)
+    assert reason == "HOOK_FAILED"
+    assert "deadline" in said
+    assert scene.ran() == ["before vm3", "after vm3"]
+    assert scene.agent.tip("vm3") == ""
+    assert [path.name for path in (scene.agent.place / ".resilver" / "vm3").iterdir() if path.is_dir()] == []
+
+
+def test_after_runs_also_when_the_agent_is_killed(scene: Scene) -> None:
+    scene.does("before", "vm3", f"kill -KILL {scene.pid()}")
+    assert reason_of(scene.take)[0] == "NODE_UNREACHABLE"
+    until(lambda: not scene.pending() and "after vm3 a 1-1 alone" in scene.log(), "after has run by itself")
+    scene.does("before", "vm3", "")
+    scene.agent.kill()
+    scene.agent.start()
+    assert scene.ran() == ["before vm3", "after vm3"], "and only once"
+    assert scene.take().cp.text == "1-1"
+
+
+def test_after_runs_at_the_next_start_when_all_were_killed(scene: Scene) -> None:
+    scene.does("before", "vm2", f"kill -KILL {scene.pid()} $PPID")
+    assert reason_of(lambda: scene.take_together("vm1", "vm2"))[0] == "NODE_UNREACHABLE"
+    scene.agent.kill()
+    assert scene.pending()
+    assert scene.ran() == ["before vm1", "before vm2"]
+    scene.agent.start()
+    until(lambda: not scene.pending(), "what was left is ended")
+    assert scene.ran() == ["after vm2", "after vm1"]
+
+
+def test_an_after_that_fails_is_told_and_tried_again(scene: Scene) -> None:
+    scene.does("after", "vm3", f"test -e {scene.directory}/mended || exit 3")
+    assert scene.take().cp.text == "1-1"
+    assert scene.ran() == ["before vm3", "after vm3", "after vm3", "after vm3"]
+    assert any(
+        "HOOK_FAILED" in problem and "ended with 3" in problem for problem in scene.agent.examine("vm3").problems
+    )
+    assert scene.pending()
+    (scene.directory / "mended").touch()
+    assert scene.take().cp.text == "1-2"
+    assert scene.ran() == ["after vm3", "before vm3", "after vm3"]
+    assert not scene.agent.examine("vm3").problems
+    assert not scene.pending()
+
+
+def test_a_program_that_others_may_write_to_is_not_run(scene: Scene) -> None:
+    (scene.directory / "hook").chmod(0o722)
+    reason, said = reason_of(scene.take)
+    assert reason == "HOOK_FAILED"
+    assert "can be written to by others" in said
+    assert scene.ran() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run programs as another user")
+def test_hooks_run_as_the_user_that_is_named(scene: Scene) -> None:
+    scene.change_config("vm3", '[volumes.hooks]\nbefore = ["/bin/sh", "-c", "id -un; env"]\nuser = "nobody"\n')
+    scene.take()
+    assert "nobody\\n" in scene.agent.log()
+    assert "RESILVER_CP=1-1" in scene.agent.log()
+    assert "PYTHONPATH" not in scene.agent.log()
+
+
+def test_a_program_is_looked_at_before_it_is_run(tmp_path: Path) -> None:
+    program = tmp_path / "x"
+    assert "no such file" in hooks.program_fault([str(program)])
+    assert "is no file" in hooks.program_fault([str(tmp_path)])
+    program.write_text("")
+    program.chmod(0o600)
+    assert "not executable" in hooks.program_fault([str(program)])
+    program.chmod(0o700)
+    assert hooks.program_fault([str(program)]) == ""
+    tmp_path.chmod(0o777)
+    assert f"{tmp_path} can be written to" in hooks.program_fault([str(program)])
+    assert "no user is named" in hooks.user_fault("nobody-of-that-name")
