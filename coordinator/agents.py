@@ -40,7 +40,7 @@ from coordinator.core.events import (
     TakeSnapshot,
 )
 from resilver.errors import Exhausted, ResilverError, Unavailable
-from resilver.fields import check_number, check_text
+from resilver.fields import check_number, check_optional, check_text
 from resilver.rpc import to_error
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from resilver.wire import order_to_proto, progress_from_proto, record_to_proto, snapshot_from_proto
@@ -219,11 +219,11 @@ def _prepare_send(header: agent_pb2.OrderHeader, order: PrepareSend) -> agent_pb
 
 
 def _size(answer: agent_pb2.PrepareSendResponse) -> Size:
-    return Size(
-        check_number(answer.delta_bytes, "delta_bytes"),
-        check_number(answer.range_count, "range_count"),
-        check_number(answer.capacity_bytes, "capacity_bytes"),
-    )
+    """Blocks that differ are told with their ranges; what is told without is a file system's estimate of its stream."""
+    delta_bytes = check_optional(answer, "delta_bytes", "size")
+    range_count = check_number(answer.range_count, "range_count")
+    streams = delta_bytes is None or (delta_bytes > 0 and not range_count)
+    return Size(delta_bytes, None if streams else range_count, check_number(answer.capacity_bytes, "capacity_bytes"))
 
 
 def _receive(header: agent_pb2.OrderHeader, order: Receive) -> agent_pb2.ReceiveRequest:

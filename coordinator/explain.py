@@ -23,6 +23,7 @@ from coordinator.core.cluster import (
     PlanAction,
     ReplicaPlan,
     ReplicaState,
+    Size,
     VolumePlan,
     VolumeView,
 )
@@ -251,12 +252,18 @@ def _would_do(row: ReplicaPlan) -> str:
     if row.action is PlanAction.DELTA:
         said += f" from {row.base_name or _cp(row.base_cp)}"
     if row.size is not None and copies:
-        said += f", {'' if row.exact else '>= '}{size(row.size.bytes)}"
+        said += f", {'' if row.exact else '>= '}{_cost(row.size)}"
     if row.sources and copies:
         said += f", from {' or '.join(row.sources)}"
     if row.preserve:
         said += f"; preserved first: {', '.join(row.preserve)}"
     return f"{said} ({row.why})" if row.why else said
+
+
+def _cost(cost: Size) -> str:
+    if cost.bytes is None:
+        return "an unknown amount"
+    return f"{'about ' if cost.estimated else ''}{size(cost.bytes)}"
 
 
 def _to_keep(view: VolumeView, node: str, now_ms: int) -> str:

@@ -120,7 +120,7 @@ def _replicas(engine: Engine, views: list[VolumeView], now_ms: int) -> Iterator[
             if status.common is not None:
                 size = engine.size(view.name, status.common.id, tip)
                 when.add_metric(key, status.common.create_time_ms / 1000)
-                if size is not None:
+                if size is not None and size.bytes is not None:
                     lacking.add_metric(key, size.bytes)
             common.add_metric(key, float(status.common is not None))
             if replica.report is not None:

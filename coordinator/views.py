@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from coordinator.core.cluster import NodeView, ReplicaState, ReplicaView, Status, VolumeView
+from coordinator.core.cluster import NodeView, ReplicaState, ReplicaView, Size, Status, VolumeView
 from coordinator.core.etag import volume_etag
 from coordinator.core.status import (
     Problem,
@@ -85,6 +85,7 @@ def replica_to_proto(engine: Engine, view: VolumeView, node: str, now_ms: int, *
     resync = engine.active_resync(view.name, node)
     behind_ms = behind_duration_ms(view, node, status, now_ms)
     preserved = report.preserved if report is not None else ()
+    lacking = out_of_sync(engine, view, node, status)
     message = volume_pb2.Replica(
         volume=view.name,
         node=node,
@@ -98,7 +99,8 @@ def replica_to_proto(engine: Engine, view: VolumeView, node: str, now_ms: int, *
         common="" if status.common is None else status.common.id,
         behind_cps=status.behind_cps,
         behind_duration=None if behind_ms is None else duration_to_proto(behind_ms),
-        out_of_sync_bytes=out_of_sync_bytes(engine, view, node, status),
+        out_of_sync_bytes=None if lacking is None else lacking.bytes,
+        estimated=lacking is not None and lacking.estimated,
         own_cps=status.own_cps,
         snapshot_name=_name(lineage.tip),
         common_name=_name(status.common),
@@ -130,18 +132,17 @@ def behind_duration_ms(view: VolumeView, node: str, status: Status, now_ms: int)
     return max(now_ms - lacking[-1].create_time_ms, 0)
 
 
-def out_of_sync_bytes(engine: Engine, view: VolumeView, node: str, status: Status) -> int | None:
+def out_of_sync(engine: Engine, view: VolumeView, node: str, status: Status) -> Size | None:
     """What is to be copied to make the replica the primary's tip; None until a source has worked it out."""
     if status.state is ReplicaState.IN_SYNC or node == view.record.primary:
-        return 0
+        return Size(0, 0, 0)
     tip = reference_lineage(view).tip_id
     if status.common is None or not tip:
         return None
     if status.common.id == tip:
         report = view.replica(node).report
-        return report.live.modified_bytes if report is not None else None
-    size = engine.size(view.name, status.common.id, tip)
-    return size.bytes if size is not None else None
+        return Size(report.live.modified_bytes, 0, 0) if report is not None else None
+    return engine.size(view.name, status.common.id, tip)
 
 
 def problems_to_proto(problems: Iterable[Problem]) -> list[volume_pb2.Problem]:

@@ -34,7 +34,7 @@ from coordinator.core.events import Planned, Pruned, VolumeRefusal
 from resilver.errors import ResilverError
 from resilver.fields import LIVE_STATES, NOTE_CHARS_MAX, RESYNC_STATES, TEXT_CHARS_MAX
 from resilver.v1 import coordinator_pb2, error_pb2, volume_pb2
-from resilver.volume import SourceShare
+from resilver.volume import Progress, ResyncState, SourceShare
 from resilver.wire import SOURCES_MAX, cp_to_proto, time_to_proto
 
 ENTRIES_MAX: Final = 256
@@ -171,15 +171,21 @@ def election_to_proto(election: ElectionRecord) -> volume_pb2.Election:
 # Plans and resyncs.
 
 
-def need_bytes(plan: ReplicaPlan) -> int:
-    """The room that a replica needs before its first byte: the data, the metadata of its ranges, and a margin."""
+def need_bytes(plan: ReplicaPlan) -> int | None:
+    """The room that a replica needs before its first byte: the data, the metadata of its ranges, and a margin.
+
+    None where nobody can say how much will come.
+    """
     if plan.action not in (PlanAction.DELTA, PlanAction.FULL) or plan.size is None:
         return 0
-    data = plan.size.bytes + plan.size.range_count * RANGE_BYTES
+    if plan.size.bytes is None:
+        return None
+    data = plan.size.bytes + (plan.size.range_count or 0) * RANGE_BYTES
     return data + max(data // 100, SPACE_LEAST_BYTES)
 
 
 def replica_plan_to_proto(plan: ReplicaPlan) -> volume_pb2.ReplicaPlan:
+    estimated = plan.size is not None and plan.size.estimated
     return volume_pb2.ReplicaPlan(
         node=plan.node,
         state=REPLICA_STATES[plan.state],
@@ -192,7 +198,8 @@ def replica_plan_to_proto(plan: ReplicaPlan) -> volume_pb2.ReplicaPlan:
         sources=first(plan.sources),
         copy_bytes=None if plan.size is None else plan.size.bytes,
         range_count=None if plan.size is None else plan.size.range_count,
-        exact=plan.exact,
+        exact=plan.exact and not estimated,
+        estimated=estimated,
         preserve_bytes=plan.preserve_bytes,
         preserve=first(plan.preserve),
         need_bytes=need_bytes(plan),
@@ -228,22 +235,33 @@ def source_to_proto(share: SourceShare) -> volume_pb2.ResyncSource:
 
 
 def remaining_ms(resync: Resync) -> int | None:
-    """How long the rest takes at the present rate; None while that cannot be said."""
+    """How long the rest takes at the present rate; None while that cannot be said, or an estimate is used up."""
     progress = resync.progress
     if progress is None or progress.total_bytes is None or resync.state.final:
         return None
     rate = sum(share.bytes_per_second for share in progress.sources)
     left = max(progress.total_bytes - progress.done_bytes, 0)
     if left == 0:
-        return 0
+        return None if is_estimated(progress) else 0
     return left * 1000 // rate if rate > 0 else None
+
+
+def is_estimated(progress: Progress) -> bool:
+    """Whether the total is a file system's estimate of its own stream: blocks are told with their ranges."""
+    arriving = progress.state in (ResyncState.PREPARING, ResyncState.TRANSFERRING)
+    return arriving and progress.range_count == 0 and progress.total_bytes != 0
 
 
 def resync_to_proto(resync: Resync) -> volume_pb2.Resync:
     progress = resync.progress
     size = resync.plan.size
-    total_bytes = size.bytes if size is not None and resync.plan.exact else None
-    range_count = size.range_count if size is not None and resync.plan.exact else None
+    planned = size is not None and resync.plan.exact and not size.estimated
+    total_bytes = size.bytes if size is not None and planned else None
+    range_count = size.range_count if size is not None and planned else None
+    estimated = progress is not None and is_estimated(progress)
+    if progress is not None and progress.range_count is not None:
+        # A stream has no ranges; where nothing at all is to be copied, there are none.
+        range_count = progress.range_count if progress.range_count or progress.total_bytes == 0 else None
     remaining = remaining_ms(resync)
     shares = progress.sources if progress is not None else ()
     return volume_pb2.Resync(
@@ -257,7 +275,8 @@ def resync_to_proto(resync: Resync) -> volume_pb2.Resync:
             for share in shares or [SourceShare(node) for node in resync.plan.sources][:SOURCES_MAX]
         ],
         total_bytes=total_bytes if progress is None or progress.total_bytes is None else progress.total_bytes,
-        range_count=range_count if progress is None or progress.range_count is None else progress.range_count,
+        range_count=range_count,
+        estimated=estimated,
         done_bytes=None if progress is None else progress.done_bytes,
         wire_bytes=None if progress is None else progress.wire_bytes,
         resent_bytes=None if progress is None else progress.resent_bytes,

@@ -259,11 +259,18 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What a delta costs, as a source worked it out."""
+    """What a delta costs, as a source worked it out.
 
-    bytes: int
-    range_count: int
+    A file system that sends its own stream tells no ranges, and about how long it will be; `bytes` None: it cannot say.
+    """
+
+    bytes: int | None
+    range_count: int | None
     capacity_bytes: int
+
+    @property
+    def estimated(self) -> bool:
+        return self.range_count is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,8 +227,8 @@ def _own_bytes(context: Context, volume: str, row: ReplicaPlan) -> Flow[int | No
         return None
     live = report.live.modified_bytes if report.live.state is LiveState.MODIFIED else 0
     own = yield from size_of(context, volume, row.node, row.base, report.lineage.tip_id)
-    if own is None or live is None:
-        return report.live.allocated_bytes
+    if own is None or own.bytes is None or live is None:
+        return report.live.allocated_bytes or None
     return own.bytes + live
 
 

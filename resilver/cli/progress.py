@@ -84,7 +84,8 @@ class Track:
             self.total = max(self.total, self.done)
             # A delta may be empty, where only writes to a live copy go; then nothing is all once it was fetched.
             part = 100 * self.done // self.total if self.total else 100 * (self.state in ("VERIFYING", "COMMITTING"))
-            self.percent = max(self.percent, min(part, 100))
+            # An estimate may prove too short: it is not all before the step is over.
+            self.percent = max(self.percent, min(part, 99 if resync.estimated else 100))
         if self.state == "SUCCEEDED":
             self.percent = 100
 
@@ -118,8 +119,15 @@ class Track:
             return listing(f"{s.node} {100 * s.wire_bytes // wire}%" for s in self.resync.sources)
         return listing(source.node for source in self.resync.sources) if wire else listing(self.resync.plan.sources)
 
+    @property
+    def unknown(self) -> bool:
+        """Whether bytes come of which nobody can say how many there will be."""
+        return self.total is None and self.state == "TRANSFERRING"
+
     def copied(self) -> str:
-        return size_of(self.done, self.total) if self.total is not None else size(self.done)
+        if self.total is None:
+            return f"{size(self.done)} / unknown" if self.unknown else size(self.done)
+        return size_of(self.done, self.total, about="~" if self.resync.estimated else "")
 
 
 class Board:
@@ -157,7 +165,7 @@ class Board:
             cells = (
                 Text(track.name, style="bold"),
                 Text(f"{track.step:<12}", style=STYLES.get(track.state, "")),
-                bar(track.percent, bar_width),
+                bar(None if track.unknown else track.percent, bar_width),
                 track.copied(),
                 f"{size(int(rate))}/s" if rate else "-",
                 track.left(now),
@@ -178,8 +186,10 @@ class Board:
         return found
 
 
-def bar(percent: int, width: int = BAR_WIDTH) -> str:
-    """A bar such as `##########.......... 57%`."""
+def bar(percent: int | None, width: int = BAR_WIDTH) -> str:
+    """A bar such as `##########.......... 57%`; None: an empty one, without a figure."""
+    if percent is None:
+        return "." * width + "    -"
     filled = width * percent // 100
     return "#" * filled + "." * (width - filled) + f"{percent:4d}%"
 
@@ -189,4 +199,5 @@ def _line(track: Track, now: float) -> str:
     speed = f"  {size(int(rate))}/s, {track.left(now)} left" if rate else ""
     source = track.sources()
     origin = f"  from {source}" if source != "-" else ""
-    return f"{clock(now)}  {track.name}  {track.step}  {track.percent}%  {track.copied()}{speed}{origin}"
+    part = "" if track.unknown else f"  {track.percent}%"
+    return f"{clock(now)}  {track.name}  {track.step}{part}  {track.copied()}{speed}{origin}"

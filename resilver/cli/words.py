@@ -56,10 +56,10 @@ def size(count: int) -> str:
     return f"{_scaled(count, _unit(count)).removesuffix('.00')} {_UNITS[_unit(count)]}"
 
 
-def size_of(done: int, total: int) -> str:
-    """Two sizes in the unit of the larger, at a steady width: `135.7 / 238.0 MiB`."""
+def size_of(done: int, total: int, *, about: str = "") -> str:
+    """Two sizes in the unit of the larger, at a steady width: `135.7 / 238.0 MiB`; `about` marks an estimate."""
     unit = _unit(max(done, total))
-    return f"{_scaled(done, unit)} / {_scaled(total, unit)} {_UNITS[unit]}"
+    return f"{_scaled(done, unit)} / {about}{_scaled(total, unit)} {_UNITS[unit]}"
 
 
 def _unit(count: int) -> int:

@@ -176,6 +176,53 @@ def plan():
     )  # fmt: skip
 
 
+ADOPTED = "autosnap_2026-11-21_00:00:01_daily"
+
+
+def adopted_plan():
+    """What another tool has replicated: deltas from its snapshots, which a file system estimates or cannot tell."""
+    return pb.Plan(
+        etag="5d10be",
+        create_time=at(0),
+        volumes=[
+            pb.VolumePlan(
+                volume="home", primary="a", target_cp=cp("1-1"), takes_snapshot=True,
+                replicas=[row("b", "STALE", "DELTA", "", int(1.2 * GIB), base_name=ADOPTED, estimated=True,
+                              need=int(1.3 * GIB))],
+            ),
+            pb.VolumePlan(
+                volume="mail", primary="a", target_cp=cp("1-1"),
+                replicas=[row("b", "DIVERGED", "DELTA", "", base_name="mail.20261120", estimated=True, need=None,
+                              preserve=["live writes"], why="mail.20261120 is the newest snapshot in common"),
+                          row("c", "STALE", "DELTA", "", 40 * MIB, base_name="mail.20261121", estimated=True,
+                              need=104 * MIB)],
+            ),
+        ],
+    )  # fmt: skip
+
+
+def home():
+    """A replica that another tool has brought to a snapshot of its own, and that has no live copy yet."""
+    behind = pb.Problem(
+        reason="STALE",
+        message=f"26h 02m behind; common snapshot {ADOPTED} is intact, a delta is possible.",
+        next_command="resilver resync home",
+    )
+    held = replica("home", "b", "NEWCOMER", "STALE", "0-0", live="ABSENT", snapshot_name=ADOPTED, common_name=ADOPTED,
+                   behind_cps=2, out_of_sync_bytes=int(1.2 * GIB), estimated=True, problems=[behind])  # fmt: skip
+    mine = replica("home", "a", "PRIMARY", "IN_SYNC", "1-1", live="MODIFIED", in_use=True, snapshot_name="1-1")
+    unknown = replica("home", "c", "NEWCOMER", "STALE", "0-0", snapshot_name="daily.1", behind_cps=1, estimated=True)
+    return pb.Volume(
+        name="home",
+        state=pb.VOLUME_STATE_DEGRADED,
+        epoch=1,
+        primary="a",
+        newest_cp=cp("1-1"),
+        newest_cp_time=at(30),
+        replicas=[mine, held, unknown],
+    )
+
+
 def refusal(reason="PRIMARY_AWAY", command="resilver elect vm1 --accept-loss a"):
     return error_pb2.Refusal(
         reasons=[reason, "NEWEST_COPY_MISSING"],

@@ -100,3 +100,29 @@ def test_which_replica_it_is_can_be_read_at_any_width(width, name):
     if width > 100:
         assert "520.0 MiB/s" in row
         assert "a 50%, b 50%" in row
+
+
+def test_an_estimate_that_proves_too_short_is_not_all_of_it_before_the_step_is_over():
+    board = Board()
+    running = sample.resync("r", "c", "TRANSFERRING", 100 << 20, 100 << 20)
+    running.estimated = True
+    board.update([running], 0.0)
+    (track,) = board.tracks
+    assert (track.percent, track.copied()) == (99, "100.0 / ~100.0 MiB")
+    board.update([sample.resync("r", "c", "VERIFYING", 120 << 20, 120 << 20)], 1.0)
+    assert (track.percent, track.copied()) == (100, "120.0 / 120.0 MiB")
+
+
+def test_where_nobody_can_say_how_much_comes_there_is_no_percent():
+    board = Board()
+    board.update([sample.resync("r", "c", "TRANSFERRING", 12 << 20, None)], 0.0)
+    (track,) = board.tracks
+    (line,) = board.lines(0.0)
+    assert "%" not in line
+    assert "transferring  12.0 MiB / unknown" in line
+    assert track.left(0.0) == "-"
+    console = Console(file=io.StringIO(), width=120, highlight=False)
+    console.print(board.table(0.0))
+    assert "%" not in console.file.getvalue()
+    board.update([sample.resync("r", "c", "VERIFYING", 13 << 20, 13 << 20)], 1.0)
+    assert track.percent == 100

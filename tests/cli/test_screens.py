@@ -29,6 +29,10 @@ SCREENS = {
     "status_empty": lambda: status.screen(status.Cluster(sample.cluster(), []), [], sample.NOW),
     "plan": lambda: plan.screen(sample.plan(), "--all"),
     "plan_blocked": lambda: plan.screen(sample.blocked_plan(), "vm1 db1"),
+    "plan_adopted": lambda: plan.screen(sample.adopted_plan(), "--all"),
+    "status_adopted": lambda: status.screen(
+        status.Cluster(sample.cluster(), sample.nodes()), [sample.home()], sample.NOW
+    ),
     "elect": lambda: election.screen(sample.election(), dry_run=False),
     "elect_refused": lambda: election.screen(sample.election(refused=True), dry_run=True),
     "history": lambda: lists.history([sample.election(), sample.election(refused=True)]),
@@ -55,6 +59,21 @@ SCREENS = {
                         create_time=sample.at(3700), size_bytes=sample.GIB, consistency=pb.CONSISTENCY_FROZEN,
                         copies=[pb.SnapshotCopy(node="a", pinned_by=["tip", "newest known CP"]),
                                 pb.SnapshotCopy(node="c", pinned_by=["tip"])]),
+        ],
+        sample.NOW,
+    ),
+    "snapshots_adopted": lambda: lists.snapshots(
+        [
+            pb.Snapshot(id="14399263219391923", volume="home", create_time=sample.at(3700), note="autosnap_hourly",
+                        origin=pb.ORIGIN_ADOPTED, consistency=pb.CONSISTENCY_CRASH,
+                        copies=[pb.SnapshotCopy(node="a", pinned_by=["another tool's"], off_lineage=True)]),
+            pb.Snapshot(id="51111111-2222-3333-4444-555555555555", volume="home", cp=sample.cp("1-1"),
+                        create_time=sample.at(7300), consistency=pb.CONSISTENCY_SYNCED, origin=pb.ORIGIN_RESILVER,
+                        copies=[pb.SnapshotCopy(node="a", pinned_by=["tip", "newest known CP"])]),
+            pb.Snapshot(id="883210013918412", volume="home", create_time=sample.at(90000), note=sample.ADOPTED,
+                        origin=pb.ORIGIN_ADOPTED, consistency=pb.CONSISTENCY_CRASH,
+                        copies=[pb.SnapshotCopy(node="a", pinned_by=["another tool's", "base of b"]),
+                                pb.SnapshotCopy(node="b", pinned_by=["another tool's"], off_lineage=True)]),
         ],
         sample.NOW,
     ),

@@ -40,6 +40,15 @@ TAKEN = Snapshot("s42", ConsistencyPoint(3, 42), "s41", epoch_id="eid3", create_
 PROGRESS = Progress("r1", "vm1", ResyncState.PREPARING, total_bytes=100)
 
 
+SIZES = {
+    "s42": agent_pb2.PrepareSendResponse(delta_bytes=100, range_count=3, capacity_bytes=1 << 30),
+    # A file system that sends its own stream: about how long it will be, or nothing.
+    "stream": agent_pb2.PrepareSendResponse(delta_bytes=100),
+    "silent": agent_pb2.PrepareSendResponse(),
+    "same": agent_pb2.PrepareSendResponse(delta_bytes=0),
+}
+
+
 class Agent(agent_pb2_grpc.AgentServicer):
     """An agent that keeps what it was told and answers the same each time."""
 
@@ -66,9 +75,7 @@ class Agent(agent_pb2_grpc.AgentServicer):
         return await self._obey(request, agent_pb2.TakeSnapshotResponse(snapshot=snapshot_to_proto(TAKEN), taken=True))
 
     async def PrepareSend(self, request, context):  # noqa: N802 - as above
-        return await self._obey(
-            request, agent_pb2.PrepareSendResponse(delta_bytes=100, range_count=3, capacity_bytes=1 << 30)
-        )
+        return await self._obey(request, SIZES[request.target])
 
     async def Receive(self, request, context):  # noqa: N802 - as above
         return await self._obey(request, agent_pb2.ReceiveResponse(progress=progress_to_proto(PROGRESS)))
@@ -111,6 +118,9 @@ async def served():
         (OpenEpoch(ORDER, RECORD, grant=True), Done()),
         (TakeSnapshot(ORDER, "req1", only_if_modified=True, opening=True, note="n"), Taken(TAKEN, taken=True)),
         (PrepareSend(ORDER, "r1", "s41", "s42", "c", "t1"), Size(100, 3, 1 << 30)),
+        (PrepareSend(ORDER, "r1", "s41", "stream", "c", "t1"), Size(100, None, 0)),
+        (PrepareSend(ORDER, "r1", "s41", "silent", "c", "t1"), Size(None, None, 0)),
+        (PrepareSend(ORDER, "r1", "s41", "same", "c", "t1"), Size(0, 0, 0)),
         (Receive(ORDER, "r1", "s41", "s42", "t1", (Source("a", "h:1", "h:2"),), replace_own_data=True), PROGRESS),
         (StopTransfer(ORDER, "r1", discard_stage=True), Done()),
         (DropSnapshot(ORDER, "s40"), Dropped(4096)),
@@ -131,7 +141,7 @@ async def test_each_order_travels_whole_and_is_answered(order: AnyOrder, answer)
             assert (told.request_id, told.only_if_modified, told.opening, told.note) == ("req1", True, True, "n")
         case PrepareSend():
             assert (told.resync_id, told.base, told.target, told.target_node, told.ticket, told.size_only) == (
-                ("r1", "s41", "s42", "c", "t1", False)
+                ("r1", "s41", order.target, "c", "t1", False)
             )
             assert told.ticket_lifetime_seconds > 0
         case Receive():

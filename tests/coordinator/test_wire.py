@@ -134,6 +134,28 @@ def test_the_room_needed_holds_data_metadata_and_a_margin():
     assert need_bytes(replace(PLAN, size=None)) == 0
 
 
+def test_what_a_file_system_estimates_is_told_as_that():
+    about = replica_plan_to_proto(replace(PLAN, size=Size(1000, None, 0)))
+    assert (about.copy_bytes, about.estimated, about.exact, about.HasField("range_count")) == (1000, True, False, False)
+    assert about.need_bytes == 1000 + (64 << 20)
+    silent = replica_plan_to_proto(replace(PLAN, size=Size(None, None, 0)))
+    assert silent.estimated
+    assert not any(silent.HasField(field) for field in ("copy_bytes", "range_count", "need_bytes"))
+
+
+def test_a_stream_that_runs_has_no_ranges_and_an_estimated_total_or_none():
+    message = resync_to_proto(progress(range_count=0))
+    assert (message.total_bytes, message.estimated, message.HasField("range_count")) == (1000, True, False)
+    longer = progress(range_count=0, done_bytes=1000)
+    assert remaining_ms(longer) is None
+    message = resync_to_proto(replace(progress(range_count=0, total_bytes=None), plan=replace(PLAN, size=None)))
+    assert (message.estimated, message.HasField("total_bytes"), message.HasField("range_count")) == (True, False, False)
+    message = resync_to_proto(progress(range_count=0, done_bytes=1000, state=ResyncState.VERIFYING))
+    assert (message.total_bytes, message.estimated) == (1000, False)
+    message = resync_to_proto(progress(range_count=0, total_bytes=0, done_bytes=0))
+    assert (message.total_bytes, message.range_count, message.estimated) == (0, 0, False)
+
+
 def progress(**changes):
     told = Progress("r1", "vm1", ResyncState.TRANSFERRING, 1000, 10, 400, 410, 0, (SourceShare("a", 410, 100),))
     return replace(RESYNC, state=ResyncState.TRANSFERRING, progress=replace(told, **changes))

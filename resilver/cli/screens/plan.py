@@ -37,9 +37,10 @@ def screen(plan: pb.Plan, selection: str, *, took_snapshot: bool = False) -> Gro
         parts += _volume(volume, rows[volume.volume], widths)
     parts.append(_total(plan))
     if any(_copies(replica) for replica in _replicas(plan)):
-        exact = all(replica.exact for replica in _replicas(plan) if _copies(replica))
-        if not exact:
-            parts.append(Unbroken(Text(f"Exact figures: resilver plan {selection} --snapshot")))
+        waiting = [one for volume in plan.volumes if volume.takes_snapshot for one in volume.replicas if _copies(one)]
+        if waiting:
+            figures = "Closer" if all(replica.estimated for replica in waiting) else "Exact"
+            parts.append(Unbroken(Text(f"{figures} figures: resilver plan {selection} --snapshot")))
         parts.append(Unbroken(Text("Do it: ").append(f"resilver resync {selection} --plan {plan.etag}", style="bold")))
     return Group(*parts)
 
@@ -91,6 +92,8 @@ def _row(volume: pb.VolumePlan, replica: pb.ReplicaPlan) -> tuple[Text, ...]:
 
 
 def _need(replica: pb.ReplicaPlan) -> str:
+    if not replica.HasField("need_bytes") and replica.estimated:
+        return "unknown"
     return size(replica.need_bytes) if replica.need_bytes else "small"
 
 
@@ -99,14 +102,25 @@ def _to_copy(volume: pb.VolumePlan, replica: pb.ReplicaPlan) -> str:
         return "-"
     # A replica that is at the primary's tip lacks only what the coming snapshot will hold: no figure is known yet.
     unknown = not replica.HasField("copy_bytes")
-    if not replica.exact and volume.takes_snapshot and (unknown or not replica.copy_bytes):
+    none_yet = not replica.estimated if unknown else not replica.copy_bytes
+    if not replica.exact and volume.takes_snapshot and none_yet:
         base = called(replica.base_name, cp_text(replica.base_cp))
         return f"writes since {base}" if base else "all of it"
     if unknown:
-        return "not known yet"
-    bound = "" if replica.exact else ">= "
+        return "unknown" if replica.estimated else "not known yet"
+    bound = _bound([(volume, replica)])
     ranges = f", {count(replica.range_count, 'range')}" if replica.HasField("range_count") else ""
     return f"{bound}{size(replica.copy_bytes)}{ranges}"
+
+
+def _bound(rows: Iterable[tuple[pb.VolumePlan, pb.ReplicaPlan]]) -> str:
+    """`>= ` before a lower bound, `~` before an estimate."""
+    least = about = False
+    for volume, replica in rows:
+        about |= replica.estimated
+        unknown = not replica.HasField("copy_bytes")
+        least |= not replica.exact and (volume.takes_snapshot or not replica.estimated or unknown)
+    return (">= " if least else "") + ("~" if about else "")
 
 
 def _beneath(replica: pb.ReplicaPlan) -> list[RenderableType]:
@@ -141,7 +155,7 @@ def _total(plan: pb.Plan) -> Text:
     blocked = [r.node for r in replicas if word(r, "action") == "BLOCKED"]
     refused = [volume.volume for volume in plan.volumes if volume.HasField("refusal")]
     total = sum(replica.copy_bytes for replica in copying)
-    bound = "" if all(replica.exact for replica in copying) else ">= "
+    bound = _bound((volume, replica) for volume in plan.volumes for replica in volume.replicas if _copies(replica))
     head = f"{count(len(copying), 'replica')}, {bound}{size(total)} to copy."
     if bound and not total:
         head = f"{count(len(copying), 'replica')} to bring up to date; how many bytes is not known yet."

@@ -136,7 +136,9 @@ def _behind(replica: pb.Replica) -> str:
         if replica.HasField("behind_duration"):
             parts.append(short_age(replica.behind_duration.seconds))
         if replica.HasField("out_of_sync_bytes"):
-            parts.append(size(replica.out_of_sync_bytes))
+            parts.append(("~" if replica.estimated else "") + size(replica.out_of_sync_bytes))
+        elif replica.estimated:
+            parts.append("unknown size")
     if replica.resync:
         parts.append("resync runs")
     return "  ".join(parts) or "-"
