@@ -173,7 +173,15 @@ class Cluster:
         """The bytes of one snapshot on a node."""
         return self.records(node, volume) / snapshot / "data"
 
-    def agent_config(self, node: str, volumes: Mapping[str, Path], extra: str = "", volume_extra: str = "") -> Path:
+    def agent_config(
+        self,
+        node: str,
+        volumes: Mapping[str, Path],
+        extra: str = "",
+        volume_extra: str = "",
+        *,
+        backend: str = "image",
+    ) -> Path:
         """Writes an agent's configuration and answers its path."""
         coordinators = ", ".join(f'"127.0.0.1:{port}"' for name, port in self.ports.items() if name in ("c1", "c2"))
         for what in ("", "-stream", "-metrics"):
@@ -189,14 +197,22 @@ class Cluster:
         for volume, path in volumes.items():
             self.paths[node, volume] = path
             priority = 10 if node == "a" else 0
-            text += f'[[volumes]]\nname = "{volume}"\nbackend = "image"\npath = "{path}"\n'
+            text += f'[[volumes]]\nname = "{volume}"\nbackend = "{backend}"\npath = "{path}"\n'
             text += f"priority = {priority}\n{volume_extra}\n"
         config = self.directory / f"{node}.toml"
         config.write_text(text)
         return config
 
-    def start_agent(self, node: str, volumes: Mapping[str, Path], extra: str = "", volume_extra: str = "") -> Process:
-        config = self.agent_config(node, volumes, extra, volume_extra)
+    def start_agent(
+        self,
+        node: str,
+        volumes: Mapping[str, Path],
+        extra: str = "",
+        volume_extra: str = "",
+        *,
+        backend: str = "image",
+    ) -> Process:
+        config = self.agent_config(node, volumes, extra, volume_extra, backend=backend)
         return self.process(node, sys.executable, "-m", "agent.app", "--config", str(config))
 
     def restart(self, name: str) -> None:
