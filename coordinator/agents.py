@@ -37,17 +37,20 @@ from coordinator.core.events import (
     Receive,
     StopTransfer,
     Taken,
+    TakenTogether,
     TakeSnapshot,
+    TakeSnapshots,
 )
 from resilver.errors import Exhausted, ResilverError, Unavailable
-from resilver.fields import check_number, check_optional, check_text
+from resilver.fields import check_number, check_optional, check_text, invalid
 from resilver.rpc import to_error
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from resilver.wire import order_to_proto, progress_from_proto, record_to_proto, snapshot_from_proto
 
 DEADLINES_S: Final[dict[type, float]] = {
     OpenEpoch: 20.0,
-    TakeSnapshot: 60.0,
+    TakeSnapshot: 150.0,  # its hooks may take a minute before and a minute after
+    TakeSnapshots: 300.0,
     PrepareSend: 60.0,
     Receive: 20.0,
     StopTransfer: 20.0,
@@ -162,6 +165,8 @@ async def _call(  # noqa: PLR0911 - one return for each kind of order
             return Done()
         case TakeSnapshot():
             return _taken(await stub.TakeSnapshot(_take_snapshot(header, order), timeout=timeout_s))
+        case TakeSnapshots():
+            return await _take_snapshots(stub, order, timeout_s)
         case PrepareSend():
             return _size(await stub.PrepareSend(_prepare_send(header, order), timeout=timeout_s))
         case Receive():
@@ -203,6 +208,15 @@ def _take_snapshot(header: agent_pb2.OrderHeader, order: TakeSnapshot) -> agent_
 
 def _taken(answer: agent_pb2.TakeSnapshotResponse) -> Taken:
     return Taken(snapshot_from_proto(answer.snapshot), answer.taken)
+
+
+async def _take_snapshots(stub: agent_pb2_grpc.AgentStub, order: TakeSnapshots, timeout_s: float) -> TakenTogether:
+    requests = [_take_snapshot(order_to_proto(one.order), one) for one in order.orders]
+    wanted = agent_pb2.TakeSnapshotsRequest(requests=requests, group_id=order.group_id)
+    answer = await stub.TakeSnapshots(wanted, timeout=timeout_s)
+    if len(answer.snapshots) != len(requests):
+        raise invalid("snapshots", f"are {len(answer.snapshots)}, and {len(requests)} were ordered")
+    return TakenTogether(tuple(_taken(one) for one in answer.snapshots))
 
 
 def _prepare_send(header: agent_pb2.OrderHeader, order: PrepareSend) -> agent_pb2.PrepareSendRequest:

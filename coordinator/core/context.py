@@ -275,22 +275,24 @@ class Context:
             answers[node] = answer or Unavailable("NODE_UNREACHABLE", f"node {node} did not answer in time", node=node)
         return answers
 
-    def lock(self, volume: str) -> Flow[bool]:
-        """Waits for the volume's turn: one operation that may change its primary or its CPs at a time."""
+    def lock(self, *volumes: str) -> Flow[bool]:
+        """Waits for the volumes' turn, and takes all of them at once: one operation that may change a volume's primary
+        or its CPs at a time.
+        """
         if not (
             yield Wait(
-                frozenset({f"lock:{volume}"}),
-                lambda: volume not in self.locks,
+                frozenset(f"lock:{volume}" for volume in volumes),
+                lambda: self.locks.isdisjoint(volumes),
                 self.now_ms + self.settings.lock_timeout_ms,
             )
         ):
             return False
-        self.locks.add(volume)
+        self.locks.update(volumes)
         return True
 
-    def unlock(self, volume: str) -> None:
-        self.locks.discard(volume)
-        self.tasks.touch(f"lock:{volume}")
+    def unlock(self, *volumes: str) -> None:
+        self.locks.difference_update(volumes)
+        self.tasks.touch(*(f"lock:{volume}" for volume in volumes))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

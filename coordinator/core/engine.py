@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from coordinator.core import decide, hearing, prepare, resyncs, upkeep
+from coordinator.core import decide, hearing, points, prepare, resyncs, upkeep
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Refusal, Resync, Size, VolumeView
 from coordinator.core.context import Context, Identity, RefusedAgent, Settings
 from coordinator.core.etag import volume_etag
@@ -229,11 +229,18 @@ class Engine:
             )
 
     def _prepare_all(self, request: ResyncRequest | PlanRequest) -> Flow[tuple[prepare.Prepared, ...]]:
-        """Examines and plans every volume named; each one's lock is held until `_release`."""
+        """Examines and plans every volume named; each one's turn lasts until `_release`."""
         context = self._context
         for node in sorted({*request.nodes, *request.replace}):
             upkeep.require_node(context, node)
-        tasks = [context.tasks.spawn(prepare.prepare(context, name, request)) for name in self._names(request.volumes)]
+        names = self._names(request.volumes)
+        turns = {
+            name: turn
+            for group in points.groups(context, names)
+            for turn in [points.Turn(group, context.tasks.spawn(context.lock(*group)))]
+            for name in group
+        }
+        tasks = [context.tasks.spawn(prepare.prepare(context, name, request, turns[name])) for name in names]
         yield from self._all(tasks)
         return tuple(task.result for task in tasks)
 
@@ -245,9 +252,9 @@ class Engine:
             pass
 
     def _release(self, prepared: tuple[prepare.Prepared, ...]) -> None:
-        for one in prepared:
-            if one.locked:
-                self._context.unlock(one.volume)
+        for turn in {id(one.turn): one.turn for one in prepared}.values():
+            if turn.granted:
+                self._context.unlock(*turn.volumes)
 
     def _resync(self, request: ResyncRequest) -> Flow[ResyncsStarted]:
         context = self._context

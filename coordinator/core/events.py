@@ -217,6 +217,19 @@ class TakeSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeSnapshots:
+    """One order for several volumes of a node, to be taken while all of them are held."""
+
+    orders: tuple[TakeSnapshot, ...]
+    group_id: str
+
+    @property
+    def order(self) -> Order:
+        """Under what right: the first volume's order; each has its own."""
+        return self.orders[0].order
+
+
+@dataclass(frozen=True, slots=True)
 class PrepareSend:
     order: Order
     resync_id: str
@@ -267,7 +280,9 @@ class CloneSnapshot:
     writable: bool = False
 
 
-AnyOrder = OpenEpoch | TakeSnapshot | PrepareSend | Receive | StopTransfer | DropSnapshot | CloneSnapshot
+AnyOrder = (
+    OpenEpoch | TakeSnapshot | TakeSnapshots | PrepareSend | Receive | StopTransfer | DropSnapshot | CloneSnapshot
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +291,13 @@ class Taken:
 
     snapshot: Snapshot
     taken: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TakenTogether:
+    """In the order of the volumes that were asked for."""
+
+    taken: tuple[Taken, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +316,7 @@ class Done:
     """An order that has nothing to tell."""
 
 
-OrderResult = Taken | Size | Progress | Exported | Dropped | Done
+OrderResult = Taken | TakenTogether | Size | Progress | Exported | Dropped | Done
 
 # ---------------------------------------------------------------- events
 

@@ -1,6 +1,6 @@
 """Resyncs planned together: volumes examined, CPs taken, what each replica needs, and what that costs.
 
-Everything here is decided under the volume's lock and from one examine; `resyncs.py` leads what is created.
+Everything here is decided in the volume's turn and from one examine; `resyncs.py` leads what is created.
 """
 
 from __future__ import annotations
@@ -26,66 +26,68 @@ from coordinator.core.events import (
     PlanRequest,
     PrepareSend,
     ResyncRequest,
-    Taken,
-    TakeSnapshot,
     VolumeRefusal,
 )
 from coordinator.core.planner import plan_volume
+from coordinator.core.points import Turn, take_in_turn
 from coordinator.core.resyncs import begin, refusal_of
-from coordinator.core.tasks import Flow, Wait
-from resilver.errors import Conflict, ResilverError, Unavailable
+from coordinator.core.tasks import Flow
+from resilver.errors import Conflict, ResilverError
 from resilver.lineage import NO_CP
 from resilver.volume import LiveState, VolumeRecord
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One volume, examined, its primary settled or refused. While `locked` its lock is the caller's to release."""
+    """One volume, examined, its primary settled or refused. Its turn is the caller's to end."""
 
+    turn: Turn
     view: VolumeView
     fresh: frozenset[str]
     plan: VolumePlan
     first: Elected | None = None
-    locked: bool = True
 
     @property
     def volume(self) -> str:
         return self.view.name
 
 
-def prepare(context: Context, volume: str, request: ResyncRequest | PlanRequest) -> Flow[Prepared]:
-    """Takes the volume's lock, examines, and plans what is there now."""
-    if not (yield from context.lock(volume)):
+def prepare(context: Context, volume: str, request: ResyncRequest | PlanRequest, turn: Turn) -> Flow[Prepared]:
+    """Waits for the volume's turn, examines, and plans what is there now."""
+    if not (yield from turn.come(context)):
         refusal = Refusal(("OPENING",), f"another operation on {volume} has not ended", next_command="resilver status")
         view = context.view(volume)
-        return Prepared(view, frozenset(), _refused(view, refusal), locked=False)
+        return Prepared(turn, view, frozenset(), _refused(view, refusal))
     examined = yield from examine(context, volume)
     learn(context, volume, examined.fresh)
     view = context.view(volume, examined.fresh)
     pause = view.entry.pause if view.entry is not None else None
     if isinstance(request, ResyncRequest) and pause is not None:
         said = Refusal(("PAUSED",), f"{volume} is paused: {pause.reason}", next_command=f"resilver unpause {volume}")
-        return Prepared(view, examined.fresh, _refused(view, said))
+        return Prepared(turn, view, examined.fresh, _refused(view, said))
     decision = elect(view, now_ms=context.now_ms)
     if isinstance(decision, Elected) and decision.new_epoch and view.record.epoch:
         decision = would_change(view, decision)
     if isinstance(decision, NotElected):
         if isinstance(request, ResyncRequest) and not request.validate_only:
             refuse(context, view, decision, request.principal)
-        return Prepared(view, examined.fresh, _refused(view, decision.refusal))
+        return Prepared(turn, view, examined.fresh, _refused(view, decision.refusal))
     if decision.new_epoch:
         imagined = replace(view, entry=_imagined(view, decision))
         plan = _plan(context, imagined, request, takes_snapshot=True)
-        return Prepared(view, examined.fresh, plan, decision)
+        return Prepared(turn, view, examined.fresh, plan, decision)
     settle(context, view)
     view = context.view(volume, examined.fresh)
     modified = view.primary is not None and view.primary.live_modified
+    turn.wanted = turn.wanted or modified
     plan = _plan(context, view, request, takes_snapshot=modified)
-    return Prepared(view, examined.fresh, plan)
+    return Prepared(turn, view, examined.fresh, plan)
 
 
 def take_point(context: Context, prepared: Prepared, principal: str) -> Flow[Refusal | None]:
-    """Opens the first epoch, or lets a modified primary take a CP; returns once that CP is recorded."""
+    """Opens the first epoch, or lets a primary take a CP if it, or one that is taken with it, is modified; returns once
+    that CP is recorded.
+    """
     volume = prepared.volume
     problem: ResilverError | None = _outdated(context, prepared)
     if problem is not None:
@@ -94,9 +96,8 @@ def take_point(context: Context, prepared: Prepared, principal: str) -> Flow[Ref
         problem = yield from first_sight(context, prepared.view, prepared.first, principal)
     elif context.entries[volume].opening:
         problem = yield from establish(context, volume)
-    elif prepared.plan.takes_snapshot:
-        answer = yield from take_snapshot(context, volume, only_if_modified=True)
-        problem = answer if isinstance(answer, ResilverError) else _outdated(context, prepared)
+    elif prepared.turn.wanted:
+        problem = (yield from take_in_turn(context, prepared.turn, volume)) or _outdated(context, prepared)
     if problem is None:
         return None
     return refusal_of(problem, next_command=problem.next_command or f"resilver explain {volume}")
@@ -136,30 +137,6 @@ def plan_with_point(context: Context, prepared: Prepared, request: PlanRequest) 
     if refusal is not None:
         return _refused(view, refusal)
     return _plan(context, view, request, takes_snapshot=False)
-
-
-def take_snapshot(
-    context: Context, volume: str, *, only_if_modified: bool, note: str = ""
-) -> Flow[Taken | ResilverError]:
-    """Orders a CP from the primary and waits until it is recorded, that is acknowledged."""
-    primary = context.entries[volume].record.primary
-    tip = context.view(volume).replica(primary).lineage.tip_id
-    order = TakeSnapshot(context.header(volume, tip), context.new_id(), only_if_modified=only_if_modified, note=note)
-    answer = (yield from context.give({primary: order}))[primary]
-    if isinstance(answer, ResilverError):
-        return answer
-    assert isinstance(answer, Taken)
-    if not answer.taken:
-        return answer
-    recorded = yield Wait(
-        frozenset({f"volume:{volume}"}),
-        lambda: context.view(volume).record.newest_id == answer.snapshot.id,
-        context.now_ms + context.settings.opening_timeout_ms,
-    )
-    if recorded:
-        return answer
-    message = f"{primary} took {answer.snapshot.cp} of {volume}, but has not reported it yet: it does not count so far"
-    return Unavailable("DEADLINE", message, node=primary)
 
 
 def create(

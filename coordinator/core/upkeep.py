@@ -30,7 +30,7 @@ from coordinator.core.events import (
     Volume,
     VolumeRefusal,
 )
-from coordinator.core.prepare import take_snapshot
+from coordinator.core.points import groups, take_snapshot, take_together
 from coordinator.core.resyncs import refusal_of
 from coordinator.core.status import status_of
 from coordinator.core.tasks import Flow, join
@@ -85,43 +85,70 @@ def prunable(context: Context, view: VolumeView, node: str, keep_last: int) -> t
 
 
 def snapshot_volumes(context: Context, request: SnapshotRequest) -> Flow[SnapshotsTaken]:
-    """A CP on each primary, modified or not."""
-    names = request.volumes
-    tasks = [context.tasks.spawn(_snapshot_one(context, name, request)) for name in names]
+    """A CP on each primary, modified or not; a volume that is taken together with others brings these along."""
+    those = groups(context, request.volumes)
+    tasks = [context.tasks.spawn(_snapshot_group(context, names, request)) for names in those]
     yield from join(tasks, context.now_ms + 10 * context.settings.order_timeout_ms)
     taken: list[tuple[str, Snapshot]] = []
     refused: list[VolumeRefusal] = []
-    for name, task in zip(names, tasks, strict=True):
+    for names, task in zip(those, tasks, strict=True):
         if not task.finished:
-            refused.append(VolumeRefusal(name, Refusal(("NODE_OFFLINE",), f"{name} was not snapshotted in time")))
+            late = [Refusal(("NODE_OFFLINE",), f"{name} was not snapshotted in time") for name in names]
+            refused += map(VolumeRefusal, names, late)
         elif isinstance(task.result, Refusal):
-            refused.append(VolumeRefusal(name, task.result))
-        elif task.result is not None:
-            taken.append((name, task.result))
+            refused += [VolumeRefusal(name, task.result) for name in names]
+        else:
+            taken += task.result.items()
     return SnapshotsTaken(tuple(taken), tuple(refused))
 
 
-def _snapshot_one(context: Context, volume: str, request: SnapshotRequest) -> Flow[Snapshot | Refusal | None]:
-    if not (yield from context.lock(volume)):
-        return Refusal(("OPENING",), f"another operation on {volume} has not ended", next_command="resilver status")
+def _snapshot_group(
+    context: Context, names: tuple[str, ...], request: SnapshotRequest
+) -> Flow[dict[str, Snapshot] | Refusal]:
+    """One volume, or those that are taken together: all of them, or none."""
+    if not (yield from context.lock(*names)):
+        message = f"another operation on {', '.join(names)} has not ended"
+        return Refusal(("OPENING",), message, next_command="resilver status")
     try:
-        examined = yield from examine(context, volume)
-        learn(context, volume, examined.fresh)
-        decision = elect(context.view(volume, examined.fresh), now_ms=context.now_ms)
-        if isinstance(decision, NotElected):
-            return decision.refusal
-        if decision.new_epoch or context.entries[volume].opening:
-            return _first_resync(volume, decision)
+        tasks = {name: context.tasks.spawn(examine(context, name)) for name in names}
+        yield from join(tasks.values(), context.now_ms + 2 * context.settings.examine_timeout_ms)
+        for name, task in tasks.items():
+            refusal = _not_ready(context, name, task.result.fresh if task.finished else frozenset())
+            if refusal is not None:
+                return refusal
+        if groups(context, names) != (names,):
+            message = f"other volumes are taken together with {', '.join(names)} than before; run it again"
+            return Refusal(("TARGET_CHANGED",), message, next_command=f"resilver snapshot {names[0]}")
         if request.validate_only:
-            return None
-        settle(context, context.view(volume, examined.fresh))
-        answer = yield from take_snapshot(context, volume, only_if_modified=False, note=request.note)
-        if isinstance(answer, ResilverError):
-            return refusal_of(answer, f"resilver explain {volume}")
-        assert isinstance(answer, Taken)
-        return answer.snapshot
+            return {}
+        for name, task in tasks.items():
+            settle(context, context.view(name, task.result.fresh))
+        return (yield from _taken(context, names, request.note))
     finally:
-        context.unlock(volume)
+        context.unlock(*names)
+
+
+def _not_ready(context: Context, volume: str, fresh: frozenset[str]) -> Refusal | None:
+    """Why no CP can be taken of the volume now, by what its members have answered."""
+    learn(context, volume, fresh)
+    decision = elect(context.view(volume, fresh), now_ms=context.now_ms)
+    if isinstance(decision, NotElected):
+        return decision.refusal
+    if decision.new_epoch or context.entries[volume].opening:
+        return _first_resync(volume, decision)
+    return None
+
+
+def _taken(context: Context, names: tuple[str, ...], note: str) -> Flow[dict[str, Snapshot] | Refusal]:
+    answer: dict[str, Taken] | ResilverError
+    if len(names) > 1:
+        answer = yield from take_together(context, names, only_if_modified=False, note=note)
+    else:
+        alone = yield from take_snapshot(context, names[0], only_if_modified=False, note=note)
+        answer = alone if isinstance(alone, ResilverError) else {names[0]: alone}
+    if isinstance(answer, ResilverError):
+        return refusal_of(answer, f"resilver explain {names[0]}")
+    return {name: one.snapshot for name, one in answer.items()}
 
 
 def _first_resync(volume: str, decision: Elected) -> Refusal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import pytest
 from grpc import aio
@@ -24,7 +25,9 @@ from coordinator.core.events import (
     Source,
     StopTransfer,
     Taken,
+    TakenTogether,
     TakeSnapshot,
+    TakeSnapshots,
 )
 from resilver.address import Address
 from resilver.errors import Exhausted, Invalid, Refused, Superseded, Unavailable
@@ -73,6 +76,10 @@ class Agent(agent_pb2_grpc.AgentServicer):
 
     async def TakeSnapshot(self, request, context):  # noqa: N802 - as above
         return await self._obey(request, agent_pb2.TakeSnapshotResponse(snapshot=snapshot_to_proto(TAKEN), taken=True))
+
+    async def TakeSnapshots(self, request, context):  # noqa: N802 - as above
+        one = agent_pb2.TakeSnapshotResponse(snapshot=snapshot_to_proto(TAKEN), taken=True)
+        return await self._obey(request, agent_pb2.TakeSnapshotsResponse(snapshots=[one] * len(request.requests)))
 
     async def PrepareSend(self, request, context):  # noqa: N802 - as above
         return await self._obey(request, SIZES[request.target])
@@ -154,6 +161,24 @@ async def test_each_order_travels_whole_and_is_answered(order: AnyOrder, answer)
             assert told.id == "s40"
         case CloneSnapshot():
             assert (told.id, told.path, told.writable) == ("s40", "/srv/x", True)
+
+
+async def test_an_order_for_several_volumes_is_one_call():
+    orders = tuple(
+        TakeSnapshot(replace(ORDER, volume=volume), f"req-{volume}", only_if_modified=True) for volume in ("vm1", "vm2")
+    )
+    async with served() as (agent, address, agents):
+        given = GiveOrder("o1", "a", address, TakeSnapshots(orders, "g1"))
+        answered = (await agents.carry(given)).answer
+        agent.answer = agent_pb2.TakeSnapshotsResponse()
+        short = (await agents.carry(given)).answer
+    assert answered == TakenTogether((Taken(TAKEN, taken=True),) * 2)
+    told = agent.told[0]
+    assert told.group_id == "g1"
+    assert [(order_from_proto(one.header), one.request_id, one.only_if_modified) for one in told.requests] == [
+        (one.order, one.request_id, True) for one in orders
+    ]
+    assert isinstance(short, Invalid), "an answer for none of them"
 
 
 def test_every_kind_of_order_has_a_deadline():

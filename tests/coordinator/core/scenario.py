@@ -15,9 +15,10 @@ scenario may name them. A line that starts with `#` is kept as it is.
                                        `knows=V1,5,E5,b`: its record is of that volume_id, epoch, epoch_id, primary;
                                        `-s1` for a record whose data is pruned; `epoch=ID` of the tip;
                                        `0-0:g5`: another tool's, called `auto-g5`; `~g7`: one beside the lineage;
-                                       `backend=KIND`
+                                       `backend=KIND`; `group=db`
     progress a i7 transferring 10/20
-    answer i5 taken s3 1-3 ID          an order came back: taken | same | done | size BYTES RANGES | refused REASON |
+    answer i5 taken s3 1-3 ID          an order came back: taken | together s3:1-3 r2:1-2 |
+                                       same | done | size BYTES RANGES | refused REASON |
                                        progress RESYNC STATE DONE/TOTAL
     ask r1 resync vm1 [key=value …]    an operator's request: resync | plan | elect | snapshot
     tick SECONDS                       time passes
@@ -113,7 +114,7 @@ class Scenario:
                 report = replace(report, record=told, volume_id=volume_id)
             elif word.startswith("epoch="):
                 epoch_id = word[6:]
-            elif word.startswith(("backend=", "~")):
+            elif word.startswith(("backend=", "group=", "~")):
                 report = beside(report, word)
             else:
                 cp, _, name = word.lstrip("-").partition(":")
@@ -136,6 +137,9 @@ class Scenario:
         if kind in ("taken", "same"):
             snapshot = Snapshot(words[0], ConsistencyPoint.parse(words[1]), epoch_id=words[2] if words[2:] else "")
             answer = e.Taken(snapshot, kind == "taken")
+        elif kind == "together":
+            rows = [word.split(":") for word in words]
+            answer = e.TakenTogether(tuple(e.Taken(Snapshot(i, ConsistencyPoint.parse(cp)), True) for i, cp in rows))
         elif kind == "size":
             answer = Size(int(words[0]), int(words[1]), 1 << 30)
         elif kind == "progress":
@@ -199,7 +203,9 @@ def lineage(records: list[tuple[str, str, bool]], epoch_id: str = "") -> Lineage
 
 
 def beside(report: ReplicaReport, word: str) -> ReplicaReport:
-    """The report with what its kind is, or with one more snapshot beside the lineage."""
+    """The report with what its kind or its group is, or with one more snapshot beside the lineage."""
+    if word.startswith("group="):
+        return replace(report, group=word.removeprefix("group="))
     if word.startswith("~"):
         return replace(report, others=(*report.others, adopted(word[1:])))
     return replace(report, backend=word.removeprefix("backend="))
@@ -273,6 +279,10 @@ def order(one: e.AnyOrder) -> str:
         case e.TakeSnapshot():
             how = "opening" if one.opening else ("if modified" if one.only_if_modified else "now")
             return f"take snapshot {how} {right}"
+        case e.TakeSnapshots():
+            how = "if modified" if one.orders[0].only_if_modified else "now"
+            tips = ", ".join(f"{each.order.volume} if tip {each.order.expected_tip or 'none'}" for each in one.orders)
+            return f"take snapshots {how} as {one.group_id}: {tips}"
         case e.PrepareSend():
             what = "size of" if one.size_only else f"send for {one.resync_id} to {one.target_node}"
             return f"{what} {one.base or 'nothing'}..{one.target} {right}"
