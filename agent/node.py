@@ -54,6 +54,8 @@ CLOSE_S: Final = 4.0
 FIRST_LOOK_S: Final = 3.0
 AUTHORIZE_TIMEOUT_S: Final = 30.0
 RENEW_S: Final = 2.0
+COMPACT_REST_S: Final = 1.0
+COMPACT_LOOK_S: Final = 10.0
 
 _log = structlog.get_logger(__name__)
 
@@ -150,7 +152,8 @@ class AgentNode:
             control=self._control,
             look_s=self._look_s,
         )
-        self._tasks = [asyncio.create_task(job) for job in (reporter.run(), reporter.look(), self._sweep())]
+        jobs = (reporter.run(), reporter.look(), self._sweep(), *map(_compact, self._replicas.values()))
+        self._tasks = [asyncio.create_task(job) for job in jobs]
         _log.info("serving", node=config.node, port=self._port, stream_port=self._blocks.port, boot=self._identity.boot)
 
     async def _refuse_mistakes(self, looked: list[asyncio.Future[None]]) -> None:
@@ -256,6 +259,16 @@ class AgentNode:
                 with contextlib.suppress(Unavailable):
                     replica.worker.submit(partial(self._runs.sweep, volume))
             await asyncio.sleep(SWEEP_S)
+
+
+async def _compact(replica: Replica) -> None:
+    """Puts a volume's fragments together, half of the time at most, and only between its other jobs."""
+    while True:
+        begun, more = time.monotonic(), False
+        with contextlib.suppress(Unavailable):
+            more = await replica.worker.run(replica.compact)
+        took = time.monotonic() - begun
+        await asyncio.sleep(max(COMPACT_REST_S, took) if more else COMPACT_LOOK_S)
 
 
 class _Renewal:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections import OrderedDict
 from dataclasses import replace
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
-from agent.backends.base import NewSnapshot
+from agent.backends.base import Compacting, NewSnapshot
 from agent.examiner import Examiner, ReplicaSettings, keeps_being_written, now_ms
 from agent.hooks import Hooked
 from agent.hooks import recover as recover_hooks
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from resilver.volume import Order, ReplicaReport, VolumeRecord
 
 REQUESTS_MAX: Final = 256
+COMPACT_S: Final = 0.5
 
 _log = structlog.get_logger(__name__)
 
@@ -86,6 +88,7 @@ class Replica:
         self.on_report: Callable[[ReplicaReport], None] = lambda _report: None
         self._examiner = Examiner(volume, node, backend, identity, settings)
         self._hooks_dir = hooks_dir
+        self._not_compacted = ""
         self._queued: Future[ReplicaReport] | None = None
         self._requests: OrderedDict[str, tuple[object, Snapshot, bool]] = OrderedDict()
 
@@ -147,6 +150,21 @@ class Replica:
         """Looks at what is cheap to see, and examines if something has changed."""
         if self._examiner.changed():
             self.examine()
+
+    def compact(self) -> bool:
+        """Compacts for half a second, or until another job waits; whether more is to be done."""
+        backend, until = self.backend, time.monotonic() + COMPACT_S
+        if not isinstance(backend, Compacting):
+            return False
+        try:
+            more = backend.compact(lambda: time.monotonic() < until and not self.worker.waiting)
+        except ResilverError as error:
+            if error.message != self._not_compacted:  # told once, not with every try
+                _log.warning("not compacted", volume=self.volume, reason=error.reason, message=error.message)
+            self._not_compacted = error.message
+            return False
+        self._not_compacted = ""
+        return more
 
     def store_record(self, told: VolumeRecord) -> None:
         """Takes on a volume record; a higher epoch ends the grant and the runs of lower ones."""

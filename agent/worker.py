@@ -40,6 +40,11 @@ class Worker:
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a job waits for the present one."""
+        return not self._jobs.empty()
+
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Puts a job in the queue; `Unavailable("DEADLINE")` if it is full."""
         future: Future[T] = Future()

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from agent.delta import DeltaMap, DeltaRange
 from resilver.lineage import Consistency, ConsistencyPoint, Lineage, Snapshot
@@ -320,3 +320,11 @@ class StreamBackend(ReplicaBackend, Protocol):
 
 Backend: TypeAlias = BlockBackend | StreamBackend
 AnyStage: TypeAlias = Stage | StreamStage
+
+
+@runtime_checkable
+class Compacting(Protocol):
+    """A backend whose live copy is torn apart by being written to, and can be put together in small steps."""
+
+    def compact(self, go_on: Callable[[], bool]) -> bool:
+        """A step, and more while `go_on`; whether more is to be done. No byte, delta or id is changed by it."""

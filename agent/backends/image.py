@@ -10,6 +10,7 @@ This file is the door: it checks space, calls what does the work, and turns erro
 `image_stage.py`          what is being received
 `image_commit.py`         the stage becomes the tip, the live copy its clone, in one step
 `image_keep.py`           preserved copies, the spare, dropping
+`image_compact.py`        putting fragments together again
 ========================  =======================================================================
 """
 
@@ -20,7 +21,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
-from agent.backends import image_commit, image_keep, image_layout, image_live, image_snapshot, image_stage
+from agent.backends import (
+    image_commit,
+    image_compact,
+    image_keep,
+    image_layout,
+    image_live,
+    image_snapshot,
+    image_stage,
+)
 from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SnapshotReader, Stage
 from agent.backends.image_copy import Copier, export_file, opened
 from agent.backends.image_layout import Layout, State, load_state
@@ -38,6 +47,7 @@ STEPS: Final = (
     "prune.renamed",
     "prune.removed",
     "drop.renamed",
+    *image_compact.STEPS,
 )
 
 _EXTENT_BYTES: Final = 17
@@ -89,6 +99,7 @@ class ImageBackend:
         reserve_min_bytes: int = 1 << 30,
         preserved_max_count: int = 64,
         preserved_max_bytes: int = 0,
+        seams_max: int = image_compact.SEAMS_MAX,
         step: Callable[[str], None] = _no_step,
     ) -> None:
         self.keep_last: Final = keep_last
@@ -96,6 +107,7 @@ class ImageBackend:
         self._layout: Final = Layout(volume, path.absolute(), snapshot_dir.absolute())
         self._copier: Final = Copier(self._layout)
         self._step: Final = step
+        self._compactor: Final = image_compact.Compactor(self._layout, self._copier, step, seams_max)
         self._tools: Final = image_commit.Tools(
             self._layout, self._copier, step, preserved_max_count, preserved_max_bytes
         )
@@ -112,6 +124,7 @@ class ImageBackend:
             quiesce.thaw_recorded(layout.frozen)
             image_commit.settle(self._tools)
             image_keep.sweep(layout, self._copier, load_state(layout))
+            self._compactor.recover(load_state(layout))
             if layout.stage.exists() and not (layout.tree / "data").exists():
                 image_stage.discard(layout)
 
@@ -182,7 +195,8 @@ class ImageBackend:
         with disk_errors(layout.root):
             for snapshot_id in filter(None, (base, target)):
                 image_layout.check_untouched(layout.snapshot(snapshot_id))
-            return self._copier.delta(layout.snapshot(base) if base else None, layout.snapshot(target))
+            with self._compactor.comparing:
+                return self._copier.delta(layout.snapshot(base) if base else None, layout.snapshot(target))
 
     def open_reader(self, snapshot_id: str) -> SnapshotReader:
         path = self._find(snapshot_id)
@@ -259,6 +273,14 @@ class ImageBackend:
 
     def export(self, snapshot_id: str, path: Path, *, writable: bool) -> int:
         return export_file(self._find(snapshot_id), path, writable=writable)
+
+    def compact(self, go_on: Callable[[], bool]) -> bool:
+        with disk_errors(self._layout.live):
+            return self._compactor.run(self._settled(), self._roomy, go_on)
+
+    def _roomy(self, bytes_needed: int) -> bool:
+        free, reserve = self._space()
+        return free - bytes_needed >= reserve
 
     def _find(self, snapshot_id: str) -> Path:
         """The data of a snapshot or a preserved copy."""

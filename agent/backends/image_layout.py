@@ -9,6 +9,7 @@ Under the snapshot directory (`.resilver/<volume>/` beside the live copy, 0700, 
     commit.json                        the intention of a commit that is under way
     volume.json, grant.json            what the agent was told
     frozen.json                        mounts that are frozen at this moment
+    compact.json                       the part of the image that is being compacted
     .live                              the next live copy; after the exchange, the one before
     .spare-<id>                        the live copy before, unmodified and equal to that snapshot
     .new-*, .keep-*, .trash-*          not yet, or no longer, part of anything
@@ -59,6 +60,10 @@ class Layout:
     @property
     def commit(self) -> Path:
         return self.root / "commit.json"
+
+    @property
+    def compacting(self) -> Path:
+        return self.root / "compact.json"
 
     @property
     def frozen(self) -> Path:

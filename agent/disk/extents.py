@@ -92,14 +92,15 @@ class Source(Protocol):
 
 
 class FiemapSource:
-    """The map as every file system tells it."""
+    """The map as every file system tells it; `end` is how far anybody wants to know it."""
 
-    def __init__(self, fd: int, records_max: int = ioctl.FIEMAP_RECORDS_MAX) -> None:
+    def __init__(self, fd: int, records_max: int = ioctl.FIEMAP_RECORDS_MAX, end: int = END) -> None:
         self._fd = fd
         self._records_max = records_max
+        self._end = end
 
     def fetch(self, start: int) -> tuple[Extents, int]:
-        rows = ioctl.fiemap(self._fd, start, self._records_max)
+        rows = ioctl.fiemap(self._fd, start, self._records_max, self._end)
         if not len(rows):
             return NOTHING, END
         logical = rows["logical"].astype(np.int64)
@@ -116,13 +117,14 @@ class FiemapSource:
 class BtrfsSource:
     """The map as Btrfs keeps it, compressed extents included."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, end: int = END) -> None:
         self._fd = fd
         self._inode = os.fstat(fd).st_ino
+        self._end = end
         os.fsync(fd)
 
     def fetch(self, start: int) -> tuple[Extents, int]:
-        rows = ioctl.btrfs_extents(self._fd, self._inode, start)
+        rows = ioctl.btrfs_extents(self._fd, self._inode, start, self._end)
         if not len(rows):
             return NOTHING, END
         logical = rows["logical"].astype(np.int64)
@@ -135,15 +137,15 @@ class BtrfsSource:
         return Extents(logical, end, kind, disk, rows["offset"].astype(np.int64) - logical), int(end[-1])
 
 
-def source_of(fd: int) -> Source:
+def source_of(fd: int, end: int = END) -> Source:
     """The best source for an open file."""
     if ioctl.fs_magic(fd) == ioctl.BTRFS_MAGIC:
         try:
             ioctl.btrfs_extents(fd, os.fstat(fd).st_ino, END)
         except PermissionError:
-            return FiemapSource(fd)
-        return BtrfsSource(fd)
-    return FiemapSource(fd)
+            return FiemapSource(fd, end=end)
+        return BtrfsSource(fd, end)
+    return FiemapSource(fd, end=end)
 
 
 class _Walker:
@@ -181,8 +183,8 @@ def segments(base: Source | None, base_size: int, target: Source, target_size: i
 def _compare(old: Extents, new: Extents, low: int, high: int) -> tuple[Int64s, Kinds]:
     bounds = np.unique(np.concatenate((old.start, old.end, new.start, new.end, np.array([low, high], np.int64))))
     points = bounds[:-1]
-    old_kind, old_disk, old_shift = _at(old, points)
-    new_kind, new_disk, new_shift = _at(new, points)
+    old_kind, old_disk, old_shift = at_points(old, points)
+    new_kind, new_disk, new_shift = at_points(new, points)
     state = np.full(len(points), DIFFERENT, np.int8)
     state[(new_kind == ZERO)] = ZEROED
     state[(old_kind == UNCERTAIN) | (new_kind == UNCERTAIN)] = DOUBTFUL
@@ -191,7 +193,7 @@ def _compare(old: Extents, new: Extents, low: int, high: int) -> tuple[Int64s, K
     return _joined(bounds, state)
 
 
-def _at(extents: Extents, points: Int64s) -> tuple[Kinds, Int64s, Int64s]:
+def at_points(extents: Extents, points: Int64s) -> tuple[Kinds, Int64s, Int64s]:
     """Kind and place of the map at each point."""
     kind = np.zeros(len(points), np.int8)
     disk = np.zeros(len(points), np.int64)

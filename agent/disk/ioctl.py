@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 FICLONE: Final = 0x40049409
+FIDEDUPERANGE: Final = 0xC0189436
 FIEMAP: Final = 0xC020660B
 FSGETXATTR: Final = 0x801C581F
 FSSETXATTR: Final = 0x401C5820
@@ -57,6 +58,7 @@ _EXCHANGE: Final = 2
 _KEEP_SIZE_PUNCH_HOLE: Final = 3
 _LOOP_READ_ONLY: Final = 1
 _EXTENT_DATA_KEY: Final = 108
+_EVERYTHING: Final = (1 << 64) - 1
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
@@ -85,9 +87,23 @@ def clone(target_fd: int, source_fd: int) -> None:
     fcntl.ioctl(target_fd, FICLONE, source_fd)
 
 
-def fiemap(fd: int, start: int, records_max: int = FIEMAP_RECORDS_MAX) -> npt.NDArray[np.void]:
+def dedupe(target_fd: int, source_fd: int, offset: int, length: int) -> int | None:
+    """Makes a range of the target share the source's blocks; bytes that do now, None if the contents differ there.
+
+    The kernel compares under both files' locks, so that nobody who writes to the target meanwhile can lose anything.
+    Neither file's times change. A length that ends within a block is cut to whole ones.
+    """
+    buffer = bytearray(struct.pack("<QQHHIqQQiI", offset, length, 1, 0, 0, target_fd, offset, 0, 0, 0))
+    fcntl.ioctl(source_fd, FIDEDUPERANGE, buffer, True)
+    done, status = struct.unpack_from("<Qi", buffer, 40)
+    if status < 0:
+        raise OSError(-status, os.strerror(-status))
+    return None if status else int(done)
+
+
+def fiemap(fd: int, start: int, records_max: int = FIEMAP_RECORDS_MAX, end: int = _EVERYTHING) -> npt.NDArray[np.void]:
     """The extents at or after a byte offset, written data flushed first; at most `records_max` of them."""
-    header = struct.pack("<QQIIII", start, (1 << 64) - 1 - start, FIEMAP_SYNC, 0, records_max, 0)
+    header = struct.pack("<QQIIII", start, end - start, FIEMAP_SYNC, 0, records_max, 0)
     buffer = bytearray(len(header) + records_max * FIEMAP_DTYPE.itemsize)
     buffer[: len(header)] = header
     fcntl.ioctl(fd, FIEMAP, buffer, True)
@@ -230,12 +246,12 @@ BTRFS_REGULAR: Final = 1
 BTRFS_PREALLOCATED: Final = 2
 
 
-def btrfs_extents(fd: int, inode: int, start: int) -> npt.NDArray[np.void]:
-    """The extent items of a file whose key is at or after `start`, as many as fit a buffer; needs root.
+def btrfs_extents(fd: int, inode: int, start: int, end: int = _EVERYTHING) -> npt.NDArray[np.void]:
+    """The extent items of a file that begin in [start, end], as many as fit a buffer; needs root.
 
     Fields: logical, type, disk, offset, length (a disk of 0 is a hole; an inline one has its length in bytes).
     """
-    key = struct.pack("<7Q4I4Q", 0, inode, inode, start, (1 << 64) - 1, 0, (1 << 64) - 1,
+    key = struct.pack("<7Q4I4Q", 0, inode, inode, start, end, 0, (1 << 64) - 1,
                       _EXTENT_DATA_KEY, _EXTENT_DATA_KEY, (1 << 32) - 1, 0, 0, 0, 0, 0)  # fmt: skip
     buffer = bytearray(len(key) + 8 + SEARCH_BUFFER_BYTES)
     buffer[: len(key)] = key

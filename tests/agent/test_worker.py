@@ -93,3 +93,21 @@ def test_whoever_stops_waiting_is_in_nobodys_way():
         slots.take(stop)
     slots.resize(2)
     slots.take(never)
+
+
+def test_whoever_works_long_can_see_that_others_wait():
+    worker, go = Worker("disk"), threading.Event()
+    seen = []
+
+    def work():
+        seen.append(worker.waiting)
+        go.wait(10)
+        seen.append(worker.waiting)
+
+    first = worker.submit(work)
+    second = worker.submit(lambda: None)
+    go.set()
+    first.result(10)
+    second.result(10)
+    assert seen[1]
+    worker.close()

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.backends import image_commit, image_snapshot
+from agent.backends import image_commit, image_compact, image_snapshot
 from agent.disk import ioctl
 from tests.agent.backends.replica import STAGES, Replica, noise
+from tests.agent.backends.test_compact import Picture, check_same, made, torn
 from tests.agent.backends.test_crash import Case, whole
 from tests.loopfs import make_fs, run
 
@@ -98,3 +99,26 @@ def test_power_cut_in_a_snapshot(machine):
                 replica.snapshot()
             assert replica.data(replica.lineage.tip_id).read_bytes() == live
             whole(replica)
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_power_cut_in_compacting(machine):
+    """Every file as it was, and every delta too once the agent has started again."""
+    with machine.on(machine.disk):
+        replica = torn(machine.point / "a")
+        before = Picture(replica)
+        os.sync()
+        cut: set[str] = set()
+
+        def step(name: str) -> None:
+            if name not in cut:
+                cut.add(name)
+                machine.cut(name)
+
+        made(replica.directory, step=step).backend.compact(lambda: False)
+    for name in image_compact.STEPS:
+        with machine.after(name):
+            again = made(replica.directory)
+            again.backend.recover()
+            check_same(again, before)
+            whole(again)
