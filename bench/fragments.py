@@ -1,6 +1,6 @@
 """Fifty cycles of scattered writes and consistency points on one image, without and with compacting, on XFS or Btrfs.
 
-    sudo .venv/bin/python bench/fragments.py [--kind xfs] [--mib 1024] [--cycles 50] [--keep 16]
+    sudo .venv/bin/python bench/fragments.py [--kind xfs] [--mib 1024] [--cycles 50] [--keep 16] [--above 50000]
 
 In each cycle 1.9 % of the image's blocks are rewritten at random, then a consistency point is taken and the oldest
 snapshot beyond `--keep` is dropped. Beside it a process writes one block every few milliseconds and notes how long its
@@ -88,11 +88,11 @@ class Cycle:
 class Volume:
     """The image, and what was written to it between its consistency points."""
 
-    def __init__(self, place: Path, size_bytes: int, keep: int) -> None:
+    def __init__(self, place: Path, size_bytes: int, keep: int, above: int) -> None:
         self.place = place
         self.size_bytes = size_bytes
         self.keep = keep
-        self.replica = Replica(place / "a")
+        self.replica = Replica(place / "a", seams_max=above)
         with self.replica.path.open("wb") as file:
             for _ in range(size_bytes // MIB):
                 file.write(os.urandom(MIB))
@@ -174,9 +174,9 @@ def row(name: str, found: Cycle) -> str:
 
 
 @contextlib.contextmanager
-def volume(kind: str, size_bytes: int, keep: int) -> Iterator[tuple[Volume, Feeler]]:
+def volume(kind: str, size_bytes: int, keep: int, above: int) -> Iterator[tuple[Volume, Feeler]]:
     with mounted(kind, 5 * size_bytes) as place:
-        made = Volume(place, size_bytes, keep)
+        made = Volume(place, size_bytes, keep, above)
         feeler = Feeler(made.replica.path)
         try:
             yield made, feeler
@@ -190,15 +190,16 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--cycles", type=int, default=50)
     parser.add_argument("--keep", type=int, default=16)
+    parser.add_argument("--above", type=int, default=SEAMS_MAX, help="compact above so many extents")
     parser.add_argument("--only", choices=["without", "with"])
     asked = parser.parse_args()
     for compacting in (False, True):
         if asked.only and (asked.only == "with") is not compacting:
             continue
-        what = f"with compacting above {SEAMS_MAX:,}" if compacting else "without compacting"
+        what = f"with compacting above {asked.above:,}" if compacting else "without compacting"
         print(f"\n{asked.kind}, {asked.mib} MiB, {what}\n\n{HEAD}", flush=True)
         seen = []
-        with volume(asked.kind, asked.mib * MIB, asked.keep) as (made, feeler):
+        with volume(asked.kind, asked.mib * MIB, asked.keep, asked.above) as (made, feeler):
             for number in range(1, asked.cycles + 1):
                 seen.append(made.cycle(feeler, compacting=compacting))
                 if number % SHOWN_EVERY == 0 or number == 1:
