@@ -103,6 +103,10 @@ class Layout:
     def trash(self, name: str) -> Path:
         return self.root / f".trash-{name}"
 
+    def identity(self, path: Path) -> int:
+        """What tells what is at a path from anything else that comes to be there."""
+        return path.lstat().st_ino
+
     def make_root(self) -> None:
         """Makes the snapshot directory. The live copy's own directory must be there: it may be an unmounted disk."""
         if not self.live.parent.is_dir():
@@ -154,7 +158,7 @@ class Journal:
         if self.undoing:
             return False
         try:
-            return layout.incoming.lstat().st_ino != self.new_inode
+            return layout.identity(layout.incoming) != self.new_inode
         except FileNotFoundError:
             return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from agent.backends.btrfs import BtrfsBackend
 from agent.backends.image import ImageBackend
 from resilver.errors import Invalid
 
@@ -37,4 +38,16 @@ def _image(volume: VolumeConfig, config: AgentConfig) -> Backend:
     )
 
 
-KINDS: Final[Mapping[str, Callable[[VolumeConfig, AgentConfig], Backend]]] = {"image": _image}
+def _btrfs(volume: VolumeConfig, config: AgentConfig) -> Backend:
+    return BtrfsBackend(
+        volume.name,
+        volume.path,
+        volume.snapshot_dir,
+        adopt=volume.adopt,
+        keep_last=volume.keep_last,
+        reserve_ratio=config.space.reserve_ratio,
+        reserve_min_bytes=config.space.reserve_min_bytes,
+    )
+
+
+KINDS: Final[Mapping[str, Callable[[VolumeConfig, AgentConfig], Backend]]] = {"btrfs": _btrfs, "image": _image}

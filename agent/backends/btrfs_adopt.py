@@ -1,0 +1,182 @@
+"""Which snapshots there are: ours, by their records, and those that other tools made or received.
+
+Another tool's snapshot is taken into the lineage by what its file system calls it (`Info.native_id`), without a CP.
+
+* Found by themselves: read-only snapshots of the live subvolume, and the read-only subvolumes that it descends from.
+  So are those of btrbk and snapper, wherever they keep them, if a mount shows the place.
+* Found by the patterns of `adopt`: received ones, whose live copy does not exist on this node.
+* Once a CP of ours is there, the adopted records below it are fixed in the log of ancestry, and their data is looked
+  for among all read-only subvolumes of the file system. Any others are shown beside, and are never a tip.
+
+Nothing of theirs is ever renamed, removed or written to. One that is writable, or was changed since it came to be, is
+left out, and told.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from agent.backends.btrfs_layout import SubvolumeLayout, vouched
+from agent.backends.btrfs_live import Tip
+from agent.backends.image_layout import State, load_state
+from agent.disk import btrfs, loops
+from resilver.errors import Damaged
+from resilver.lineage import Lineage, Origin, Snapshot
+
+MATCHES_MAX: Final = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is here. `adopted`: paths of other tools' snapshots in the lineage, by id; `beside`: those of `others`."""
+
+    layout: SubvolumeLayout
+    state: State
+    adopted: dict[str, Path]
+    others: tuple[Snapshot, ...] = ()
+    problems: tuple[str, ...] = ()
+    beside: dict[str, Path] = field(default_factory=dict)
+
+    def path(self, snapshot_id: str) -> Path | None:
+        """Where a snapshot's data is; None if it is not here."""
+        if snapshot_id in self.state.stored:
+            data = self.layout.data(snapshot_id)
+            return data if data.exists() else None
+        return self.adopted.get(snapshot_id)
+
+    @property
+    def tip(self) -> Tip | None:
+        """The tip's data, None if there is no tip, or its data is not here."""
+        path = self.path(self.state.tip) if self.state.tip else None
+        return Tip(self.state.tip, path) if path is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    info: btrfs.Info
+    path: Path
+
+
+class Finder:
+    """Finds them. What was looked at is remembered until it changes: not every heartbeat looks at every inode."""
+
+    def __init__(self, layout: SubvolumeLayout, patterns: Sequence[str]) -> None:
+        self._layout = layout
+        self._patterns = tuple(patterns)
+        self._verdicts: dict[tuple[str, str, int], bool] = {}
+
+    def load(self) -> Known:
+        """All records and the lineage. Changes nothing."""
+        layout = self._layout
+        state = load_state(layout)
+        problems: list[str] = []
+        if not layout.live.parent.is_dir():
+            return Known(layout, state, {})
+        every = btrfs.subvolumes(layout.live.parent)
+        found = list(self._found(every, problems))
+        if not state.lineage.records:
+            return _only_adopted(layout, state, found, tuple(problems))
+        wanted = {record.id for record in state.lineage if record.origin is Origin.ADOPTED}
+        there = dict(self._among(every, wanted))
+        there.update({seen.info.native_id: seen.path for seen in found if seen.info.native_id in wanted})
+        present = {record.id for record in state.lineage if record.present} | set(there)
+        beside = [seen for seen in reversed(found) if seen.info.native_id not in state.lineage.ids()]
+        return Known(
+            layout,
+            replace(state, lineage=state.lineage.with_presence(present)),
+            there,
+            tuple(_record(seen, "") for seen in beside),
+            tuple(problems),
+            {seen.info.native_id: seen.path for seen in beside},
+        )
+
+    def _found(self, every: list[btrfs.Found], problems: list[str]) -> Iterator[_Seen]:
+        """Other tools' snapshots, oldest first, each id once."""
+        mounts = loops.own_mounts()
+        seen = {one.info.tree: one for one in self._by_pattern(problems)}
+        for one in self._related(every, mounts):
+            seen.setdefault(one.info.tree, one)
+        ids = set()
+        for one in sorted(seen.values(), key=lambda one: (one.info.otransid, one.info.tree)):
+            if one.info.native_id not in ids and self._sound(one):
+                ids.add(one.info.native_id)
+                yield one
+            elif one.info.native_id not in ids:
+                problems.append(f"{one.path} was changed since it came to be: it is left out")
+
+    def _by_pattern(self, problems: list[str]) -> Iterator[_Seen]:
+        count = 0
+        for pattern in self._patterns:
+            for name in sorted(glob.glob(str(self._layout.live.parent / pattern))):  # noqa: PTH207  # may be absolute
+                path = Path(name)
+                if self._is_ours(path) or path == self._layout.live or not btrfs.is_subvolume(path):
+                    continue
+                count += 1
+                if count > MATCHES_MAX:
+                    raise Damaged("IO_ERROR", f"{pattern!r} matches more than {MATCHES_MAX:,} subvolumes")
+                info = btrfs.info(path)
+                if info.read_only:
+                    yield _Seen(info, path)
+                else:
+                    problems.append(f"{path} is writable: half received, or made writable since; it is left out")
+
+    def _related(self, every: list[btrfs.Found], mounts: list[loops.Mount]) -> Iterator[_Seen]:
+        """Snapshots of the live copy, and what it descends from, that a mount shows."""
+        if not btrfs.is_subvolume(self._layout.live):
+            return
+        live = btrfs.info(self._layout.live)
+        by_uuid = {one.info.uuid: one for one in every}
+        line, at = set(), live.parent_uuid
+        while at in by_uuid and at not in line:
+            line.add(at)
+            at = by_uuid[at].info.parent_uuid
+        for one in every:
+            if one.info.read_only and (one.info.parent_uuid == live.uuid or one.info.uuid in line):
+                path = btrfs.reach(one, mounts)
+                if path is not None and not self._is_ours(path):
+                    yield _Seen(one.info, path)
+
+    def _among(self, every: list[btrfs.Found], wanted: set[str]) -> Iterator[tuple[str, Path]]:
+        if not wanted:
+            return
+        mounts = loops.own_mounts()
+        for one in every:
+            if one.info.native_id in wanted and one.info.read_only:
+                path = btrfs.reach(one, mounts)
+                if path is not None and self._sound(_Seen(one.info, path)):
+                    yield one.info.native_id, path
+
+    def _is_ours(self, path: Path) -> bool:
+        return self._layout.root.resolve() in path.resolve().parents
+
+    def _sound(self, one: _Seen) -> bool:
+        key = (one.info.uuid, one.info.received_uuid, one.info.ctransid)
+        if key not in self._verdicts:
+            if len(self._verdicts) >= MATCHES_MAX:
+                self._verdicts.clear()
+            self._verdicts[key] = vouched(one.path, one.info)
+        return self._verdicts[key]
+
+
+def _only_adopted(layout: SubvolumeLayout, state: State, found: list[_Seen], problems: tuple[str, ...]) -> Known:
+    """Nothing of ours yet: the newest of theirs is the tip."""
+    records: list[Snapshot] = []
+    for seen in found:
+        records.append(_record(seen, records[-1].id if records else ""))
+    lineage = Lineage(tuple(reversed(records)))
+    known = {**state.known, **{record.id: record for record in records}}
+    adopted = {seen.info.native_id: seen.path for seen in found}
+    return Known(layout, replace(state, lineage=lineage, known=known), adopted, (), problems)
+
+
+def _record(seen: _Seen, parent: str) -> Snapshot:
+    name = seen.path.name
+    if name == "snapshot":  # snapper's all have this one, in a directory with a number
+        name = f"{seen.path.parent.name}/{name}"
+    return Snapshot(
+        id=seen.info.native_id, parent=parent, create_time_ms=seen.info.otime_ms, origin=Origin.ADOPTED, note=name
+    )

@@ -1,0 +1,160 @@
+"""Keeping and letting go of subvolumes: preserved copies, what was a live copy, dropped snapshots.
+
+As in `image_keep.py`: a preserved copy appears by the rename of its directory, in which `preserved.json` was written
+before; a snapshot is let go by a rename, its record in the log of ancestry before; what was once a live copy is only
+removed if nobody uses it and it is what a snapshot is that stays. Otherwise it is preserved.
+
+Removing a subvolume frees its space later, while the kernel walks through it; the bytes that are told are an estimate.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Final
+
+from agent.backends import btrfs_send
+from agent.backends.btrfs_adopt import Known
+from agent.backends.btrfs_layout import SubvolumeLayout, remove
+from agent.backends.btrfs_live import Tip, is_tip, own_bytes
+from agent.backends.image_keep import keep_directory, keep_file, now_ms
+from agent.backends.image_layout import append_records, load_preserved, save_preserved
+from agent.disk import btrfs
+from agent.disk.btrfs_use import users_of
+from agent.disk.durable import DIR_MODE, disk_errors, fsync_dir, make_dir
+from resilver.lineage import NO_CP, Snapshot
+from resilver.volume import PreservedCopy
+
+ESTIMATE_MAX_S: Final = 10.0
+
+
+def describe_live(
+    layout: SubvolumeLayout, path: Path, snapshot: Snapshot | None, against: Tip | None, resync_id: str
+) -> PreservedCopy:
+    """What a live copy will be as a preserved one; `against` is the snapshot that its own bytes are counted from."""
+    return _describe(path, snapshot, own_bytes(path, against, layout), live=True, resync_id=resync_id)
+
+
+def describe_snapshot(path: Path, snapshot: Snapshot, older: Path | None, resync_id: str) -> PreservedCopy:
+    """What a snapshot that leaves the lineage will be; `older` is its newest ancestor that is here."""
+    found = btrfs_send.measure(older, path, ESTIMATE_MAX_S)
+    own = found.data_bytes if found is not None else None
+    return _describe(path, snapshot, own, live=False, resync_id=resync_id)
+
+
+def _describe(path: Path, snapshot: Snapshot | None, own: int | None, *, live: bool, resync_id: str) -> PreservedCopy:
+    return PreservedCopy(
+        id=str(uuid.uuid4()),
+        path=str(path),
+        based_on=snapshot.id if snapshot is not None else "",
+        cp=snapshot.cp if snapshot is not None else NO_CP,
+        live=live,
+        create_time_ms=now_ms(),
+        size_bytes=0,
+        exclusive_bytes=own,
+        resync_id=resync_id,
+    )
+
+
+def prepare_keep(layout: SubvolumeLayout, copy: PreservedCopy) -> None:
+    """Makes the directory that a live copy will be preserved in, on the disk, without its data."""
+    directory = layout.keep(copy.id)
+    remove(directory)
+    directory.mkdir(mode=DIR_MODE)
+    save_preserved(directory, copy)
+    make_dir(layout.preserved)
+    fsync_dir(layout.root)
+
+
+def let_go(layout: SubvolumeLayout, path: Path, equal_to: Tip | None, snapshot: Snapshot | None) -> None:
+    """Removes a former live copy if nobody uses it and it is that snapshot, else preserves it."""
+    if not path.exists():
+        return
+    if not users_of(path) and _is(layout, path, equal_to) and not btrfs.nested(path):
+        remove(path)
+        return
+    copy = describe_live(layout, path, snapshot, equal_to, "")
+    prepare_keep(layout, copy)
+    keep_file(layout, path, copy.id)
+
+
+def _is(layout: SubvolumeLayout, path: Path, tip: Tip | None) -> bool:
+    if tip is None or not tip.path.exists():
+        return False
+    try:
+        return is_tip(path, tip, layout)
+    except TimeoutError:
+        return False
+
+
+def sweep(layout: SubvolumeLayout) -> None:
+    """At start: finishes what was being preserved, and removes what is part of nothing."""
+    if not layout.root.is_dir():
+        return
+    for entry in sorted(layout.root.iterdir()):
+        name = entry.name
+        if name.startswith(".keep-") and (entry / "data").exists():
+            keep_directory(layout, entry, name.removeprefix(".keep-"))
+        elif name.startswith((".keep-", ".new-", ".trash-")) or name == ".live" or fnmatch(name, ".*.tmp"):
+            remove(entry)
+
+
+def drop_preserved(layout: SubvolumeLayout, pid: str, step: Callable[[str], None]) -> int:
+    """Lets a preserved copy go; the bytes that it held alone."""
+    copy = load_preserved(layout.preserved / pid)
+    with disk_errors(layout.preserved):
+        _refuse_nested(layout.preserved / pid / "data")
+        _trash(layout, layout.preserved / pid, pid, step, "drop.renamed")
+    return copy.exclusive_bytes or 0
+
+
+def drop_snapshot(known: Known, snapshot_id: str, step: Callable[[str], None]) -> int:
+    """Lets a snapshot of ours that is not the tip go; about the bytes that no neighbour shares."""
+    layout, state = known.layout, known.state
+    with disk_errors(layout.snapshot(snapshot_id)):
+        freed = _alone(known, snapshot_id)
+        append_records(layout, [state.known[snapshot_id]], state, logged=[snapshot_id])
+        step("prune.logged")
+        _trash(layout, layout.snapshot(snapshot_id), snapshot_id, step, "prune.renamed")
+        step("prune.removed")
+    return freed
+
+
+def _trash(layout: SubvolumeLayout, path: Path, name: str, step: Callable[[str], None], renamed: str) -> None:
+    gone = layout.trash(name)
+    remove(gone)
+    path.rename(gone)
+    fsync_dir(path.parent)
+    fsync_dir(layout.root)
+    step(renamed)
+    remove(gone)
+
+
+def _refuse_nested(path: Path) -> None:
+    """Before anything is renamed: what holds another subvolume cannot be removed."""
+    if btrfs.is_subvolume(path) and btrfs.nested(path):
+        remove(path)  # raises, and removes nothing
+
+
+def _alone(known: Known, snapshot_id: str) -> int:
+    """At most the bytes that dropping a snapshot gives back: what it added, or what was replaced after it."""
+    here = [record.id for record in known.state.lineage if record.present]
+    mine = known.path(snapshot_id)
+    if snapshot_id not in here or mine is None:
+        return 0
+    at = here.index(snapshot_id)
+    pairs = [(here[at + 1], snapshot_id)] if at + 1 < len(here) else []
+    pairs += [(snapshot_id, here[at - 1])] if at else []
+    found = [_between(known, *pair) for pair in pairs]
+    counted = [count for count in found if count is not None]
+    return min(counted) if len(counted) == len(pairs) and counted else 0
+
+
+def _between(known: Known, base: str, target: str) -> int | None:
+    older, newer = known.path(base), known.path(target)
+    if older is None or newer is None:
+        return None
+    found = btrfs_send.measure(older, newer, ESTIMATE_MAX_S)
+    return found.data_bytes if found is not None else None

@@ -1,0 +1,165 @@
+"""Who uses a subvolume: anybody with something of it open, mapped, or as a directory, and whatever is mounted from it.
+
+A subvolume has a device number of its own in `stat`, so that one look at each descriptor tells. There is no lease on a
+directory tree: these are looks, and somebody may come right after one. Whoever acts on one looks again afterwards.
+
+* Processes: open files and directories, mappings, working directory, root and program, in all namespaces.
+* Loop devices and active swap files on files in it.
+* Mounts of it or of a directory in it, in every mount namespace, also its own path if something is mounted there. A
+  mount does not write by itself: what is written through it is open.
+* Exports of the kernel's NFS server that lie in it: what is written through these is open in no process.
+
+A descriptor whose mount is known to be of another file system is not looked at: a dead network mount would hang us.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from agent.disk import btrfs, ioctl, loops
+from agent.disk.inuse import User
+
+_EXPORTS: Final = (Path("/var/lib/nfs/etab"), Path("/proc/fs/nfsd/exports"))
+_SWAPS: Final = Path("/proc/swaps")
+
+
+def users_of(path: Path) -> list[User]:
+    """Everybody who uses the subvolume at a path, as far as this process may see; itself too."""
+    stat = path.lstat()
+    place = btrfs.place_of(path.parent)
+    device = place[0].device if place is not None else ""
+    top = f"{place[1].rstrip('/')}/{path.name}" if place is not None else ""
+    found: dict[str, bool] = {}
+    for user in (
+        *_processes(stat.st_dev, device),
+        *_loops(stat.st_dev),
+        *_mounts(stat.st_dev, device, top),
+        *_swaps(stat.st_dev),
+        *_exports(path.parent.resolve() / path.name),
+    ):
+        found[user.name] = found.get(user.name, False) or user.writes
+    return [User(name, writes) for name, writes in sorted(found.items())]
+
+
+def _processes(subvolume: int, device: str) -> Iterator[User]:
+    for process in Path("/proc").glob("[0-9]*"):
+        mounts = _devices_by_mount(process)
+        modes = [
+            *_open_modes(process, subvolume, device, mounts),
+            *(False for name in ("cwd", "root", "exe") if _is_on(f"{process}/{name}", subvolume)),
+            *_mapped_modes(process, subvolume, device),
+        ]
+        if modes:
+            yield User(f"{_command(process)} pid {process.name}", any(modes))
+
+
+def _is_on(path: str, subvolume: int) -> bool:
+    try:
+        return os.stat(path).st_dev == subvolume  # noqa: PTH116  # a Path for each descriptor of a machine is too many
+    except OSError:
+        return False
+
+
+def _devices_by_mount(process: Path) -> dict[str, str]:
+    """The device of each mount that a process has, by the mount's number."""
+    try:
+        lines = (process / "mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return {}
+    return {fields[0]: fields[2] for fields in (line.split(" ", 3) for line in lines)}
+
+
+def _open_modes(process: Path, subvolume: int, device: str, mounts: dict[str, str]) -> Iterator[bool]:
+    """For each descriptor of a process on the subvolume, whether it may write."""
+    try:
+        numbers = os.listdir(process / "fd")  # noqa: PTH208  # as above
+    except OSError:
+        return
+    for number in numbers:
+        name = f"{process}/fd/{number}"
+        try:
+            # Sockets, pipes and the like, which are most, have no path.
+            if not os.readlink(name).startswith("/"):  # noqa: PTH115  # as above
+                continue
+            lines = (process / "fdinfo" / number).read_text().splitlines()[:4]
+            fields = dict(line.split(":", 1) for line in lines)
+            if mounts.get(fields.get("mnt_id", "").strip(), device) == device and _is_on(name, subvolume):
+                yield int(fields["flags"], 8) & os.O_ACCMODE != os.O_RDONLY
+        except (OSError, ValueError, KeyError):
+            continue
+
+
+def _mapped_modes(process: Path, subvolume: int, device: str) -> Iterator[bool]:
+    """For each mapping of a file in the subvolume, whether it writes there.
+
+    Maps show the file system's device, not the subvolume's: map_files tells, each inode being looked at once.
+    """
+    try:
+        raw = (process / "maps").read_bytes()
+    except OSError:
+        return
+    major, _, minor = device.partition(":")
+    mark = b"%02x:%02x" % (int(major), int(minor)) if minor else b""
+    seen: dict[tuple[bytes, bytes], bool] = {}
+    for line in raw.splitlines() if mark in raw else ():
+        fields = line.split(None, 5)
+        if len(fields) < 6 or fields[3] != mark:
+            continue
+        writes = fields[1][1:2] == b"w" and fields[1][3:4] == b"s"
+        key = (fields[4], fields[5])
+        if key not in seen:
+            seen[key] = _is_on(f"{process}/map_files/{fields[0].decode()}", subvolume)
+        if seen[key]:
+            yield writes
+
+
+def _command(process: Path) -> str:
+    try:
+        return (process / "comm").read_text().strip() or "?"
+    except OSError:
+        return "?"
+
+
+def _loops(subvolume: int) -> Iterator[User]:
+    for entry in sorted(Path("/sys/block").glob("loop*")):
+        if (entry / "loop" / "backing_file").exists():
+            status = ioctl.loop_status(Path("/dev") / entry.name)
+            if status is not None and os.makedev(status.major, status.minor) == subvolume:
+                yield User(f"/dev/{entry.name}", not status.read_only)
+
+
+def _mounts(subvolume: int, device: str, top: str) -> Iterator[User]:
+    """Mounts of the subvolume or within it; one whose place is hidden by another mount is known by its root."""
+    for mount in loops.all_mounts():
+        if mount.device != device:
+            continue
+        within = bool(top) and (mount.root == top or mount.root.startswith(f"{top}/"))
+        if within or _is_on(str(mount.reach), subvolume):
+            yield User(f"mount at {mount.point}", writes=False)
+
+
+def _swaps(subvolume: int) -> Iterator[User]:
+    try:
+        lines = _SWAPS.read_text(errors="surrogateescape").splitlines()[1:]
+    except OSError:
+        return
+    for line in lines:
+        name = line.split(" ", 1)[0].split("\t", 1)[0].replace("\\040", " ")
+        if _is_on(name, subvolume):
+            yield User(f"swap file {name}", writes=True)
+
+
+def _exports(path: Path) -> Iterator[User]:
+    """Exports of the subvolume or of a directory in it; one above it shows it only with `crossmnt`, and is not seen."""
+    for table in _EXPORTS:
+        try:
+            lines = table.read_text(errors="surrogateescape").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            name = line.split("\t", 1)[0].split(" ", 1)[0].replace("\\040", " ")
+            if not name.startswith("#") and (Path(name) == path or path in Path(name).parents):
+                yield User(f"NFS export {name}", writes=True)

@@ -1,0 +1,514 @@
+"""Commits: what replaces what, what is preserved, who is in the way; keeping, dropping, exporting; a full disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agent.backends import btrfs_commit
+from agent.disk import btrfs
+from agent.disk.btrfs_use import users_of
+from resilver.errors import ResilverError
+from resilver.lineage import Consistency
+from resilver.volume import LiveState
+from tests.agent.backends.btrfs.nodes import Node, never, same
+from tests.loopfs import attached, mounted, run
+
+
+def refused(work) -> ResilverError:
+    with pytest.raises(ResilverError) as caught:
+        work()
+    return caught.value
+
+
+def pair(node: Node, other: Node) -> str:
+    """Both at one CP, and the first one ahead; the id of what they have in common."""
+    node.create()
+    base = node.snapshot()
+    other.receive(node)
+    node.write("a", b"newer")
+    node.snapshot()
+    return base.id
+
+
+def test_a_live_copy_that_was_written_to_is_preserved(node, other):
+    base = pair(node, other)
+    other.write("own", os.urandom(1 << 20))
+    kept = other.receive(node, base)
+    same(node.path, other.path)
+    assert len(kept) == 1
+    assert kept[0].live
+    assert kept[0].based_on == base
+    assert kept[0].exclusive_bytes == 1 << 20
+    assert (Path(kept[0].path) / "own").stat().st_size == 1 << 20
+    assert other.backend.examine().preserved == kept
+    (Path(kept[0].path) / "own").write_bytes(b"a late writer's")
+
+
+def test_own_snapshots_leave_only_if_that_was_said(node, other):
+    base = pair(node, other)
+    other.write("own", b"1")
+    mine = other.snapshot(epoch=2)
+    other.write("own", b"2")
+    error = refused(lambda: other.receive(node, base))
+    assert error.reason == "TARGET_CHANGED"
+    assert other.lineage.tip_id == mine.id
+    assert (other.path / "own").read_bytes() == b"2"
+    kept = other.receive(node, base, replace_own_data=True)
+    assert {copy.live for copy in kept} == {True, False}
+    for copy in kept:
+        assert (Path(copy.path) / "own").read_bytes() == (b"2" if copy.live else b"1")
+    assert not other.data(mine.id).exists()
+    same(node.path, other.path)
+    assert other.backend.drop(next(copy.id for copy in kept if not copy.live)) >= 0
+    assert len(other.backend.examine().preserved) == 1
+
+
+def test_what_shares_nothing_is_replaced_only_if_that_was_said(node, other):
+    node.create()
+    node.snapshot()
+    other.create()
+    assert refused(lambda: other.receive(node)).reason == "REPLICA_UNRELATED"
+    kept = other.receive(node, replace_unrelated=True)
+    assert [copy.live for copy in kept] == [True]
+    same(node.path, other.path)
+
+
+def test_another_tip_than_was_expected(node, other):
+    base = pair(node, other)
+    error = refused(lambda: other.receive(node, base, expected_tip="x"))
+    assert error.reason == "TARGET_CHANGED"
+    assert error.metadata["tip"] == base
+
+
+def test_again_after_it_is_done(node, other):
+    base = pair(node, other)
+    stage = other.stage_from(node, base)
+    order = other.order(node.lineage)
+    other.write("own", b"1")
+    kept = other.backend.commit(stage, order)
+    again = other.backend.open_stream_stage(base, node.lineage.tip_id, node.origin(base, node.lineage.tip_id))
+    assert other.backend.commit(again, order) == kept
+
+
+def test_only_the_live_copy_is_set_right(node):
+    """Base and target are one: nothing is received."""
+    node.create()
+    made = node.snapshot()
+    node.write("a", b"not wanted")
+    origin = node.origin(made.id, made.id)
+    stage = node.backend.open_stream_stage(made.id, made.id, origin)
+    lineage = node.lineage
+    kept = node.backend.commit(stage, node.order(lineage))
+    # The tip is what was expected, and is the target: the live copy was modified, and is preserved.
+    assert node.lineage == lineage
+    same(node.path, node.data(made.id))
+    assert (Path(kept[0].path) / "a").read_bytes() == b"not wanted"
+
+
+def test_nothing_that_was_not_received_is_committed(node, other):
+    base = pair(node, other)
+    target = node.lineage.tip_id
+    stage = other.backend.open_stream_stage(base, target, node.origin(base, target))
+    assert refused(lambda: other.backend.commit(stage, other.order(node.lineage))).reason == "IO_ERROR"
+    assert other.lineage.tip_id == base
+
+
+def test_preserved_copies_are_bounded(node, places):
+    other = Node(places[1] / "b", preserved_max_count=1)
+    base = pair(node, other)
+    other.write("own", b"1")
+    other.receive(node, base)
+    base = node.lineage.tip_id
+    node.write("b", b"2")
+    node.snapshot()
+    other.write("own", b"3")
+    assert refused(lambda: other.receive(node, base)).reason == "PRESERVED_FULL"
+    assert (other.path / "own").read_bytes() == b"3"
+    assert other.lineage.tip_id == base
+    assert not (other.root / "commit.json").exists()
+
+
+# In use.
+
+
+class Holder:
+    """A process that holds something of a directory until it is told to go."""
+
+    def __init__(self, how: str, directory: Path) -> None:
+        code = {
+            "read": "f = open(sys.argv[1] + '/a')",
+            "write": "f = open(sys.argv[1] + '/new', 'w')",
+            "directory": "f = os.open(sys.argv[1] + '/d', os.O_RDONLY)",
+            "path only": "f = os.open(sys.argv[1], os.O_PATH)",
+            "cwd": "os.chdir(sys.argv[1] + '/d')",
+            "root": "os.chroot(sys.argv[1])",
+            "mapped": "f = open(sys.argv[1] + '/a', 'r+b'); m = mmap.mmap(f.fileno(), 0); f.close()",
+        }[how]
+        script = f"import os, sys, mmap; {code}; print('ready', flush=True); sys.stdin.read()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdout.readline() == b"ready\n"
+
+    def go(self) -> None:
+        self.process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("how", ["read", "write", "directory", "path only", "cwd", "root", "mapped"])
+def test_in_use_by_a_process(node, other, how):
+    base = pair(node, other)
+    stage = other.stage_from(node, base)
+    holder = Holder(how, other.path)
+    try:
+        found = other.backend.examine().live
+        assert found.in_use
+        assert found.state in {LiveState.MODIFIED, LiveState.UNKNOWN}
+        error = refused(lambda: other.backend.commit(stage, other.order(node.lineage)))
+    finally:
+        holder.go()
+    assert error.reason == "IN_USE"
+    assert f"pid {holder.process.pid}" in error.metadata["in_use_by"]
+    assert other.lineage.tip_id == base
+    other.backend.commit(stage, other.order(node.lineage))
+    same(node.path, other.path)
+
+
+def test_in_use_by_its_own_program(node, other):
+    base = pair(node, other)
+    (other.path / "sleep").write_bytes(Path("/bin/sleep").read_bytes())
+    (other.path / "sleep").chmod(0o755)
+    process = subprocess.Popen([other.path / "sleep", "60"])
+    try:
+        assert [user.name for user in users_of(other.path)] == [f"sleep pid {process.pid}"]
+        assert refused(lambda: other.receive(node, base)).reason == "IN_USE"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("how", ["subvolume", "bind", "inner bind", "another namespace", "itself"])
+def test_in_use_by_a_mount(node, other, how, tmp_path):
+    base = pair(node, other)
+    mount, top = btrfs.place_of(other.path)
+    point = tmp_path / "point"
+    point.mkdir()
+    holder = None
+    if how == "subvolume":
+        run("mount", "-o", f"subvol={top}", mount.source, point)
+    elif how == "bind":
+        run("mount", "--bind", other.path, point)
+    elif how == "inner bind":
+        run("mount", "--bind", other.path / "d", point)
+    elif how == "itself":
+        point = other.path
+        run("mount", "--bind", other.path, point)
+    else:
+        script = 'mount --bind "$1" "$2" && echo ready && read line'
+        holder = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c", script, "sh", other.path, point],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert holder.stdout.readline() == b"ready\n"
+    try:
+        error = refused(lambda: other.receive(node, base))
+    finally:
+        if holder is not None:
+            holder.communicate(b"\n", timeout=30)
+        else:
+            run("umount", point)
+    assert error.reason == "IN_USE"
+    assert f"mount at {point}" in error.metadata["in_use_by"]
+    other.receive(node, base)
+
+
+def test_in_use_by_a_loop_device(node, other):
+    base = pair(node, other)
+    with (other.path / "disk").open("wb") as file:
+        file.truncate(1 << 20)
+    with attached(other.path / "disk") as device:
+        error = refused(lambda: other.receive(node, base))
+    assert error.metadata["in_use_by"] == str(device)
+
+
+def test_in_use_by_swap(node, other):
+    base = pair(node, other)
+    swap = other.path / "swap"
+    swap.touch(mode=0o600)
+    run("chattr", "+C", swap)
+    run("fallocate", "-l", "16M", swap)
+    run("mkswap", "-q", swap)
+    if subprocess.run(["swapon", swap], check=False, capture_output=True).returncode:
+        pytest.skip("no swap files here")
+    try:
+        error = refused(lambda: other.receive(node, base))
+        assert error.reason == "IN_USE"
+        assert "swap" in error.metadata["in_use_by"]
+        error = refused(other.snapshot)
+        assert error.reason == "SNAPSHOT_NOT_ATOMIC"
+        assert not [entry for entry in other.root.iterdir() if entry.name.startswith(".new")]
+    finally:
+        run("swapoff", swap)
+
+
+def test_a_mount_alone_is_synced_and_a_reader_too(node, tmp_path):
+    node.create()
+    mount, top = btrfs.place_of(node.path)
+    run("mount", "-o", f"subvol={top}", mount.source, tmp_path)
+    try:
+        assert node.snapshot().consistency is Consistency.SYNCED
+    finally:
+        run("umount", tmp_path)
+
+
+def test_somebody_who_comes_between_the_check_and_the_exchange(node, other):
+    """Found by the second look: everything goes back, and what he writes stays."""
+    base = pair(node, other)
+    opened = []
+
+    def step(name: str) -> None:
+        if name == "commit.snapshot":
+            opened.append((other.path / "a").open("r+b"))
+
+    late = Node(other.directory, step=step)
+    error = refused(lambda: late.receive(node, base))
+    assert error.reason == "IN_USE"
+    opened[0].write(b"his")
+    opened[0].close()
+    assert (other.path / "a").read_bytes()[:3] == b"his"
+    assert other.lineage.tip_id == base
+    assert other.backend.examine().preserved == ()
+    assert not [entry for entry in other.root.iterdir() if entry.name.startswith(".")]
+    kept = other.receive(node, base)
+    assert (Path(kept[0].path) / "a").read_bytes()[:3] == b"his"
+
+
+def test_somebody_who_came_and_has_gone_when_the_names_changed(node, other):
+    """Written between the check and the exchange, closed before the second look: preserved, not removed."""
+    base = pair(node, other)
+
+    def step(name: str) -> None:
+        if name == "commit.snapshot":
+            (other.path / "a").write_bytes(b"his")
+
+    late = Node(other.directory, step=step)
+    late.receive(node, base)
+    same(node.path, other.path)
+    kept = other.backend.examine().preserved
+    assert [(Path(copy.path) / "a").read_bytes() for copy in kept] == [b"his"]
+
+
+@pytest.mark.parametrize("what", ["replaced", "removed", "nested"])
+def test_the_live_copy_became_something_else_meanwhile(node, other, what):
+    base = pair(node, other)
+
+    def step(name: str) -> None:
+        if name != "commit.snapshot":
+            return
+        if what == "nested":
+            btrfs.create(other.path / "inner")
+            return
+        other.path.rename(other.directory / "moved")
+        if what == "replaced":
+            btrfs.create(other.path)
+
+    late = Node(other.directory, step=step)
+    assert refused(lambda: late.receive(node, base)).reason == "TARGET_CHANGED"
+    assert other.lineage.tip_id == base
+    assert not (other.root / "commit.json").exists()
+    assert other.path.exists() is (what != "removed")
+
+
+def test_a_path_that_is_created_meanwhile(node, other):
+    node.create()
+    node.snapshot()
+
+    def step(name: str) -> None:
+        if name == "commit.snapshot":
+            btrfs.create(other.path)
+
+    late = Node(other.directory, step=step)
+    assert refused(lambda: late.receive(node)).reason == "TARGET_CHANGED"
+    assert other.lineage.tip_id == ""
+
+
+# What cannot be served, or not replaced.
+
+
+def test_nested_subvolumes_are_told_and_never_lost(node, other):
+    base = pair(node, other)
+    btrfs.create(other.path / "inner")
+    (other.path / "inner" / "x").write_bytes(b"1")
+    found = other.backend.examine()
+    assert any("inner" in problem for problem in found.problems)
+    error = refused(lambda: other.receive(node, base))
+    assert error.reason == "NOT_SUPPORTED"
+    assert "inner" in error.message
+    assert (other.path / "inner" / "x").read_bytes() == b"1"
+
+
+def test_a_preserved_copy_that_got_a_subvolume_is_not_dropped(node, other):
+    base = pair(node, other)
+    other.write("own", b"1")
+    kept = other.receive(node, base)
+    btrfs.create(Path(kept[0].path) / "inner")
+    assert refused(lambda: other.backend.drop(kept[0].id)).reason == "NOT_SUPPORTED"
+    assert other.backend.examine().preserved == kept
+
+
+def test_a_read_only_live_copy(node, other):
+    base = pair(node, other)
+    btrfs.set_read_only(other.path, read_only=True)
+    assert any("read-only" in problem for problem in other.backend.examine().problems)
+    assert refused(lambda: other.receive(node, base)).reason == "NOT_SUPPORTED"
+    btrfs.set_read_only(other.path, read_only=False)
+
+
+@pytest.mark.parametrize("what", ["directory", "file", "link"])
+def test_a_path_that_is_no_subvolume(node, what):
+    if what == "directory":
+        node.path.mkdir()
+    elif what == "file":
+        node.path.touch()
+    else:
+        btrfs.create(node.directory / "real")
+        node.path.symlink_to("real")
+    error = refused(node.backend.examine)
+    assert error.metadata["field"] == "path"
+    assert refused(node.snapshot).reason == "INVALID_FIELD"
+
+
+def test_not_on_btrfs(tmp_path):
+    found = Node(tmp_path / "x").backend.examine()
+    assert "not on Btrfs" in found.problems[0]
+    assert refused(Node(tmp_path / "x").snapshot).metadata["field"] == "path"
+
+
+def test_a_snapshot_directory_on_another_mount(places):
+    from agent.backends.btrfs import BtrfsBackend
+
+    btrfs.create(places[0] / "vm1")
+    backend = BtrfsBackend("vm1", places[0] / "vm1", places[1] / "snapshots", reserve_min_bytes=0, reserve_ratio=0)
+    one = Node(places[0])
+    one.backend = backend
+    assert refused(one.snapshot).metadata["field"] == "snapshot_dir"
+
+
+# Keeping, dropping, exporting.
+
+
+def test_prune_and_drop(node):
+    node.create()
+    made = []
+    for turn in range(5):
+        node.write(f"n{turn}", os.urandom(100_000))
+        made.append(node.snapshot().id)
+    pruned = node.backend.prune(2, frozenset({made[1]}))
+    assert [gone for gone, _freed in pruned] == [made[0], made[2]]
+    assert refused(lambda: node.backend.drop(made[4])).reason == "PINNED"
+    assert refused(lambda: node.backend.drop("nothing")).reason == "SNAPSHOT_NOT_FOUND"
+    lineage = node.lineage
+    assert [record.present for record in lineage] == [True, True, False, True, False]
+    assert lineage.ids() == set(made)
+    assert node.backend.drop(made[0]) == 0
+    again = Node(node.directory)
+    assert again.lineage == lineage
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_export_on_the_same_file_system(node, writable):
+    node.create()
+    made = node.snapshot()
+    path = node.directory / "exported copy"
+    assert node.backend.export(made.id, path, writable=writable) >= 300_000
+    same(node.data(made.id), path)
+    assert btrfs.info(path).read_only is not writable
+    assert refused(lambda: node.backend.export(made.id, path, writable=True)).metadata["field"] == "path"
+
+
+@pytest.mark.parametrize("kind", ["ext4", "btrfs"])
+def test_export_elsewhere(node, kind):
+    from tests.agent.backends.btrfs.test_transfer import fill
+
+    fill(node)
+    made = node.snapshot()
+    with mounted(kind, 256 << 20) as point:
+        path = point / "exported"
+        node.backend.export(made.id, path, writable=False)
+        same(node.data(made.id), path)
+        assert (path / "holes").stat().st_blocks * 512 < 1 << 20
+        assert [entry.name for entry in point.iterdir() if entry.name != "lost+found"] == ["exported"]
+        if kind == "btrfs":
+            assert btrfs.info(path).read_only
+
+
+def test_export_of_a_preserved_copy(node, other):
+    base = pair(node, other)
+    other.write("own", b"1")
+    kept = other.receive(node, base)
+    other.backend.export(kept[0].id, other.directory / "out", writable=True)
+    assert (other.directory / "out" / "own").read_bytes() == b"1"
+
+
+# A full disk.
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(node, small):
+    other = Node(small / "b")
+    base = pair(node, other)
+    node.write("big", os.urandom(64 << 20))
+    node.snapshot()
+    ballast = small / "ballast"
+    with ballast.open("wb") as file:
+        free = os.statvfs(small).f_bavail * 4096
+        file.write(os.urandom(max(0, free - (20 << 20))))
+    btrfs.sync(small)
+    origin = node.origin(base, node.lineage.tip_id)
+    assert refused(lambda: other.backend.check_stream_space(origin.stream_bytes)).reason == "NO_SPACE"
+    stage = other.backend.open_stream_stage(base, node.lineage.tip_id, origin)
+    stage.start("btrfs-1")
+
+    def all_of_it() -> None:
+        from tests.agent.backends.btrfs.nodes import pour
+
+        pour(node, base, node.lineage.tip_id, "btrfs-1", stage.feed)
+        stage.finish()
+
+    error = refused(all_of_it)
+    assert error.reason == "NO_SPACE"
+    stage.close()
+    assert other.lineage.tip_id == base
+    assert other.backend.examine().live.state is not LiveState.MODIFIED
+    other.backend.discard_stage()
+    ballast.unlink()
+    btrfs.sync(small)
+    deadline = time.monotonic() + 60
+    while os.statvfs(small).f_bavail * 4096 < 100 << 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    other.receive(node, base)
+    same(node.path, other.path)
+
+
+def test_the_reserve_is_kept(places):
+    node = Node(places[0] / "a", reserve_min_bytes=1 << 40)
+    node.create()
+    assert refused(node.snapshot).reason == "NO_SPACE"
+    node.backend.set_reserve(0.0, 0)
+    node.snapshot()
+    assert node.backend.check_stream_space(None) > 0
+
+
+def test_the_steps_are_those_that_are_listed(node, other):
+    base = pair(node, other)
+    seen = []
+    late = Node(other.directory, step=seen.append)
+    late.receive(node, base)
+    assert tuple(seen) == btrfs_commit.STEPS
+    assert never().is_set() is False
