@@ -149,6 +149,10 @@ class BtrfsStage:
         self._receive: _Receive | None = None
         self._closing = threading.Lock()
 
+    @property
+    def complete(self) -> bool:
+        return is_received(self._layout)
+
     def resume_token(self) -> str:
         return ""
 

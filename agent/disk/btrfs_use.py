@@ -9,7 +9,8 @@ directory tree: these are looks, and somebody may come right after one. Whoever 
   mount does not write by itself: what is written through it is open.
 * Exports of the kernel's NFS server that lie in it: what is written through these is open in no process.
 
-A descriptor whose mount is known to be of another file system is not looked at: a dead network mount would hang us.
+A descriptor on a mount whose server may be away (anything but the usual local file systems) is not looked at: a dead
+one would hang us.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ from agent.disk.inuse import User
 
 _EXPORTS: Final = (Path("/var/lib/nfs/etab"), Path("/proc/fs/nfsd/exports"))
 _SWAPS: Final = Path("/proc/swaps")
+_NEAR: Final = frozenset(
+    (
+        *("bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "devtmpfs", "efivarfs", "fusectl", "hugetlbfs"),
+        *("mqueue", "nsfs", "proc", "pstore", "ramfs", "securityfs", "sysfs", "tmpfs", "tracefs"),
+        *("btrfs", "ext2", "ext3", "ext4", "f2fs", "iso9660", "overlay", "squashfs", "vfat", "xfs", "zfs"),
+    )
+)
 
 
 def users_of(path: Path) -> list[User]:
@@ -44,67 +52,102 @@ def users_of(path: Path) -> list[User]:
     return [User(name, writes) for name, writes in sorted(found.items())]
 
 
+# A machine has many processes with many descriptors: text, not a Path for each, and no look that is not needed.
+# ruff: noqa: PTH115, PTH116, PTH123, PTH208
+
+
 def _processes(subvolume: int, device: str) -> Iterator[User]:
-    for process in Path("/proc").glob("[0-9]*"):
-        mounts = _devices_by_mount(process)
+    far_by_namespace: dict[str, frozenset[str]] = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        process = f"/proc/{pid}"
+        if _is_kernel(process):
+            continue
+        far = _far_mounts(process, far_by_namespace)
         modes = [
-            *_open_modes(process, subvolume, device, mounts),
+            *_open_modes(process, subvolume, far),
             *(False for name in ("cwd", "root", "exe") if _is_on(f"{process}/{name}", subvolume)),
             *_mapped_modes(process, subvolume, device),
         ]
         if modes:
-            yield User(f"{_command(process)} pid {process.name}", any(modes))
+            yield User(f"{_command(process)} pid {pid}", any(modes))
+
+
+def _is_kernel(process: str) -> bool:
+    """Whether it is a thread of the kernel, which has neither a program nor descriptors."""
+    try:
+        os.readlink(f"{process}/exe")
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _is_on(path: str, subvolume: int) -> bool:
     try:
-        return os.stat(path).st_dev == subvolume  # noqa: PTH116  # a Path for each descriptor of a machine is too many
+        return os.stat(path).st_dev == subvolume
     except OSError:
         return False
 
 
-def _devices_by_mount(process: Path) -> dict[str, str]:
-    """The device of each mount that a process has, by the mount's number."""
+def _far_mounts(process: str, known: dict[str, frozenset[str]]) -> frozenset[str]:
+    """The numbers of the mounts of a process whose server may be away."""
     try:
-        lines = (process / "mountinfo").read_text(errors="surrogateescape").splitlines()
+        namespace = os.readlink(f"{process}/ns/mnt")
+        if namespace not in known:
+            with open(f"{process}/mountinfo", errors="surrogateescape") as file:
+                known[namespace] = frozenset(line.split(" ", 1)[0] for line in file if not _is_near(line))
+        return known[namespace]
     except OSError:
-        return {}
-    return {fields[0]: fields[2] for fields in (line.split(" ", 3) for line in lines)}
+        return frozenset()
 
 
-def _open_modes(process: Path, subvolume: int, device: str, mounts: dict[str, str]) -> Iterator[bool]:
+def _is_near(mount: str) -> bool:
+    return mount.rpartition(" - ")[2].split(" ", 1)[0] in _NEAR
+
+
+def _open_modes(process: str, subvolume: int, far: frozenset[str]) -> Iterator[bool]:
     """For each descriptor of a process on the subvolume, whether it may write."""
     try:
-        numbers = os.listdir(process / "fd")  # noqa: PTH208  # as above
+        numbers = os.listdir(f"{process}/fd")
     except OSError:
         return
     for number in numbers:
         name = f"{process}/fd/{number}"
         try:
             # Sockets, pipes and the like, which are most, have no path.
-            if not os.readlink(name).startswith("/"):  # noqa: PTH115  # as above
+            if not os.readlink(name).startswith("/"):
                 continue
-            lines = (process / "fdinfo" / number).read_text().splitlines()[:4]
-            fields = dict(line.split(":", 1) for line in lines)
-            if mounts.get(fields.get("mnt_id", "").strip(), device) == device and _is_on(name, subvolume):
-                yield int(fields["flags"], 8) & os.O_ACCMODE != os.O_RDONLY
+            if far and _fields(process, number)["mnt_id"] in far:
+                continue
+            if _is_on(name, subvolume):
+                yield int(_fields(process, number)["flags"], 8) & os.O_ACCMODE != os.O_RDONLY
         except (OSError, ValueError, KeyError):
             continue
 
 
-def _mapped_modes(process: Path, subvolume: int, device: str) -> Iterator[bool]:
+def _fields(process: str, number: str) -> dict[str, str]:
+    with open(f"{process}/fdinfo/{number}") as file:
+        lines = (line.split(":", 1) for line in file.read().splitlines()[:4])
+        return {name: value.strip() for name, value in lines}
+
+
+def _mapped_modes(process: str, subvolume: int, device: str) -> Iterator[bool]:
     """For each mapping of a file in the subvolume, whether it writes there.
 
     Maps show the file system's device, not the subvolume's: map_files tells, each inode being looked at once.
     """
     try:
-        raw = (process / "maps").read_bytes()
+        with open(f"{process}/maps", "rb") as file:
+            raw = file.read()
     except OSError:
         return
     major, _, minor = device.partition(":")
     mark = b"%02x:%02x" % (int(major), int(minor)) if minor else b""
+    if not mark or mark not in raw:
+        return
     seen: dict[tuple[bytes, bytes], bool] = {}
-    for line in raw.splitlines() if mark in raw else ():
+    for line in raw.splitlines():
         fields = line.split(None, 5)
         if len(fields) < 6 or fields[3] != mark:
             continue
@@ -116,9 +159,10 @@ def _mapped_modes(process: Path, subvolume: int, device: str) -> Iterator[bool]:
             yield writes
 
 
-def _command(process: Path) -> str:
+def _command(process: str) -> str:
     try:
-        return (process / "comm").read_text().strip() or "?"
+        with open(f"{process}/comm") as file:
+            return file.read().strip() or "?"
     except OSError:
         return "?"
 

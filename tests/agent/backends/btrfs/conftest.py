@@ -63,5 +63,5 @@ def small() -> Iterator[Path]:
     """A file system of its own, which a test may fill."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount file systems")
-    with mounted("btrfs", 320 << 20) as point:
+    with mounted("btrfs", 512 << 20) as point:
         yield point
