@@ -1,9 +1,10 @@
 """`python -m agent.inspect PATH…`: what replicas on this machine are, read from their disks with no agent running.
 
 A PATH is a live copy, a snapshot directory (`.resilver/<volume>`), a directory that holds such, or an agent.toml, whose
-volumes, node name and priorities then count. Nothing is changed: no interrupted commit is finished, nothing is swept.
+volumes, node name and priorities then count. Volumes of other kinds than `image` are found by an agent.toml only.
+Nothing is changed: no interrupted commit is finished, nothing is swept.
 
-The weak spot: only a running agent remembers what was there. Of the volumes in an agent.toml, one whose directory is
+The weak spot: only a running agent remembers what was there. Of the images in an agent.toml, one whose directory is
 missing is called LOST and any other that is not there EMPTY. A path by itself must lead to something.
 
 Exit: 0; 1 if a replica could not be read; 2 for a path that is no replica's.
@@ -12,15 +13,17 @@ Exit: 0; 1 if a replica could not be read; 2 for a path that is no replica's.
 from __future__ import annotations
 
 import argparse
+import functools
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from agent.backends.base import Examined
+from agent.backends.base import Backend, Examined
 from agent.backends.image import ImageBackend
+from agent.backends.kinds import make_backend
 from agent.examiner import now_ms
 from resilver.config import load_agent_config
 from resilver.errors import Invalid, ResilverError
@@ -34,22 +37,28 @@ EXIT_UNREADABLE: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a replica is."""
+    """Where a replica is; `make` is its backend, of an image that no configuration names if it is None."""
 
     node: str
     volume: str
     live: Path
     snapshots: Path
     priority: int = 0
+    make: Callable[[], Backend] | None = None
+
+    def backend(self) -> Backend:
+        """Raises what keeps a kind from working here, such as a program that is not installed."""
+        return self.make() if self.make is not None else ImageBackend(self.volume, self.live, self.snapshots)
 
 
 def inspect(place: Place) -> Inspection:
     """Looks, comparing the live copy with its tip; what cannot be read is an inspection without a report."""
     try:
-        examined = ImageBackend(place.volume, place.live, place.snapshots).examine()
+        backend = place.backend()
+        examined = backend.examine()
     except ResilverError as error:
         return Inspection(place.node, place.volume, now_ms(), None, error.reason, error.message)
-    return Inspection(place.node, place.volume, now_ms(), _report(place, examined))
+    return Inspection(place.node, place.volume, now_ms(), _report(place, backend.kind, examined))
 
 
 def places(path: Path, node: str, volume: str) -> Iterator[Place]:
@@ -74,8 +83,9 @@ def places(path: Path, node: str, volume: str) -> Iterator[Place]:
 def _configured(path: Path, node: str, volume: str) -> Iterator[Place]:
     config = load_agent_config(path)
     for one in config.volumes:
-        if volume in ("", one.name) and one.backend == ImageBackend.kind:
-            yield Place(node or config.node, one.name, one.path, one.snapshot_dir, one.priority)
+        if volume in ("", one.name):
+            make = functools.partial(make_backend, one, config)
+            yield Place(node or config.node, one.name, one.path, one.snapshot_dir, one.priority, make)
 
 
 def _held(path: Path, node: str, volume: str) -> Iterator[Place]:
@@ -124,8 +134,9 @@ def _volumes(directory: Path) -> list[str]:
     return sorted(entry.name for entry in home.iterdir() if entry.is_dir()) if home.is_dir() else []
 
 
-def _report(place: Place, examined: Examined) -> ReplicaReport:
-    gone = examined.presence is Presence.EMPTY and not place.live.parent.is_dir()
+def _report(place: Place, kind: str, examined: Examined) -> ReplicaReport:
+    image = kind == ImageBackend.kind
+    gone = image and examined.presence is Presence.EMPTY and not place.live.parent.is_dir()
     return ReplicaReport(
         volume=place.volume,
         presence=Presence.LOST if gone else examined.presence,
@@ -134,13 +145,14 @@ def _report(place: Place, examined: Examined) -> ReplicaReport:
         live=examined.live,
         record=examined.record,
         grant=examined.grant,
-        backend=ImageBackend.kind,
+        backend=kind,
         priority=place.priority,
         free_bytes=examined.free_bytes,
         reserve_bytes=examined.reserve_bytes,
         reflink=examined.reflink,
         preserved=examined.preserved,
         problems=examined.problems,
+        others=examined.others,
         examine_time_ms=now_ms(),
     )
 
@@ -168,7 +180,8 @@ def described(found: Inspection) -> str:
         lines.append(f"  grant      epoch {report.grant.epoch}  {report.grant.epoch_id}")
     for record in report.lineage:
         data = "" if record.present else "  (pruned)"
-        lines.append(f"  snapshot   {record.cp!s:<10} {record.id}{data}")
+        lines.append(f"  snapshot   {record.name:<10} {record.id}{data}")
+    lines += [f"  another's  {other.name:<10} {other.id}  (not in the lineage)" for other in report.others]
     lines += [f"  preserved  {copy.cp!s:<10} {copy.id}  {copy.size_bytes:,} bytes" for copy in report.preserved]
     lines += [f"  problem    {problem}" for problem in report.problems]
     return "\n".join(lines) + "\n"

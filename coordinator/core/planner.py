@@ -347,10 +347,10 @@ def _all_it_has(replica: ReplicaView) -> tuple[str, ...]:
 
 
 def _left_alone(own: Sequence[Snapshot]) -> str:
-    """What of another tool's is off the new lineage: it stays, but no delta starts there any more."""
+    """What of another tool's is off the new lineage: nothing removes it, but no delta starts there any more."""
     theirs = [record for record in own if record.origin is Origin.ADOPTED and record.present]
-    stay = "stays" if len(theirs) == 1 else "stay"
-    return f"; another tool's {span(theirs)} {stay}, off the lineage" if theirs else ""
+    are = "is" if len(theirs) == 1 else "are"
+    return f"; another tool's {span(theirs)} {are} kept, off the lineage" if theirs else ""
 
 
 def _why(goal: _Goal, replica: ReplicaView, text: str) -> str:

@@ -17,7 +17,7 @@ from agent.identity import Identity, Pin, Remembered
 from agent.runfile import SavedRun
 from agent.tickets import Ticket, Tickets
 from resilver.errors import Invalid, Refused
-from resilver.lineage import NO_CP, Consistency, Lineage, Snapshot, newest_shared
+from resilver.lineage import NO_CP, Consistency, Lineage, Origin, Snapshot, newest_shared
 from resilver.volume import Grant, LiveCopy, LiveState, Presence, PreservedCopy, VolumeRecord
 from tests.simulation.guarantees import Guarantees, Was
 
@@ -62,6 +62,7 @@ class Disk:
         self.volume_id = ""
         self.records: tuple[Snapshot, ...] = ()
         self.stored: dict[str, Content] = {}
+        self.beside: dict[str, Content] = {}
         self.live: Content | None = None
         self.stage: Stage | None = None
         self.preserved: tuple[PreservedCopy, ...] = ()
@@ -95,13 +96,20 @@ class Disk:
 
     def take_image(self) -> None:
         """Somebody copies the whole disk away."""
-        held = (dict(self.stored), dict(self.preserved_bytes), self.records, self.live, self.volume_id)
+        held = (
+            dict(self.stored),
+            dict(self.beside),
+            dict(self.preserved_bytes),
+            self.records,
+            self.live,
+            self.volume_id,
+        )
         self.image = (*held, self.preserved, self.record, self.grant)
 
     def restore_image(self) -> None:
         """And back, while the agent is down: what was since is nowhere on this node any more."""
         assert self.image is not None
-        (self.stored, self.preserved_bytes, self.records, self.live, self.volume_id, *rest) = self.image  # type: ignore[assignment]
+        (self.stored, self.beside, self.preserved_bytes, self.records, self.live, self.volume_id, *rest) = self.image  # type: ignore[assignment]
         (self.preserved, self.record, self.grant), self.stage, self.image = rest, None, None  # type: ignore[assignment]
         self._watch.restored(self)
 
@@ -124,6 +132,7 @@ class Disk:
             reserve_bytes=0,
             reflink=True,
             file_system_id=f"fs-{self.node}" if self.mounted else "",
+            others=tuple(Snapshot(one, origin=Origin.ADOPTED) for one in sorted(self.beside)) if self.mounted else (),
         )
 
     def _live(self, *, compare: bool) -> LiveCopy:
@@ -213,9 +222,9 @@ class Disk:
             raise AssertionError("a stage is committed that is not whole")
         self._step("commit.begun")
         was = Was(self.live, dict(self.stored), self.tip, self.decided_on)
-        copies = self.preserve(tuple(one for one in leaving if one.id in self.stored), order.resync_id)
-        line = {one.id for one in order.lineage}
-        self.stored = {one: content for one, content in self.stored.items() if one in line}
+        ours = tuple(one for one in leaving if one.id in self.stored and one.origin is not Origin.ADOPTED)
+        copies = self.preserve(ours, order.resync_id)
+        self._draw_line({one.id for one in order.lineage})
         self.stored.setdefault(target.id, tuple(stage.content))
         self.records = tuple(replace(one, present=True) for one in order.lineage)
         self.live, self.volume_id, self.stage = self.stored[target.id], order.volume_id, None
@@ -223,6 +232,14 @@ class Disk:
         self._watch.replaced(self, order, was)
         self._step("commit.swept")
         return copies
+
+    def _draw_line(self, line: set[str]) -> None:
+        """What another tool made stays where it is, in the lineage or beside it."""
+        adopted = {one.id for one in self.records if one.origin is Origin.ADOPTED}
+        held = {**self.beside, **self.stored}
+        self.stored = {one: content for one, content in held.items() if one in line}
+        theirs = {*self.beside, *adopted}
+        self.beside = {one: content for one, content in held.items() if one not in line and one in theirs}
 
     def preserve(self, leaving: tuple[Snapshot, ...], resync_id: str) -> tuple[PreservedCopy, ...]:
         """Keeps what the new lineage does not have: snapshots of its own, and a live copy that is not its tip."""
@@ -254,6 +271,8 @@ class Disk:
             return BLOCKS
         if snapshot_id == self.tip:
             raise Refused("PINNED", f"{snapshot_id} is the newest snapshot here, which the live copy stands on")
+        if any(one.id == snapshot_id and one.origin is Origin.ADOPTED for one in self.records):
+            self._watch.not_ours(self, snapshot_id)
         self.stored.pop(snapshot_id, None)
         self._watch.newest_is_kept(self.volume)
         self._step("drop.renamed")

@@ -12,8 +12,10 @@ COMPARE_AND_SET             what is replaced is what the order was decided on; a
 NOTHING_ACKNOWLEDGED_LOST   a CP that was acknowledged stays in the lineage of the newest one, unless a node that had
                             it, or could not be asked, was named in an acceptance, and each that showed it was; and
                             the data of the newest one is kept by somebody
-CERTAIN_OR_REFUSED          a primary that is away, or has more, is not replaced before its loss was accepted by name
-KEPT                        no live copy and no snapshot is replaced that is not preserved there, or contained
+CERTAIN_OR_REFUSED          a primary that is away, or has more, is not replaced before its loss was accepted by name;
+                            and the first one has all that anybody has
+KEPT                        no live copy and no snapshot is replaced that is not preserved there, or contained; what
+                            another tool made stays where it is, and nobody here drops it
 PRIMARY_NEVER_RECEIVES      who holds the grant of the store's present epoch is not written over
 ONLY_UP                     epochs and the newest known CP only go up, in the store and beside the data
 ACKNOWLEDGED_UNDER_GRANT    what counts was taken by the primary of the store's epoch, under that epoch's own grant
@@ -27,7 +29,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from coordinator.core.cluster import ElectionRecord, VolumeEntry
 from coordinator.core.events import Kept, Receive, Volume
-from resilver.volume import Grant
+from resilver.lineage import NO_CP
+from resilver.volume import Grant, LiveState
 
 if TYPE_CHECKING:
     from agent.backends.base import CommitOrder
@@ -91,6 +94,18 @@ class Guarantees:
         self._taker[snapshot.id] = (disk.node, disk.grant)
         self.stored(disk, snapshot.id, content)
 
+    def adopted(self, disk: Disk, snapshot: Snapshot, content: Content) -> None:
+        """Another tool made it: it has no taker, and no grant."""
+        self.counts["adopted"] += 1
+        self._made[snapshot.id] = snapshot
+        self.stored(disk, snapshot.id, content)
+
+    def made(self, snapshot_id: str) -> Snapshot:
+        return self._made[snapshot_id]
+
+    def not_ours(self, disk: Disk, snapshot_id: str) -> None:
+        raise Broken("KEPT", f"{snapshot_id} of another tool is dropped on {disk.node}")
+
     def stored(self, disk: Disk, snapshot_id: str, content: Content) -> None:
         known = self._bytes.setdefault(snapshot_id, content)
         if known != content:
@@ -108,10 +123,14 @@ class Guarantees:
             raise Broken("PRIMARY_NEVER_RECEIVES", f"{where} holds the grant of epoch {disk.grant}")
         kept = [disk.preserved_bytes[copy.id] for copy in disk.preserved]
         lineage = {record.id for record in disk.records}
-        if live is not None and live not in kept and not any(self._bytes.get(one) == live for one in lineage):
+        contained = any(self._bytes.get(one) == live for one in lineage) or live in disk.beside.values()
+        if live is not None and live not in kept and not contained:
             raise Broken("KEPT", f"{where}: the live copy {live} is gone")
         for snapshot_id, content in stored.items():
-            if snapshot_id not in lineage and content not in kept:
+            if self._made[snapshot_id].cp == NO_CP:
+                if snapshot_id not in disk.stored and snapshot_id not in disk.beside:
+                    raise Broken("KEPT", f"{where}: {snapshot_id} of another tool is gone")
+            elif snapshot_id not in lineage and content not in kept:
                 raise Broken("KEPT", f"{where}: {snapshot_id} left the lineage and is not preserved")
         if disk.tip != target or disk.stored.get(target) != self._bytes.get(target):
             raise Broken("WHOLE_CP", f"{where}: {disk.stored.get(target)} for {target} = {self._bytes.get(target)}")
@@ -130,7 +149,11 @@ class Guarantees:
 
     def _keeps(self, disk: Disk, snapshot_id: str) -> bool:
         """In its lineage or, if a transfer that was still under way has replaced it, among its preserved copies."""
-        return snapshot_id in disk.stored or self._bytes[snapshot_id] in disk.preserved_bytes.values()
+        return (
+            snapshot_id in disk.stored
+            or snapshot_id in disk.beside
+            or self._bytes[snapshot_id] in disk.preserved_bytes.values()
+        )
 
     # What nobody can be blamed for.
 
@@ -248,6 +271,16 @@ class Guarantees:
         if new.newest_id not in self._gone:  # its disk may have been restored before this was reported
             acknowledged.add(new.newest_id)
 
+    def _first(self, name: str, new: VolumeRecord, election: ElectionRecord) -> None:
+        """Before the first epoch nothing is acknowledged, so nobody may have what the first primary has not."""
+        self.counts["first elections"] += 1
+        for one in election.candidates:
+            if one.node in (new.primary, *election.accepted) or not (one.snapshot or one.live is LiveState.MODIFIED):
+                continue
+            if one.live is LiveState.MODIFIED or one.snapshot not in self.line(new.newest_id):
+                message = f"{new.primary} at {new.newest_id} is the first, though {one.node} is at {one.snapshot}"
+                raise Broken("CERTAIN_OR_REFUSED", f"{name}: {message}, its live copy {one.live.value}")
+
     def _opened(
         self, name: str, was: VolumeRecord | None, new: VolumeRecord, election: ElectionRecord, answered: frozenset[str]
     ) -> None:
@@ -266,6 +299,8 @@ class Guarantees:
             acknowledged.discard(lost)
         if new.newest_id:
             acknowledged.add(new.newest_id)
+        if (was is None or not was.primary) and election.rule != "chosen by the operator":
+            self._first(name, new, election)
         if was is None or was.primary in ("", new.primary) or was.primary in accepted:
             return
         before = next((one for one in election.candidates if one.node == was.primary), None)

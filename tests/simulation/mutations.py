@@ -15,7 +15,7 @@ import agent.rights
 import agent.run
 import agent.runs
 from agent.identity import Identity
-from coordinator.core import decide, election, events, hearing
+from coordinator.core import ballot, decide, election, events, hearing, upkeep
 from coordinator.core.context import Context
 from coordinator.core.engine import Engine
 from tests.simulation.coordinator import Coordinator, ReignEnded, Store
@@ -173,6 +173,21 @@ def _same_number_again() -> tuple[Place, ...]:
     return ((decide, "next_epoch", lambda view: max(1, view.record.epoch)),)
 
 
+def _first_sight_by_name() -> tuple[Place, ...]:
+    """At first sight whoever comes first is taken for one that has what the others have."""
+    return ((ballot, "covers", lambda _mine, _other: True),)
+
+
+def _another_tools_is_ours() -> tuple[Place, ...]:
+    """What another tool made is pinned by nothing but what we need."""
+    kept = upkeep.pinned_by
+
+    def pinned_by(*about: Any) -> tuple[str, ...]:
+        return tuple(reason for reason in kept(*about) if reason != upkeep.ANOTHER_TOOLS)
+
+    return ((upkeep, "pinned_by", pinned_by),)
+
+
 # Remembering.
 
 
@@ -248,6 +263,8 @@ MUTATIONS = {
     "anybody acknowledges": Mutation(_anybody_acknowledges, frozenset({"ACKNOWLEDGED_UNDER_GRANT"}), _OPENING),
     "opening CP not awaited": Mutation(_opening_not_awaited, frozenset({"NOT_BEFORE_OPENING", "CONVERGES"}), _OPENING),
     "the same epoch again": Mutation(_same_number_again, frozenset({"ONE_GRANT"})),
+    "first sight by name": Mutation(_first_sight_by_name, frozenset({"CERTAIN_OR_REFUSED"})),
+    "another tool's is ours": Mutation(_another_tools_is_ours, frozenset({"KEPT"}), _CALM),
     "acts before it stores": Mutation(
         _acts_before_it_stores,
         frozenset({"ONE_GRANT", "NO_LOWER_EPOCH", "ONLY_UP", "CERTAIN_OR_REFUSED"}),

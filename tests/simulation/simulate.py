@@ -146,6 +146,9 @@ class Simulation:
     def _write(self) -> None:
         """Who writes is usually the primary's user, as far as the agent beside him knows."""
         world, chance = self.world, self.world.random
+        if world.another_tools and chance.random() < 0.3:
+            chance.choice(world.another_tools).goes_on()
+            return
         agent = chance.choice(world.agents)
         disk = agent.disks[chance.choice(world.volumes)]
         reigns = disk.grant is not None or (disk.live is not None and disk.record is None)

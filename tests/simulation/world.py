@@ -17,6 +17,7 @@ from resilver.errors import ResilverError, Unavailable
 from resilver.lineage import ConsistencyPoint, Snapshot
 from resilver.volume import Grant, Progress, VolumeRecord
 from tests.simulation.agent import Agent, Crash
+from tests.simulation.another_tool import AnotherTool
 from tests.simulation.coordinator import STORE_ID, Coordinator, Store
 from tests.simulation.disk import BLOCKS, NEW_DISK
 from tests.simulation.guarantees import Guarantees
@@ -77,6 +78,7 @@ class World:
         clocks = [one.name for one in (*self.agents, *self.coordinators)]
         self._skew = {name: self.random.choice((0, 0, -3_000, 4_000, 60_000)) for name in clocks}
         self.operator = Operator(self)
+        self.another_tools: list[AnotherTool] = []
         for volume in self.volumes:
             self._lay_out(volume)
         for agent in self.agents:
@@ -86,7 +88,10 @@ class World:
         return self.random.choice((0.0, 0.0, most / 4, most, most))
 
     def _lay_out(self, volume: str) -> None:
-        """Either nobody knows anything of the volume yet, or all members are in sync in epoch 1."""
+        """Either nobody knows anything of the volume yet, or all members are in sync in epoch 1.
+
+        In half of the first kind another tool has mirrored it so far.
+        """
         first = self.random.choice(self.agents)
         first.disks[volume].live = NEW_DISK
         for block in range(BLOCKS):
@@ -94,6 +99,10 @@ class World:
         if self.random.random() < 0.3:
             # What an older store did not know of, nobody could ask for.
             self.rates["store restored"] = 0.0
+            if self.random.random() < 0.5:
+                self.another_tools.append(AnotherTool(self, volume, first.name))
+                self.another_tools[-1].lay_out()
+                return
             if self.random.random() < 0.3:
                 self.write(self.random.choice(self.agents).disks[volume])
             return

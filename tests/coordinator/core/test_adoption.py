@@ -168,13 +168,13 @@ class TestAfterwards:
                 "a: g1 g5 1 ~g6 * | b: g1 g5 g6 !",
                 "DIVERGED",
                 "g5",
-                "auto-g5 is the newest snapshot in common; another tool's auto-g6 stays, off the lineage",
+                "auto-g5 is the newest snapshot in common; another tool's auto-g6 is kept, off the lineage",
             ),
             (
                 "a: g1 g5 1 | b: g1 g4 g6",
                 "DIVERGED",
                 "g1",
-                "auto-g1 is the newest snapshot in common; another tool's auto-g4, auto-g6 stay, off the lineage",
+                "auto-g1 is the newest snapshot in common; another tool's auto-g4, auto-g6 are kept, off the lineage",
             ),
         ],
     )
