@@ -7,7 +7,8 @@ The rules:
   goes away, and makes it anew from where it broke off; whoever comes in its place begins at the first byte, and what
   had come is counted as sent again.
 * What has come is spooled (`spool.py`) while the spool has room for it: a restarted target feeds its file system from
-  there and asks for the rest. What the file system itself can go on from (a resume token) goes before the spool.
+  there and asks for the rest. What the file system itself can go on from (a resume token) goes before the spool;
+  a source that cannot go on from there (the snapshot has another name by now, or it is another pool) begins anew.
 * `rounds.py` says whom else to ask, and when the run ends. Errors of this side's own file system end it as they are.
 
 In memory: one buffer of 4 MiB for frames.
@@ -41,6 +42,7 @@ from resilver.errors import Damaged, Refused
 BUFFER_BYTES: Final = 4 << 20
 STAY_S: Final = 60.0
 BEGINNINGS_MAX: Final = 8
+_TOKEN_REFUSED: Final = frozenset({"TICKET_INVALID", "NOT_SUPPORTED", "SOURCE_DAMAGED"})
 
 
 def receive_stream(
@@ -197,10 +199,15 @@ class _StreamRun:
                             return
                     link.wait()
             except SourceFailed as failed:
-                if failed.error.reason == "STREAM_CHANGED" and self.key is not None:
+                changed = failed.error.reason == "STREAM_CHANGED" and self.key is not None
+                if changed or self.is_refused(failed):
                     self.forget()
                     raise SourceFailed(Verdict.DAMAGED, failed.error) from failed
                 raise
+
+    def is_refused(self, failed: SourceFailed) -> bool:
+        """Whether it may be the token that the source could do nothing with. Without it the source tells the truth."""
+        return bool(self.token) and not self.position and failed.error.reason in _TOKEN_REFUSED
 
     def begin(self, source: SourceAddress, stream_format: str) -> None:
         """The first byte is about to come, or the one after what has come."""

@@ -25,7 +25,7 @@ from agent.stream.spool import Spool
 from agent.stream.stream_receiver import receive_stream
 from agent.stream.work import Stopped
 from resilver.address import Address
-from resilver.errors import Damaged, Refused, ResilverError
+from resilver.errors import Damaged, Refused, ResilverError, Unauthenticated
 from tests.agent.stream.support import HELLO, MIB, Proxy, at, until
 
 ORIGIN = StreamOrigin("base-uuid", "target-uuid", ("cat-2", "cat-1"))
@@ -414,6 +414,49 @@ def test_a_token_goes_before_the_spool(tmp_path, source):
     assert [(wish.offset, wish.token) for wish in seen] == [(0, "where-i-was")]
     assert stage.starts == [("cat-1", "where-i-was")]
     assert not (stage.directory / "spool.data").exists()
+
+
+@pytest.mark.parametrize("when", ["asked", "sent"])
+def test_a_source_that_cannot_go_on_from_a_token_begins_anew(tmp_path, source, when):
+    stage = CatStage(tmp_path / "stage", token="where-i-was")
+    seen: list[str] = []
+
+    def authorize(hello: Hello) -> ServedStream:
+        assert hello.stream is not None
+        seen.append(hello.stream.token)
+        if hello.stream.token and when == "asked":
+            raise Unauthenticated("TICKET_INVALID", "the resume token is refused: it is not there any more")
+        return ServedStream(CatStream(tmp_path / "gone" if hello.stream.token else source, "cat-1", nothing))
+
+    server = BlockServer(Address("127.0.0.1", 0), authorize)
+    server.start()
+    try:
+        Call(stage).run(at(server.port))
+    finally:
+        assert server.stop(10.0)
+    assert stage.digest == digest(source)
+    assert seen == ["where-i-was", ""]
+    assert stage.starts[-1] == ("cat-1", "")
+
+
+def test_a_source_that_refuses_without_a_token_too_is_left(tmp_path):
+    stage = CatStage(tmp_path / "stage", token="where-i-was")
+    seen: list[str] = []
+
+    def authorize(hello: Hello) -> ServedStream:
+        assert hello.stream is not None
+        seen.append(hello.stream.token)
+        raise Unauthenticated("TICKET_INVALID", "this ticket was never given out")
+
+    server = BlockServer(Address("127.0.0.1", 0), authorize)
+    server.start()
+    try:
+        with pytest.raises(Unauthenticated):
+            Call(stage).run(at(server.port))
+    finally:
+        assert server.stop(10.0)
+    assert seen == ["where-i-was", ""]
+    assert not stage.starts
 
 
 def test_a_file_system_that_cannot_write_it_damages_the_source(stage, source, tmp_path):
