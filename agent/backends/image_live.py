@@ -18,8 +18,6 @@ from agent.disk.inuse import InUseError, Lease, names
 from resilver.errors import Invalid, Refused
 from resilver.volume import LiveCopy, LiveState
 
-EXTENTS_WARN: Final = 50_000
-
 _KINDS: Final = {
     modes.S_IFDIR: "a directory",
     modes.S_IFLNK: "a symbolic link",
@@ -95,10 +93,6 @@ def look(layout: Layout, state: State, copier: Copier, *, compare: bool) -> tupl
         return LiveCopy(LiveState.ABSENT, str(path), based_on=state.tip), ()
     if aliased and found is LiveState.UNMODIFIED:
         found = LiveState.UNKNOWN
-    count = _extent_count(path)
-    if count is not None and count >= EXTENTS_WARN:
-        stall = f"a consistency point holds up its writer for about {count / 50_000:.1f} s"
-        problems.append(f"{path} is in {count:,} fragments: {stall}")
     live = LiveCopy(
         state=found,
         path=str(path),
@@ -107,7 +101,7 @@ def look(layout: Layout, state: State, copier: Copier, *, compare: bool) -> tupl
         based_on=state.tip,
         in_use=bool(users),
         in_use_by=users,
-        extent_count=count,
+        extent_count=_extent_count(path),
         modified_bytes=own_bytes,
     )
     return live, tuple(problems)

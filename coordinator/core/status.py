@@ -41,7 +41,7 @@ __all__ = [
     "volume_state",
 ]
 
-EXTENTS_WARN_COUNT: Final = 50_000
+EXTENTS_WARN_COUNT: Final = 100_000  # an agent compacts above half as many; these it cannot keep up with
 EXTENTS_PER_SECOND: Final = 50_000
 
 _S = ReplicaState

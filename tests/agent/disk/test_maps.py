@@ -119,6 +119,69 @@ def test_small_windows_find_the_same(place, kind, monkeypatch):
     os.close(target)
 
 
+class Written:
+    """A file that is changed in every way there is, and the blocks that were touched."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self.fd = opened(path)
+        self.chance = random.Random(seed)
+        self.touched: set[int] = set()
+        self.size = 6 << 20
+        os.pwrite(self.fd, noise(seed, 2 << 20), 0)
+        os.pwrite(self.fd, b"a line that repeats itself\n" * 80_000, 3 << 20)
+        os.ftruncate(self.fd, self.size)
+
+    def change(self) -> None:
+        chance = self.chance
+        what = chance.randrange(6)
+        at, length = chance.randrange(self.size - 400_000), chance.choice([1, 700, BLOCK, 70_000, 300_000])
+        if what <= 1:
+            os.pwrite(self.fd, chance.randbytes(length), at)
+        elif what == 2:
+            os.pwrite(self.fd, (b"compressible " * 30_000)[:length], at)
+        elif what == 3:
+            ioctl.punch_hole(self.fd, at, length)
+        elif what == 4:
+            os.posix_fallocate(self.fd, at, length)
+        else:
+            os.ftruncate(self.fd, at)
+            os.ftruncate(self.fd, self.size)
+            length = self.size - at
+        self.touched |= set(range(at // BLOCK, (at + length - 1) // BLOCK + 1))
+        if chance.random() < 0.3:
+            os.fsync(self.fd)
+
+    def clone(self, path: Path) -> int:
+        made = opened(path)
+        ioctl.clone(made, self.fd)
+        return made
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs", "btrfs-compressed"])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_change_is_missed_and_none_is_made_up(place, seed):
+    """Between any two of a chain of clones: all that differs, and nothing that was not written in between."""
+    file = Written(place / "live", seed)
+    clones, touched = [file.clone(place / "0")], []
+    for number in range(1, 7):
+        file.touched = set()
+        for _ in range(file.chance.randrange(1, 12)):
+            file.change()
+        clones.append(file.clone(place / f"{number}"))
+        touched.append(file.touched)
+    for old in range(len(clones)):
+        for new in range(old + 1, len(clones)):
+            before, after = (place / f"{old}").read_bytes(), (place / f"{new}").read_bytes()
+            rebuilt, named = bytearray(before), set()
+            for offset, length, zero in differing(clones[old], clones[new]):
+                rebuilt[offset : offset + length] = bytes(length) if zero else after[offset : offset + length]
+                named |= set(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
+            assert bytes(rebuilt) == after
+            assert named <= set().union(*touched[old:new])
+    for fd in (file.fd, *clones):
+        os.close(fd)
+
+
 def small_source(fd: int) -> extents.Source:
     return extents.BtrfsSource(fd) if ioctl.fs_magic(fd) == ioctl.BTRFS_MAGIC else extents.FiemapSource(fd, 7)
 
