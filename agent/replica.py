@@ -163,7 +163,8 @@ class Replica:
                 _log.warning("not compacted", volume=self.volume, reason=error.reason, message=error.message)
             self._not_compacted = error.message
             return False
-        self._not_compacted = ""
+        if more:
+            self._not_compacted = ""
         return more
 
     def store_record(self, told: VolumeRecord) -> None:

@@ -32,7 +32,7 @@ from typing import Final
 
 import numpy as np
 
-from agent.backends.image_copy import Copier, create, opened
+from agent.backends.image_copy import NO_MAPS, Copier, create, opened
 from agent.backends.image_layout import Layout, State, list_preserved
 from agent.disk import contents, ioctl
 from agent.disk.durable import read_json, remove_file, write_json
@@ -148,7 +148,7 @@ class Compactor:
                 if file is not family.tip:
                     apart = tip.data & ~tip.shared(file.map(mark["offset"], family.block))
                     self._move(family.tip.fd, file, tip, apart)
-            self._close(family)
+            self._close(family.every)
 
     def _part(self, family: _Family, low: int) -> bool:
         """Compacts [low, low + PART_BYTES) of all files; False if the copy is in as many pieces."""
@@ -169,7 +169,7 @@ class Compactor:
                         remove_file(self._layout.compacting)
                         return False
                 self._share(family, mover, copy_fd, maps, moved)
-        self._close(family)
+        self._close(tuple(file for file in family.every if moved[file].any()))
         return True
 
     def _share(
@@ -220,9 +220,9 @@ class Compactor:
         finally:
             os.close(fd)
 
-    def _close(self, family: _Family) -> None:
+    def _close(self, files: tuple[_File, ...]) -> None:
         """The part is done: what was moved is on the disk before the mark goes."""
-        for file in family.every:
+        for file in files:
             os.fsync(file.fd)
         self._step("compact.synced")
         remove_file(self._layout.compacting)
@@ -236,7 +236,12 @@ def _plan(tip: Path, seams_max: int, *, under_way: bool) -> list[int]:
         begin = seams_max // 2 if under_way else seams_max
         if extent_count is not None and extent_count <= begin:
             return []
-        seams = seams_by_part(fd, PART_BYTES)
+        try:
+            seams = seams_by_part(fd, PART_BYTES)
+        except OSError as error:
+            if error.errno in NO_MAPS:
+                return []
+            raise
     total = int(seams.sum())
     if total <= begin:
         return []

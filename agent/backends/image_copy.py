@@ -24,7 +24,7 @@ from agent.disk.durable import DIR_MODE, FILE_MODE, disk_errors
 from agent.disk.inuse import Lease
 from resilver.errors import Invalid, Refused
 
-_NO_MAPS: Final = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL})
+NO_MAPS: Final = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL})
 _UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.EACCES})
 
 
@@ -214,7 +214,7 @@ def differing(
         found = extents.changes(base_fd, target_fd, check=check)
         return extents.collect(size, found if all_of_it else itertools.islice(found, 1))
     except OSError as error:
-        if error.errno not in _NO_MAPS:
+        if error.errno not in NO_MAPS:
             raise
     return _by_contents(base_fd, target_fd, check=check, all_of_it=all_of_it)
 
