@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -141,5 +142,7 @@ def same(one: Path, other: Path) -> None:
 
 
 def listed(point: Path) -> list[str]:
-    """What subvolumes there are, by btrfs-progs, without what a new transaction changes."""
-    return sorted(run("btrfs", "subvolume", "list", "-uqR", point).splitlines())
+    """What subvolumes there are, by btrfs-progs: all but `gen`, which grows when a snapshot is made of one."""
+    return sorted(
+        re.sub(r"gen \d+ ", "", line) for line in run("btrfs", "subvolume", "list", "-uqR", point).splitlines()
+    )
