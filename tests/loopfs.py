@@ -65,6 +65,31 @@ def mounted(kind: str, size_bytes: int = 1 << 30) -> Iterator[Path]:
         shutil.rmtree(work)
 
 
+def fill(directory: Path) -> Path:
+    """Takes all that is free on a file system; the file that does."""
+    path = directory / "filler"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        size, at = 1 << 30, os.fstat(fd).st_size
+        while size >= 4096:
+            try:
+                os.posix_fallocate(fd, at, size)
+                at += size
+            except OSError:
+                size //= 2
+    finally:
+        os.close(fd)
+    return path
+
+
+def make_room(directory: Path) -> None:
+    """Gives back what `fill` took; returns when it is free again, which on Btrfs is not at once."""
+    filler = directory / "filler"
+    if filler.exists():
+        filler.unlink()
+        run("sync", "--file-system", directory)
+
+
 @contextlib.contextmanager
 def attached(path: Path, *, read_only: bool = False) -> Iterator[Path]:
     """A loop device that stands on a file."""

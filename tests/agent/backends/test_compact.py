@@ -19,10 +19,9 @@ from agent.delta import DeltaRange
 from agent.disk import ioctl
 from agent.disk.places import places, seams_by_part
 from resilver.volume import LiveState
-from tests.agent.backends.replica import BLOCK, Replica, digest, noise
-from tests.agent.backends.test_conformance import blocks_of
-from tests.agent.backends.test_crash import fill, fresh, killed, reason_of, whole
-from tests.loopfs import run
+from tests.agent.backends.crash import killed, reason_of, whole
+from tests.agent.backends.replica import BLOCK, Replica, blocks_of, digest, noise
+from tests.loopfs import fill, run
 
 SIZE = 2 * PART_BYTES + 3 * BLOCK + 1000
 SEAMS_MAX = 300
@@ -31,6 +30,11 @@ SEAMS_MAX = 300
 @pytest.fixture(params=["xfs", "btrfs", "btrfs-compressed"])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def fresh(path: Path) -> Path:
+    path.mkdir()
+    return path
 
 
 def made(directory: Path, step=lambda _name: None) -> Replica:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -24,72 +21,6 @@ from resilver.volume import Grant, LiveState
 from tests.agent.backends.replica import SIZE, Replica, noise
 from tests.loopfs import attached, mounted_image, run
 
-HOLDER = """
-import mmap, os, sys
-how, path = sys.argv[1:]
-fd = os.open(path, os.O_RDWR if how != "reader" else os.O_RDONLY)
-if how.startswith("mapped"):
-    mode = mmap.PROT_READ | (mmap.PROT_WRITE if how == "mapped" else 0)
-    held = mmap.mmap(fd, 4096, mmap.MAP_SHARED, mode)
-    os.close(fd)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-@contextlib.contextmanager
-def process(how: str, path: Path) -> Iterator[str]:
-    """A process that holds a file; its name as a user. `mmap` keeps a descriptor of its own: the holder closes both."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, how, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert child.stdout.readline() == b"held\n"
-    try:
-        yield f"pid {child.pid}"
-    finally:
-        child.communicate()
-
-
-@contextlib.contextmanager
-def mapped_closed(path: Path) -> Iterator[str]:
-    """Mapped by a process that has no descriptor on it any more."""
-    code = (
-        "import ctypes, os, sys\n"
-        "libc = ctypes.CDLL(None)\n"
-        "libc.mmap.restype = ctypes.c_void_p\n"
-        "fd = os.open(sys.argv[1], os.O_RDWR)\n"
-        "assert libc.mmap(None, 4096, 3, 1, fd, 0) not in (None, 2**64 - 1)\n"
-        "os.close(fd)\n"
-        "print('held', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdout.readline() == b"held\n"
-    assert not any(os.path.samestat(fd.stat(), path.stat()) for fd in Path(f"/proc/{child.pid}/fd").iterdir())
-    try:
-        yield f"pid {child.pid}"
-    finally:
-        child.communicate()
-
-
-@contextlib.contextmanager
-def looped_through_hard_link(path: Path) -> Iterator[str]:
-    link = path.with_name("another-name")
-    link.hardlink_to(path)
-    try:
-        with attached(link, read_only=True) as device:
-            yield str(device)
-    finally:
-        link.unlink()
-
-
-HOLDERS: dict[str, Callable[[Path], AbstractContextManager[str]]] = {
-    "writer": lambda path: process("writer", path),
-    "reader": lambda path: process("reader", path),
-    "mapped": mapped_closed,
-    "loop": looped_through_hard_link,
-}
-
 
 @pytest.fixture
 def ready(replica: Replica, other: Replica) -> Stage:
@@ -100,26 +31,6 @@ def ready(replica: Replica, other: Replica) -> Stage:
     replica.write(50_000, noise(1, 20_000))
     stage, _ = other.stage_from(replica, base.id, replica.snapshot())
     return stage
-
-
-@pytest.mark.parametrize("how", HOLDERS)
-def test_in_use(replica, other, ready, how):
-    before, inode = other.content, other.path.stat().st_ino
-    entries = sorted(other.root.iterdir())
-    with HOLDERS[how](other.path) as name:
-        found = other.backend.examine()
-        assert found.live.in_use
-        assert any(name in user for user in found.live.in_use_by), found.live.in_use_by
-        assert found.live.state is (LiveState.MODIFIED if how in {"writer", "mapped"} else LiveState.UNKNOWN)
-        with pytest.raises(Refused) as refused:
-            other.backend.commit(ready, other.order(replica.lineage))
-        assert refused.value.reason == "IN_USE"
-        assert name in refused.value.message
-        assert (other.content, other.path.stat().st_ino) == (before, inode)
-        assert sorted(other.root.iterdir()) == entries
-        assert other.lineage.tip.cp.sequence == 1
-    assert other.backend.commit(ready, other.order(replica.lineage)) == ()
-    assert other.content == replica.content
 
 
 def test_opened_while_the_commit_runs(place, replica):

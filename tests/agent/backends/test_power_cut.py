@@ -17,9 +17,11 @@ import pytest
 
 from agent.backends import image_commit, image_compact, image_snapshot
 from agent.disk import ioctl
+from tests.agent.backends.conformance.cases import Case
+from tests.agent.backends.crash import whole
+from tests.agent.backends.kinds.image import ImageKind, ImagePlace
 from tests.agent.backends.replica import STAGES, Replica, noise
 from tests.agent.backends.test_compact import Picture, check_same, made, torn
-from tests.agent.backends.test_crash import Case, whole
 from tests.loopfs import make_fs, run
 
 
@@ -65,18 +67,20 @@ def machine(mounts, kind, tmp_path_factory) -> Iterator[Machine]:
 
 
 @pytest.mark.parametrize("scenario", ["stale", "diverged", "newcomer"])
-def test_power_cut_in_a_commit(machine, scenario):
+def test_power_cut_in_a_commit(machine, kind, scenario):
     with machine.on(machine.disk):
-        case = Case(machine.point, scenario)
+        case = Case(ImagePlace(ImageKind(kind), machine.point), scenario)
         os.sync()
         case.commit(machine.cut)
         machine.cut("end")
     decided = image_commit.STEPS.index("commit.exchanged")
     for number, step in enumerate((*image_commit.STEPS, "end")):
         with machine.after(step):
-            came = case.check_one_whole_image()
+            came = case.check_one_whole()
             assert came is (number > decided) or number == decided, step
-            case.check_after(came=came)
+            assert case.recover() is came
+            case.commit()
+            case.check_done()
 
 
 def test_power_cut_in_a_snapshot(machine):

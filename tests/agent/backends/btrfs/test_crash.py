@@ -15,7 +15,7 @@ from agent.backends import btrfs_commit, btrfs_snapshot
 from agent.disk import btrfs
 from resilver.volume import LiveState
 from tests.agent.backends.btrfs.nodes import Node, same
-from tests.agent.backends.test_crash import killed
+from tests.agent.backends.crash import killed
 from tests.loopfs import run
 
 
