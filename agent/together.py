@@ -61,6 +61,7 @@ class Together:
         self._error: ResilverError | None = None
         self._culprit = ""
         self._begun = self._settled = self._ended = False
+        self._covered: set[str] = set()
         self._frozen: tuple[contextlib.ExitStack, quiesce.Quiesced] | None = None
         self._watch: HookWatch | None = None
         self._failed: dict[str, str] = {}
@@ -92,8 +93,11 @@ class Together:
             if not self._turn.wait_for(lambda: self._settled or self._error is not None, SETTLE_MAX_S):
                 self._fail("", Unavailable("DEADLINE", "the other volumes of the group were not cloned in time"))
             self._raise(volume)
-        freezes = self._members[volume].hooked.hooks.freezes
-        return Consistency.FROZEN if freezes and how is not Consistency.CLOSED else how
+            if self._members[volume].hooked.hooks.freezes and how is not Consistency.CLOSED:
+                return Consistency.FROZEN
+            # Frozen by its own kind alone, for a moment of its own, the claim is not one for the group.
+            alone = len(self._volumes) > 1 and volume not in self._covered
+            return Consistency.SYNCED if how is Consistency.FROZEN and alone else how
 
     def leave(self, volume: str, error: BaseException | None = None) -> str | None:
         """At the end, or when the volume fails. Returns once every `after` has run: why the volume's own failed, empty
@@ -140,6 +144,7 @@ class Together:
         for member in members:
             with contextlib.suppress(OSError):
                 stats.append(os.stat(member.live))  # noqa: PTH116 - the text may name something that is no path
+                self._covered.add(member.hooked.volume)
         make_dir(directory)
         stack = contextlib.ExitStack()
         record = directory / f"{self.group_id}.frozen"

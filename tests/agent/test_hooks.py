@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +15,11 @@ from pathlib import Path
 import pytest
 
 from agent import hooks
-from resilver.errors import ResilverError
+from agent.taking import all_or_why
+from resilver.errors import Refused, ResilverError
+from resilver.lineage import ConsistencyPoint, Snapshot
 from resilver.v1 import agent_pb2, volume_pb2
+from tests import postgres
 from tests.agent.agents import MIB, AgentProcess, Leader, until, write_image
 
 VOLUMES = ("vm1", "vm2", "vm3")
@@ -305,3 +311,45 @@ def test_a_program_is_looked_at_before_it_is_run(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     assert f"{tmp_path} can be written to" in hooks.program_fault([str(program)])
     assert "no user is named" in hooks.user_fault("nobody-of-that-name")
+
+
+@postgres.needs_postgres
+@pytest.mark.skipif(os.geteuid() != 0, reason="PostgreSQL runs as another user than the agent")
+def test_a_checkpoint_before(scene: Scene) -> None:
+    """The first example of docs/hooks.md."""
+    place = Path(tempfile.mkdtemp(prefix="hooks-"))  # not below pytest's own, which only root comes through
+    place.chmod(0o755)
+    try:
+        postgres.initialise(place / "pg")
+        with postgres.running(place / "pg") as server:
+            words = [
+                "/usr/bin/psql",
+                "-X",
+                "-h",
+                str(server._sockets),
+                "-U",
+                "postgres",
+                "-c",
+                "CHECKPOINT",
+                "postgres",
+            ]
+            scene.change_config("vm3", f'[volumes.hooks]\nbefore = {json.dumps(words)}\nuser = "nobody"\n')
+            before = server.ask("select checkpoint_lsn from pg_control_checkpoint()")
+            server.ask("create table t as select 1")
+            scene.take()
+            assert server.ask("select checkpoint_lsn from pg_control_checkpoint()") != before
+    finally:
+        shutil.rmtree(place)
+
+
+def test_what_was_taken_of_a_group_that_failed_is_told() -> None:
+    """A snapshot that could not be made permanent, after another one had been."""
+    error = Refused("NO_SPACE", "the disk is full", path="/srv")
+    follower = Refused("NO_SPACE", "vm1 was not taken, because vm2 was not: the disk is full", because="vm2")
+    made = Snapshot("s1", ConsistencyPoint(3, 42))
+    with pytest.raises(Refused) as raised:
+        all_or_why(["vm1", "vm2", "vm3"], [follower, error, (made, True)])
+    assert raised.value.reason == "NO_SPACE"
+    assert raised.value.message == "the disk is full; of this group only this was taken: vm3 3-42"
+    with pytest.raises(Refused, match=r"^the disk is full$"):
+        all_or_why(["vm1", "vm2"], [follower, error])

@@ -116,3 +116,13 @@ def test_json_of_the_samples(golden):
     messages = [sample.vm1(), sample.plan(), sample.blocked_plan(), sample.election(refused=True),
                 sample.resync("r1", "c", "SUCCEEDED", 5, 5)]  # fmt: skip
     golden("plain.json", json.dumps([plain(message) for message in messages], indent=1))
+
+
+def test_snapshots_that_were_taken_together_show_their_group():
+    alone = pb.Snapshot(id="41111111-2222-3333-4444-555555555555", cp=sample.cp("5-18"))
+    pair = pb.Snapshot(id="51111111-2222-3333-4444-555555555555", cp=sample.cp("5-19"), group_id="61111111-2222")
+    assert "GROUP" not in rendered(lists.snapshots([alone], sample.NOW), 120)
+    header, first, second = rendered(lists.snapshots([alone, pair], sample.NOW), 120).splitlines()
+    at = header.index("GROUP")
+    assert first[at:].split()[0] == "-"
+    assert second[at:].split()[0] == "61111111"
