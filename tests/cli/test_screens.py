@@ -120,7 +120,9 @@ def test_json_of_the_samples(golden):
 
 def test_snapshots_that_were_taken_together_show_their_group():
     alone = pb.Snapshot(id="41111111-2222-3333-4444-555555555555", cp=sample.cp("5-18"))
-    pair = pb.Snapshot(id="51111111-2222-3333-4444-555555555555", cp=sample.cp("5-19"), group_id="61111111-2222")
+    pair = pb.Snapshot(
+        id="51111111-2222-3333-4444-555555555555", cp=sample.cp("5-19"), group_id="61111111-2222-3333-4444-555555555555"
+    )
     assert "GROUP" not in rendered(lists.snapshots([alone], sample.NOW), 120)
     header, first, second = rendered(lists.snapshots([alone, pair], sample.NOW), 120).splitlines()
     at = header.index("GROUP")
