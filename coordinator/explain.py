@@ -29,6 +29,7 @@ from coordinator.core.cluster import (
 )
 from coordinator.core.election import elect
 from coordinator.core.planner import plan_volume
+from coordinator.core.prepare import imagined
 from coordinator.core.status import reference_lineage, status_of
 from coordinator.core.words import name_of, size, span
 from coordinator.office import Engine
@@ -72,7 +73,7 @@ def explain(engine: Engine, view: VolumeView, node: str, now_ms: int) -> Explain
     elif would_be.winner != view.record.primary:
         parts.append(f"IF ASKED NOW   {would_be.winner} would be elected; rule: {would_be.rule}")
     if not view.record.epoch:
-        parts.append(_first_step(view, would_be))
+        parts.append(_first_step(view, would_be, now_ms))
     for name in nodes:
         parts.append(_why_state(view, name))
         if view.record.epoch:
@@ -185,15 +186,20 @@ def _why_state(view: VolumeView, node: str) -> str:
         case ReplicaState.FOREIGN:
             said = f"its data is of another volume ({replica.report.volume_id}) of the same name"
         case ReplicaState.UNRELATED:
-            whom = "with the primary" if view.record.primary else "with anything: there is no primary yet"
-            said = f"it has data, and no snapshot in common {whom}"
+            said = "it has data, and no snapshot in common with the primary"
         case ReplicaState.UNKNOWN:
-            said = f"its newest CP was {replica.lineage.tip_name}"
-            if status.fork is not None and node != view.record.primary:
-                said += f"; {_fork(view, node)}"
+            said = _unknown(view, node)
         case ReplicaState.STALE | ReplicaState.DIVERGED:
             said = _fork(view, node)
     return f"{head}   {said}{away}"
+
+
+def _unknown(view: VolumeView, node: str) -> str:
+    newest = view.replica(node).lineage.tip_name
+    if not view.record.primary and view.replica(node).fresh:
+        return f"there is no primary yet to compare it with; its newest snapshot: {newest}"
+    forked = status_of(view, node).fork is not None and node != view.record.primary
+    return f"its newest CP was {newest}" + (f"; {_fork(view, node)}" if forked else "")
 
 
 def _fork(view: VolumeView, node: str) -> str:
@@ -220,13 +226,13 @@ def _fork(view: VolumeView, node: str) -> str:
     return "; ".join(parts)
 
 
-def _first_step(view: VolumeView, would_be: ElectionRecord) -> str:
+def _first_step(view: VolumeView, would_be: ElectionRecord, now_ms: int) -> str:
     if would_be.refusal is not None:
         return "WHAT RESYNC WOULD DO   nothing: there is no primary, and none can be told"
-    return (
-        f"WHAT RESYNC WOULD DO   make {would_be.winner} the primary, and copy its data to the others\n"
-        f"  next: resilver resync {view.name}"
-    )
+    plan = plan_volume(imagined(view, would_be.winner), target=None, takes_snapshot=True, now_ms=now_ms)
+    lines = [f"WHAT RESYNC WOULD DO   make {would_be.winner} the primary, which takes {plan.target_cp}; then"]
+    lines += [f"  {row.node}: {_would_do(row)}" for row in plan.replicas]
+    return "\n".join([*lines, f"  next: resilver resync {view.name}"])
 
 
 def _next_steps(view: VolumeView, plan: VolumePlan, node: str, now_ms: int) -> Iterable[str]:

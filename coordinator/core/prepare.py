@@ -73,8 +73,7 @@ def prepare(context: Context, volume: str, request: ResyncRequest | PlanRequest,
             refuse(context, view, decision, request.principal)
         return Prepared(turn, view, examined.fresh, _refused(view, decision.refusal))
     if decision.new_epoch:
-        imagined = replace(view, entry=_imagined(view, decision))
-        plan = _plan(context, imagined, request, takes_snapshot=True)
+        plan = _plan(context, imagined(view, decision.winner), request, takes_snapshot=True)
         return Prepared(turn, view, examined.fresh, plan, decision)
     settle(context, view)
     view = context.view(volume, examined.fresh)
@@ -223,13 +222,11 @@ def _plan(
     )
 
 
-def _imagined(view: VolumeView, decision: Elected) -> VolumeEntry:
-    """The entry as it would be after a first election, to plan against; never stored."""
-    report = view.replica(decision.winner).report
-    record = VolumeRecord(
-        view.name, report.volume_id if report is not None else "", primary=decision.winner, members=(decision.winner,)
-    )
-    return VolumeEntry(record)
+def imagined(view: VolumeView, winner: str) -> VolumeView:
+    """The view as it would be after a first election, to plan against; never stored."""
+    report = view.replica(winner).report
+    record = VolumeRecord(view.name, report.volume_id if report is not None else "", primary=winner, members=(winner,))
+    return replace(view, entry=VolumeEntry(record))
 
 
 def _refused(view: VolumeView, refusal: Refusal) -> VolumePlan:

@@ -4,6 +4,7 @@ The rules:
 
 * A report that is not fresh decides nothing: UNKNOWN. Its figures are still worked out, as the last that was known,
   because what a member may need is kept for it also while it is away.
+* Before there is a primary data is UNKNOWN too: there is nothing to compare it with.
 * A secondary whose live copy was written to has data of its own: DIVERGED. One that is in use cannot be compared:
   STALE, so that a resync finds out at its commit, under the lease.
 * The primary is compared with nothing but itself; what is wrong with it is the volume's problem.
@@ -93,7 +94,8 @@ def _state(view: VolumeView, replica: ReplicaView, reference: Lineage) -> Replic
         return _S.FOREIGN
     if replica.node == view.record.primary:
         return _S.IN_SYNC
-    if report.lineage.records and not reference.records and view.record.newest_id:
+    first_sight = not view.record.primary and not view.record.epoch
+    if first_sight or (report.lineage.records and not reference.records and view.record.newest_id):
         # Neither the primary nor anybody else shows the newest known CP: what this one is to it cannot be said.
         return _S.UNKNOWN
     return _compared(report.lineage, reference, report.live.state)

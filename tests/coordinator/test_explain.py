@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from coordinator.core.cluster import Candidate, ElectionRecord, Refusal, ReplicaState
 from coordinator.explain import explain
-from resilver.lineage import ConsistencyPoint
+from resilver.lineage import ConsistencyPoint, Lineage, Origin, Snapshot
 from resilver.volume import LiveState, Presence
 from tests.coordinator.known import NOW_MS, Known, entry, granted, report
 
@@ -134,6 +134,21 @@ def test_a_first_sight_says_what_the_first_resync_would_do():
     assert "IF ASKED NOW   a would be elected" in text
     assert "  next: resilver resync new" in text
     assert "WHY b IS EMPTY" in text
+
+
+def test_what_another_tool_has_mirrored_is_told_before_anything_moves():
+    known = Known()
+    first, second = (Snapshot(f"{at}", parent=f"{at - 1}", origin=Origin.ADOPTED, note=f"daily-{at}") for at in (1, 2))
+    mine, theirs = Lineage((second, first)), Lineage((first,))
+    known.hear("a", replace(report("new", "", LiveState.MODIFIED), lineage=mine, backend="btrfs"))
+    known.hear("b", replace(report("new", "", LiveState.ABSENT), lineage=theirs, backend="btrfs"))
+    lines = said(known, volume="new").text.splitlines()
+    at = lines.index("WHAT RESYNC WOULD DO   make a the primary, which takes 1-1; then")
+    assert lines[at + 1 : at + 3] == [
+        "  b: delta from daily-1, from a (daily-1 is the newest snapshot in common)",
+        "  next: resilver resync new",
+    ]
+    assert "WHY b IS UNKNOWN   there is no primary yet to compare it with; its newest snapshot: daily-1" in lines
 
 
 def test_each_state_is_explained():
