@@ -5,6 +5,9 @@ notes of what came (`btrfs_verify.py`). A receive cannot be gone on with: what a
 the bytes come again, from the spool. When the stream is whole the directory becomes `stage/tree` and `received.json`
 tells what is in it: only then anything believes it.
 
+One thing is added to the stream. New files come under another name in the subvolume's own directory first, which sets
+its times, and a delta in which that directory is the same does not set them back. So its last command is one that does.
+
 `btrfs receive` takes a stream that stops between two commands for whole, and finds its parent by identity alone among
 all subvolumes: so it is checked here that the end came, that the stream is from the base to the target that are meant,
 and that what was taken as the parent is the base, untouched.
@@ -34,7 +37,7 @@ from agent.backends.btrfs_layout import (
     vouched,
 )
 from agent.backends.btrfs_send import END_MAX_S, PIPE_BYTES, Words, end, environment, failed, formats
-from agent.backends.btrfs_stream import Attribute, Command, Kind, Parser
+from agent.backends.btrfs_stream import END_BYTES, Attribute, Command, Kind, Parser, root_times
 from agent.disk import btrfs, loops
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
 from resilver.errors import Damaged, Invalid
@@ -51,6 +54,8 @@ class _Receive:
         self.parser = Parser()
         self.recorder = btrfs_verify.Recorder(directory)
         self._begun = self._closed = False
+        self._root_times: tuple[int, int] | None = None
+        self._held = b""  # what may be the command that ends the stream
         self._busy = threading.Lock()
         self.into = directory / "tree"
         self.into.mkdir(mode=0o700)
@@ -79,12 +84,24 @@ class _Receive:
                 if not self._begun:
                     self._begin(command)
                 self.recorder.take(command)
-            assert self.process.stdin is not None
-            try:
-                while data:
-                    data = data[self.process.stdin.write(data) or 0 :]
-            except BrokenPipeError:
-                self._gave_up()
+                if command.kind == Kind.UTIMES and not command.path():
+                    self._root_times = command.time_ns(Attribute.ATIME), command.time_ns(Attribute.MTIME)
+            given = len(data) - END_BYTES
+            if given < 0:
+                data = memoryview(self._held + data)
+                given = max(0, len(data) - END_BYTES)
+            else:
+                self._give(memoryview(self._held))
+            self._give(data[:given])
+            self._held = bytes(data[given:])
+
+    def _give(self, data: memoryview) -> None:
+        assert self.process.stdin is not None
+        try:
+            while data:
+                data = data[self.process.stdin.write(data) or 0 :]
+        except BrokenPipeError:
+            self._gave_up()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -115,6 +132,8 @@ class _Receive:
             self._check_open()
             if not self.parser.whole:
                 raise Damaged("SOURCE_DAMAGED", "the stream ends before its end")
+            times = self._root_times or self._stage.base_times()
+            self._give(memoryview((root_times(*times) if times is not None else b"") + self._held))
             assert self.process.stdin is not None
             self.process.stdin.close()
             try:
@@ -204,6 +223,15 @@ class BtrfsStage:
         remove(receive.directory)
         fsync_dir(self.directory)
         save_native(self._layout.received, native_of(self._layout.tree / "data", time.time_ns()))
+
+    def base_times(self) -> tuple[int, int] | None:
+        """When the base's own directory was read and changed last; its name is not known where it is another tool's."""
+        for one in btrfs.subvolumes(self.directory) if self.native_base else ():
+            path = btrfs.reach(one, loops.own_mounts()) if one.info.native_id == self.native_base else None
+            if path is not None and self._is_base(path, one.info):
+                stat = path.lstat()
+                return stat.st_atime_ns, stat.st_mtime_ns
+        return None
 
     def _check_parent(self, found: btrfs.Info) -> None:
         """That what was taken as the parent is the base, untouched: there may be several of its name."""

@@ -66,7 +66,9 @@ class Attribute(IntEnum):
 
     UUID = 1
     SIZE = 4
+    CTIME = 9
     MTIME = 10
+    ATIME = 11
     PATH = 15
     PATH_TO = 16
     OFFSET = 18
@@ -112,6 +114,30 @@ class Command:
 
     def data(self) -> memoryview:
         return self.attributes.get(Attribute.DATA, memoryview(b""))
+
+
+END_BYTES: Final = _COMMAND.size
+
+
+def root_times(atime_ns: int, mtime_ns: int) -> bytes:
+    """The command that sets the times of the subvolume's own directory."""
+    times = ((Attribute.ATIME, atime_ns), (Attribute.MTIME, mtime_ns), (Attribute.CTIME, mtime_ns))
+    body = _ATTRIBUTE.pack(Attribute.PATH, 0)
+    for which, time_ns in times:
+        seconds, rest = divmod(time_ns, 1_000_000_000)
+        body += _ATTRIBUTE.pack(which, _TIME.size) + _TIME.pack(seconds % (1 << 64), rest)
+    checksum = _crc32c(_COMMAND.pack(len(body), Kind.UTIMES, 0) + body)
+    return _COMMAND.pack(len(body), Kind.UTIMES, checksum) + body
+
+
+def _crc32c(data: bytes) -> int:
+    """As Btrfs uses it: from zero, and not inverted. For the one command that is made here."""
+    crc = 0
+    for byte in data:
+        crc ^= byte
+        for _bit in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc
 
 
 def _damaged(what: str) -> Damaged:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.backends.btrfs_stream import COMMAND_BYTES_MAX, MAGIC, Attribute, Kind, Parser
+from agent.backends.btrfs_stream import COMMAND_BYTES_MAX, MAGIC, Attribute, Kind, Parser, _crc32c, root_times
 from agent.backends.btrfs_verify import Recorder, verify
 from resilver.errors import Damaged
 from tests.agent.backends.btrfs.nodes import Node, never, pour, same
@@ -92,6 +92,40 @@ def test_paths_that_lead_out(path):
     (found,) = Parser().feed(HEAD + command(Kind.MKFILE, (Attribute.PATH, path)))
     with pytest.raises(Damaged):
         found.path()
+
+
+def test_the_command_that_is_added_is_as_the_kernel_makes_it(node):
+    node.create()
+    first = node.snapshot()
+    raw: list[bytes] = []
+    pour(node, "", first.id, "btrfs-1", lambda data: raw.append(bytes(data)))
+    stat = node.data(first.id).lstat()
+    made = root_times(stat.st_atime_ns, stat.st_mtime_ns)
+    theirs = [one for one in Parser().feed(b"".join(raw)) if one.kind == Kind.UTIMES and not one.path()]
+    (mine,) = Parser().feed(HEAD + made)
+    for which in (Attribute.ATIME, Attribute.MTIME):
+        assert mine.time_ns(which) == theirs[-1].time_ns(which)
+    # Its checksum is the kernel's own, of one that has the same times in the same order.
+    at = b"".join(raw).rindex(struct.pack("<IHI", 52, Kind.UTIMES, 0)[:6])
+    kernels = b"".join(raw)[at : at + 62]
+    assert crc_of(kernels) == struct.unpack_from("<I", kernels, 6)[0]
+    assert crc_of(made) == struct.unpack_from("<I", made, 6)[0]
+
+
+def crc_of(raw: bytes) -> int:
+    return _crc32c(raw[:6] + bytes(4) + raw[10:])
+
+
+def test_a_delta_below_the_top_leaves_the_times_of_the_top(node, other):
+    """`btrfs receive` alone does not: new files come by way of the subvolume's own directory."""
+    node.create()
+    base = node.snapshot()
+    other.receive(node)
+    node.write("d/new", b"1")
+    node.snapshot()
+    other.receive(node, base.id)
+    assert other.path.stat().st_mtime_ns == node.path.stat().st_mtime_ns
+    same(node.path, other.path)
 
 
 # What is noted.
@@ -222,14 +256,18 @@ class Disturber:
         os.truncate(self.one, self.dice.randrange(100_000))
 
 
-def data_bytes(source: Node, base: str, target: str) -> int:
+def data_bytes(source: Node, base: str, target: str, stream_format: str) -> int:
     """How much data a stream writes."""
     parser, found = Parser(), []
 
     def count(data: memoryview) -> None:
-        found.extend(len(one.data()) for one in parser.feed(data) if one.kind == Kind.WRITE)
+        for one in parser.feed(data):
+            if one.kind == Kind.WRITE:
+                found.append(len(one.data()))
+            elif one.kind == Kind.ENCODED_WRITE:
+                found.append(one.number(Attribute.UNENCODED_FILE_LEN))
 
-    pour(source, base, target, "btrfs-1", count)
+    pour(source, base, target, stream_format, count)
     return sum(found)
 
 
@@ -244,7 +282,7 @@ def test_whatever_was_done_to_a_tree(node, other, seed):
         stage = other.stage_from(node, base, stream_format)
         # Nothing that is written is passed over: all of it is found by its last name, and compared.
         compared = verify(other.root / "stage" / "tree" / "data", stage.directory, never())
-        assert compared == data_bytes(node, base, target) > 0
+        assert compared == data_bytes(node, base, target, stream_format) > 0
         other.backend.commit(stage, other.order(node.lineage))
         same(node.path, other.path)
         base = target
