@@ -78,6 +78,7 @@ class Cycle:
     extents: int
     stall_s: float
     took_s: float
+    cpu_s: float
     compact_s: float
     compact_stall_s: float
     used_bytes: int
@@ -137,9 +138,9 @@ class Volume:
     def cycle(self, feeler: Feeler, *, compacting: bool) -> Cycle:
         self.write()
         feeler.longest_s()
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         self.snapshot()
-        took_s, stall_s = time.perf_counter() - begun, feeler.longest_s()
+        took_s, cpu_s, stall_s = time.perf_counter() - begun, time.process_time() - cpu, feeler.longest_s()
         self.replica.backend.prune(self.keep, frozenset())
         extents = self.extents()
         feeler.longest_s()
@@ -151,6 +152,7 @@ class Volume:
             extents,
             stall_s,
             took_s,
+            cpu_s,
             compact_s if compacting else 0.0,
             compact_stall_s if compacting else 0.0,
             self.used_bytes(),
@@ -159,18 +161,24 @@ class Volume:
         )
 
 
-HEAD = (
-    "| cycle | extents | CP took | writer waited | compacting | writer waited | used | newest delta | oldest delta |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+COLUMNS = (
+    *("cycle", "extents", "CP took", "of it CPU", "writer waited", "compacting", "writer waited"),
+    *("used", "newest delta", "oldest delta"),
 )
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
 
 def row(name: str, found: Cycle) -> str:
-    return (
-        f"| {name} | {found.extents:,} | {found.took_s:.2f} s | {found.stall_s:.2f} s | {found.compact_s:.1f} s | "
-        f"{found.compact_stall_s:.3f} s | {found.used_bytes / MIB:,.0f} MiB | {found.over_newest:.4f} | "
-        f"{found.over_oldest:.4f} |"
+    cells = (
+        name,
+        f"{found.extents:,}",
+        *(f"{each:.2f} s" for each in (found.took_s, found.cpu_s, found.stall_s)),
+        f"{found.compact_s:.1f} s",
+        f"{found.compact_stall_s:.2f} s",
+        f"{found.used_bytes / MIB:,.0f} MiB",
+        *(f"{each:.4f}" for each in (found.over_newest, found.over_oldest)),
     )
+    return f"| {' | '.join(cells)} |"
 
 
 @contextlib.contextmanager

@@ -317,6 +317,7 @@ def test_beside_a_writer(place, how):
 # Interrupted.
 
 
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 @pytest.mark.parametrize("step", image_compact.STEPS)
 def test_killed_at_every_step(place, step):
     replica = torn(place / "a")
@@ -346,6 +347,7 @@ def test_deltas_between_the_kill_and_the_next_start(place):
         assert len(found - blocks_of(known)) <= PART_BYTES // BLOCK
 
 
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 @pytest.mark.parametrize("step", ["compact.tip", "compact.live"])
 def test_written_to_and_snapshotted_before_the_next_start(place, step):
     """The joining is by contents, with whatever the tip is then."""
@@ -361,10 +363,9 @@ def test_written_to_and_snapshotted_before_the_next_start(place, step):
     assert blocks_of(delta(again.data(ids[0]), again.path)) == {20}
 
 
-def test_full_disk(small, kind):
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_full_disk(small):
     """The disk fills up at a step: it ends there, nothing is torn, and with room it goes on."""
-    if kind == "btrfs-compressed":
-        pytest.skip("fills as btrfs does")
     for number, step in enumerate(image_compact.STEPS):
         replica = torn(fresh(small / f"{number}"))
         before = Picture(replica)
