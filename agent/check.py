@@ -107,8 +107,8 @@ def _hooks(volume: VolumeConfig) -> Iterator[Line]:
 
 def _found(volume: VolumeConfig, examined: Examined) -> Iterator[Line]:
     name = f"volume {volume.name}"
-    if not volume.path.parent.is_dir():
-        yield True, f"{name}: {volume.path.parent} is not there: create it, or mount the disk that it is on"
+    if not examined.file_system_id:
+        yield True, f"{name}: {'; '.join(examined.problems) or 'its disk is not there'}"
         return
     tip = examined.lineage.tip
     what = {

@@ -13,6 +13,8 @@ need mkfs.btrfs btrfs-progs
 need mkfs.ext4 e2fsprogs
 need setfacl acl
 need losetup mount
+need rsync rsync
+need zfs-fuse zfs-fuse
 python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 if ((${#missing[@]})); then
   if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from agent.backends.btrfs import BtrfsBackend
 from agent.backends.image import ImageBackend
+from agent.backends.zfs import ZfsBackend
 from resilver.errors import Invalid
 
 if TYPE_CHECKING:
@@ -50,4 +51,18 @@ def _btrfs(volume: VolumeConfig, config: AgentConfig) -> Backend:
     )
 
 
-KINDS: Final[Mapping[str, Callable[[VolumeConfig, AgentConfig], Backend]]] = {"btrfs": _btrfs, "image": _image}
+def _zfs(volume: VolumeConfig, config: AgentConfig) -> Backend:
+    return ZfsBackend(
+        volume.name,
+        volume.path,
+        volume.snapshot_dir,
+        reserve_ratio=config.space.reserve_ratio,
+        reserve_min_bytes=config.space.reserve_min_bytes,
+    )
+
+
+KINDS: Final[Mapping[str, Callable[[VolumeConfig, AgentConfig], Backend]]] = {
+    "btrfs": _btrfs,
+    "image": _image,
+    "zfs": _zfs,
+}

@@ -1,0 +1,213 @@
+"""The intention of a commit, and what is done from it: also after a kill, as often as needed.
+
+What has happened is read from which dataset has the live copy's name, by guid, and for a **follow** from the record:
+nothing of it has to be remembered in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from agent.backends import zfs_keep as keeping
+from agent.backends.zfs_layout import INCOMING, RECORD, TAG, WAS_CANMOUNT, WAS_READONLY, Layout, load_state, save_tip
+from agent.backends.zfs_live import put_back, unmodified
+from agent.backends.zfs_stage import discard
+from agent.disk import zfs
+from agent.disk.durable import read_json, remove_file, write_json
+from resilver.errors import Damaged, Refused
+
+# Not the new dataset's to take over: what it is itself, what says who made it, and what is set in any case.
+_NOT_TAKEN_OVER: Final = frozenset({"readonly", "version", "volsize", "type"})
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """The intention of a commit.
+
+    `new_guid` is the target's, `head_guid` and `stage_guid` those of the datasets; `name` is what the target will be
+    called. `on` is the snapshot that a follow stands on. `kept` is where a replaced live copy goes, and `keeps` whether
+    it stays there. `readonly_was` is what the operator had set. `recorded`: a follow has become the tip.
+    """
+
+    mode: str
+    resync_id: str
+    volume_id: str
+    old_tip: str
+    new_tip: str
+    new_guid: str
+    record: str
+    name: str
+    head_guid: str
+    stage_guid: str
+    on: str
+    promotes: bool
+    kept: str
+    keeps: bool
+    mounted: bool
+    readonly_was: str
+    properties: dict[str, str] = field(default_factory=dict)
+    recorded: bool = False
+
+
+def save_journal(layout: Layout, journal: Journal) -> None:
+    write_json(layout.files.commit, {name: getattr(journal, name) for name in Journal.__slots__})
+
+
+def load_journal(layout: Layout) -> Journal | None:
+    value = read_json(layout.files.commit)
+    return None if value is None else Journal(**value)
+
+
+def readonly(layout: Layout) -> str:
+    """What the operator has set for `readonly`, of a dataset that is not mounted; what we noted before, if we have."""
+    group = zfs.look(layout.group, WAS_READONLY)
+    noted = group.own.get(WAS_READONLY) if group is not None else None
+    return noted or zfs.local_properties(layout.live).get("readonly", "inherit")
+
+
+def settle(layout: Layout, step: Callable[[str], None]) -> None:
+    """Finishes or undoes a commit that was interrupted; nothing if there is none."""
+    journal = load_journal(layout)
+    if journal is None:
+        return
+    if _decided(layout, journal):
+        finish(layout, journal, step)
+        discard(layout)
+    else:
+        _undo(layout, journal)
+
+
+def _decided(layout: Layout, journal: Journal) -> bool:
+    head = zfs.look(layout.live)
+    guid = head.guid if head is not None else ""
+    if journal.mode == "follow":
+        incoming = zfs.look(f"{layout.live}@{INCOMING}", RECORD)
+        return journal.recorded or (incoming is not None and RECORD in incoming.own)
+    if guid == journal.stage_guid:
+        return True
+    if journal.mode == "first":
+        if guid:
+            raise Refused("TARGET_CHANGED", f"{layout.live} was created meanwhile: move it away, or destroy it")
+        return False
+    if not guid:
+        return True
+    if guid != journal.head_guid:
+        raise Damaged("IO_ERROR", f"{layout.live} is neither what it was nor what it was to become")
+    return False
+
+
+def _undo(layout: Layout, journal: Journal) -> None:
+    """Gives a commit up: the live copy is as before, and so is the stage."""
+    if journal.mode == "follow":
+        incoming = f"{layout.live}@{INCOMING}"
+        if zfs.look(incoming) is not None:
+            zfs.destroy(incoming)
+        # Also where the snapshot went before a kill: nobody could write, because the live copy is not mounted.
+        if not unmodified(layout, journal.on):
+            zfs.patient("zfs", "rollback", journal.on)
+    if journal.promotes:
+        stage, head = zfs.look(layout.stage), zfs.look(layout.live)
+        if stage is not None and not stage.origin and head is not None and head.origin.startswith(f"{layout.stage}@"):
+            zfs.run("zfs", "promote", layout.live)
+    for copy in keeping.list_preserved(layout):
+        if journal.kept and copy.path.partition("@")[0] == journal.kept:
+            keeping.remove_description(layout, copy.id)
+    remove_file(layout.files.commit)
+    if journal.mounted:
+        put_back(layout)
+
+
+def finish(layout: Layout, journal: Journal, step: Callable[[str], None]) -> None:
+    """What is left of a commit once its intention stands; each line may be done already."""
+    if journal.mode != "follow":
+        _exchange(layout, journal, step)
+    _set_properties(layout, journal)
+    step("commit.set")
+    tip = _name_tip(layout, journal)
+    if journal.record:
+        zfs.hold(TAG, tip)
+    save_tip(layout, journal.new_tip, journal.volume_id)
+    step("commit.pointed")
+    if journal.mode == "replace" and not journal.keeps:
+        _let_go(layout, journal)
+    step("commit.kept")
+    if journal.mounted:
+        put_back(layout)
+    remove_file(layout.files.commit)
+    step("commit.closed")
+
+
+def _exchange(layout: Layout, journal: Journal, step: Callable[[str], None]) -> None:
+    """The stage takes the live copy's name; the live copy, if there is one, goes where it is kept."""
+    incoming = f"{layout.stage}@{INCOMING}"
+    if journal.record and zfs.look(incoming) is not None:
+        zfs.run("zfs", "set", f"{RECORD}={journal.record}", incoming)
+    step("commit.recorded")
+    stage = zfs.look(layout.stage)
+    if journal.promotes and stage is not None and stage.origin.startswith(f"{layout.live}@"):
+        zfs.run("zfs", "promote", layout.stage)
+    step("commit.promoted")
+    head = zfs.look(layout.live)
+    if journal.mode == "replace" and head is not None and head.guid == journal.head_guid:
+        zfs.patient("zfs", "rename", layout.live, journal.kept)
+    step("commit.moved")
+    if zfs.look(layout.live) is None:
+        zfs.patient("zfs", "rename", layout.stage, layout.live)
+    step("commit.placed")
+
+
+def _set_properties(layout: Layout, journal: Journal) -> None:
+    """What a replica is, what the dataset before it had, and what keeps a preserved one out of the way."""
+    zfs.run("zfs", "set", f"{WAS_READONLY}={journal.readonly_was}", layout.group)
+    zfs.run("zfs", "set", "readonly=on", layout.live)
+    if journal.mode == "first":
+        # At the next boot it would be mounted, and then in the way of the next commit.
+        zfs.run("zfs", "set", "canmount=noauto", layout.live)
+        zfs.run("zfs", "set", f"{WAS_CANMOUNT}=on", layout.group)
+    if journal.mode != "replace":
+        return
+    if zfs.look(journal.kept) is not None:
+        for setting in ("readonly=on", "canmount=noauto", "mountpoint=none"):
+            zfs.run("zfs", "set", setting, journal.kept)
+    for name, value in sorted(journal.properties.items()):
+        if name in _NOT_TAKEN_OVER:
+            continue
+        try:
+            zfs.run("zfs", "set", f"{name}={value}", layout.live)
+        except zfs.ZfsError as error:
+            _log.warning("property not taken over", dataset=layout.live, name=name, message=error.text)
+    if not journal.mounted:
+        zfs.unmount(layout.live)  # to set a mount point may have mounted it
+
+
+def _let_go(layout: Layout, journal: Journal) -> None:
+    """A replaced live copy with nothing of its own goes; where a clone or a hold pins it, it is kept after all."""
+    try:
+        keeping.destroy_kept(journal.kept)
+    except Refused:
+        kept = zfs.look(journal.kept)
+        if kept is None:
+            raise
+        used = kept.used_bytes
+        copy = keeping.describe(journal.kept, None, kept.referenced_bytes, used, live=True, resync_id=journal.resync_id)
+        keeping.save_description(layout, copy)
+
+
+def _name_tip(layout: Layout, journal: Journal) -> str:
+    """Gives the tip the name that it is to have; its name from now on."""
+    final = f"{layout.live}@{journal.name}"
+    incoming = f"{layout.live}@{INCOMING}"
+    if zfs.look(incoming) is not None:
+        zfs.run("zfs", "rename", incoming, final)
+        return final
+    state = load_state(layout)
+    found = state.where.get(journal.new_tip)
+    if found is None or found.guid != journal.new_guid:
+        said = f"{layout.live} should have snapshot {journal.new_tip} by now, and has not"
+        raise Damaged("IO_ERROR", said)
+    return found.name

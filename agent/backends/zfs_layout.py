@@ -1,0 +1,377 @@
+"""Where a dataset's snapshots and records stand, and how the tip is found among them.
+
+Beside the live copy `tank/vm1` stands `tank/vm1.resilver`, on the same pool and never mounted itself::
+
+    tank/vm1@resilver-3-42-1a2b3c4d   a consistency point: its record is a property of the snapshot
+    tank/vm1@…                        a snapshot of another tool: adopted below our first CP, only shown after it
+    tank/vm1.resilver/records         what stands in files, mounted at the snapshot directory (0700)
+        ancestry.jsonl                records and, of each snapshot that was ever here, the guid
+        tip.json                      the tip, in case that its snapshot is destroyed by somebody
+        commit.json                   the intention of a commit that is under way
+        stage/                        what is known of a stream that is being received, its journal and spool
+        preserved/<pid>/              descriptions of preserved copies
+        volume.json, grant.json       what the agent was told
+    tank/vm1.resilver/stage           what a stream becomes, as a clone of its base, until its commit
+    tank/vm1.resilver/kept-<pid>      live copies, with their snapshots, that were replaced
+
+**A snapshot is a CP of ours** if it carries a record of its own (not one inherited from the file system) and its guid
+is the one in the log. A snapshot that was destroyed and made again under the same name, with the same properties, has
+another guid and is told as a problem. Between its creation and its record a snapshot carries a mark, `resilver:taking`:
+with that and no record it is debris. `@resilver-incoming` without a record is what a commit is about to verify.
+
+**The tip** is the newest CP of the dataset, whose history is a line by nature. Only where the newest one there is an
+ancestor of the tip that `tip.json` names has the tip's snapshot been destroyed by somebody.
+
+**Adoption**: before our first CP the snapshots that other tools made are the lineage, by guid, in the order of the
+dataset's own history. The first CP writes them into the log as they are then. They are never renamed, destroyed or
+given properties; held they are only while they are being sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from agent.backends import image_layout
+from agent.disk import zfs
+from agent.disk.durable import DIR_MODE, Json, append_log, disk_errors, read_json, read_log, write_json
+from agent.lineages import record_from_json, record_to_json
+from resilver.errors import Damaged, Invalid, Refused
+from resilver.lineage import Lineage, Origin, Snapshot
+
+RECORD: Final = "resilver:record"
+TAKING: Final = "resilver:taking"
+OWNER: Final = "resilver:volume"
+WAS_READONLY: Final = "resilver:readonly-was"
+WAS_CANMOUNT: Final = "resilver:canmount-was"
+TAG: Final = "resilver"
+SEND_TAG: Final = "resilver-send"
+OURS: Final = "resilver-"
+INCOMING: Final = "resilver-incoming"
+_RECORD_BYTES_MAX: Final = 1000  # zfs-fuse takes 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The names and paths of one replica. `live` is the dataset, `files` the paths that image volumes have too."""
+
+    volume: str
+    live: str
+    files: image_layout.Layout
+
+    @property
+    def root(self) -> Path:
+        return self.files.root
+
+    @property
+    def pool(self) -> str:
+        return zfs.pool_of(self.live)
+
+    @property
+    def parent(self) -> str:
+        return self.live.rpartition("/")[0]
+
+    @property
+    def group(self) -> str:
+        return f"{self.live}.resilver"
+
+    @property
+    def records(self) -> str:
+        return f"{self.group}/records"
+
+    @property
+    def stage(self) -> str:
+        return f"{self.group}/stage"
+
+    @property
+    def pointer(self) -> Path:
+        return self.root / "tip.json"
+
+    def kept(self, pid: str) -> str:
+        return f"{self.group}/kept-{pid}"
+
+    def name_of(self, record: Snapshot) -> str:
+        """The snapshot's part of the name: ours, or for another tool's snapshot that tool's."""
+        if record.origin is Origin.ADOPTED and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 _.:-]{0,127}", record.note):
+            return record.note
+        return f"{OURS}{record.cp}-{re.sub('[^A-Za-z0-9]', '', record.id)[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is there. `head` is the live copy, `where` the snapshots of the lineage by id, `every` all, oldest first."""
+
+    lineage: Lineage
+    volume_id: str
+    known: Mapping[str, Snapshot]
+    natives: Mapping[str, str]
+    head: zfs.Dataset | None = None
+    where: Mapping[str, zfs.Dataset] = ()  # type: ignore[assignment]
+    every: tuple[zfs.Dataset, ...] = ()
+    others: tuple[Snapshot, ...] = ()
+    unfinished: tuple[zfs.Dataset, ...] = ()
+    children: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def tip(self) -> str:
+        return self.lineage.tip_id
+
+    def is_ours(self, snapshot_id: str) -> bool:
+        record = self.known.get(snapshot_id)
+        return record is not None and record.origin is not Origin.ADOPTED
+
+
+def make_layout(volume: str, path: Path, root: Path) -> Layout:
+    return Layout(volume, str(path), image_layout.Layout(volume, root / "live", root))
+
+
+# The datasets beside the live copy.
+
+
+def ready(layout: Layout) -> bool:
+    """Whether the records are there; mounts them if only that is missing. Makes nothing."""
+    return mounted(layout, zfs.look(layout.records, OWNER))
+
+
+def mounted(layout: Layout, records: zfs.Dataset | None) -> bool:
+    """As `ready`, of the dataset that was looked up."""
+    if records is None:
+        return False
+    if records.own.get(OWNER) != layout.volume:
+        raise Invalid(
+            "INVALID_FIELD",
+            f"{layout.records} was not made for volume {layout.volume}: rename it, or give path another name",
+            field="path",
+        )
+    if records.mountpoint != str(layout.root):
+        zfs.run("zfs", "set", f"mountpoint={layout.root}", layout.records)
+    if not (records.mounted and os.path.ismount(layout.root)):
+        zfs.mount(layout.records)
+    if not os.path.ismount(layout.root):
+        raise Damaged("IO_ERROR", f"{layout.records} is not mounted at {layout.root}", path=str(layout.root))
+    return True
+
+
+def make_root(layout: Layout) -> None:
+    """Makes the datasets beside the live copy. The one above them must be there: its pool may not be imported."""
+    if ready(layout):
+        return
+    if zfs.look(layout.parent) is None:
+        raise Invalid(
+            "INVALID_FIELD",
+            f"there is no dataset {layout.parent}: create it, or import its pool, before {layout.live} can be there",
+            field="path",
+        )
+    group = zfs.look(layout.group, OWNER)
+    if group is not None and group.own.get(OWNER) != layout.volume:
+        said = (
+            f"{layout.group} is there and was not made for volume {layout.volume}: rename it, or give path another name"
+        )
+        raise Invalid("INVALID_FIELD", said, field="path")
+    if group is None:
+        unseen = ("mountpoint=none", "canmount=off", "primarycache=metadata", "com.sun:auto-snapshot=false")
+        _create(layout.group, *unseen, f"{OWNER}={layout.volume}")
+    with disk_errors(layout.root):
+        layout.root.mkdir(mode=DIR_MODE, parents=True, exist_ok=True)
+    # The pool's own settings are the operator's, for data: none of them may hide or export these files.
+    plain = ("canmount=noauto", "readonly=off", "atime=off", "sharenfs=off", "sharesmb=off", "primarycache=all")
+    _create(layout.records, *plain, f"mountpoint={layout.root}", f"{OWNER}={layout.volume}")
+    ready(layout)
+    with disk_errors(layout.root):
+        layout.root.chmod(DIR_MODE)
+
+
+def _create(name: str, *properties: str) -> None:
+    options = [part for prop in properties for part in ("-o", prop)]
+    try:
+        zfs.run("zfs", "create", *options, name)
+    except zfs.ZfsError as error:
+        if not error.exists:
+            raise
+
+
+# Records.
+
+
+def record_property(record: Snapshot, volume_id: str) -> str:
+    """The record as a property's value. A note that is too long is cut: it is whole in the log."""
+    note = record.note
+    while True:
+        value = {**record_to_json(replace(record, note=note)), "volume_id": volume_id}
+        text = json.dumps(value, separators=(",", ":"), sort_keys=True)
+        if len(text) <= _RECORD_BYTES_MAX or not note:
+            return text
+        note = note[: len(note) // 2]
+
+
+def _read_record(text: str) -> tuple[Snapshot, str] | None:
+    try:
+        value = json.loads(text)
+        return record_from_json(value), str(value["volume_id"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def adopted(snapshots: Iterable[zfs.Dataset]) -> list[Snapshot]:
+    """The snapshots of other tools as records, each the child of the one before."""
+    made: list[Snapshot] = []
+    for one in snapshots:
+        parent = made[-1].id if made else ""
+        made.append(_foreign(one, parent))
+    return made
+
+
+def _foreign(one: zfs.Dataset, parent: str) -> Snapshot:
+    return Snapshot(
+        id=one.guid,
+        parent=parent,
+        create_time_ms=one.create_time_ms,
+        origin=Origin.ADOPTED,
+        note=one.snapshot,
+    )
+
+
+def append_records(layout: Layout, records: Iterable[Snapshot], natives: Mapping[str, str]) -> None:
+    """Adds to the log what it does not hold yet."""
+    known, guids = _read_ancestry(layout)
+    missing = [record for record in records if record.id not in known]
+    news = {key: guid for key, guid in natives.items() if guids.get(key) != guid}
+    if missing or news:
+        append_log(layout.files.ancestry, {"records": [record_to_json(one) for one in missing], "natives": news})
+
+
+def _read_ancestry(layout: Layout) -> tuple[dict[str, Snapshot], dict[str, str]]:
+    known: dict[str, Snapshot] = {}
+    natives: dict[str, str] = {}
+    for line in read_log(layout.files.ancestry):
+        for row in line["records"]:
+            record = record_from_json(row)
+            known.setdefault(record.id, record)
+        natives.update(line["natives"])
+    return known, natives
+
+
+def save_tip(layout: Layout, tip: str, volume_id: str) -> None:
+    write_json(layout.pointer, {"tip": tip, "volume_id": volume_id})
+
+
+# Finding the tip.
+
+
+def load_state(layout: Layout, *, there: bool | None = None) -> State:
+    """Looks at all snapshots and finds the lineage. Changes nothing; `there` if it is known that the records are."""
+    there = ready(layout) if there is None else there
+    known, natives = _read_ancestry(layout) if there else ({}, {})
+    pointer = (read_json(layout.pointer) if there else None) or {"tip": "", "volume_id": ""}
+    found = zfs.family(layout.live, RECORD, TAKING)
+    head = found.get(layout.live)
+    if head is None:
+        return State(Lineage(), "", known, natives, where={})
+    if head.kind != "filesystem":
+        raise Invalid(
+            "INVALID_FIELD",
+            f"{layout.live} is a {head.kind}: the zfs backend wants a file system; zvols are not supported",
+            field="path",
+        )
+    every = zfs.snapshots_of(found, layout.live)
+    sorted_out = _sort_out(every, natives)
+    problems = sorted_out.problems
+    known = {**{key: record for key, (record, _volume) in sorted_out.records.items()}, **known}
+    tip = _tip_of(sorted_out, known, pointer)
+    if not tip:
+        chain = adopted(sorted_out.foreign)
+        known = {**known, **{record.id: record for record in chain}}
+        tip = chain[-1].id if chain else ""
+    where = dict(sorted_out.where)
+    where.update({one.guid: one for one in sorted_out.foreign if one.guid in known})
+    try:
+        lineage = Lineage.from_tip(tip, known)
+    except ValueError as error:
+        said = f"the records of {layout.live} contradict each other: {error}"
+        raise Damaged("IO_ERROR", said) from error
+    ids = lineage.ids()
+    where = {key: one for key, one in where.items() if key in ids}
+    volume_id = _volume_of(tip, sorted_out, pointer)
+    others = tuple(_foreign(one, "") for one in sorted_out.foreign if one.guid not in ids)
+    children = tuple(sorted(name for name in found if name.startswith(f"{layout.live}/")))
+    return State(
+        lineage.with_presence(where),
+        volume_id,
+        known,
+        natives,
+        head,
+        where,
+        tuple(every),
+        others,
+        sorted_out.unfinished,
+        children,
+        problems,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _SortedOut:
+    """The snapshots by what they are; `where` are CPs of ours, `order` their ids, oldest first."""
+
+    records: dict[str, tuple[Snapshot, str]]
+    where: dict[str, zfs.Dataset]
+    order: list[str]
+    foreign: list[zfs.Dataset]
+    unfinished: tuple[zfs.Dataset, ...]
+    problems: tuple[str, ...]
+
+
+def _sort_out(every: Iterable[zfs.Dataset], natives: Mapping[str, str]) -> _SortedOut:
+    records: dict[str, tuple[Snapshot, str]] = {}
+    where: dict[str, zfs.Dataset] = {}
+    foreign, unfinished, problems = [], [], []
+    for one in every:
+        text = one.own.get(RECORD)
+        read = _read_record(text) if text is not None else None
+        if text is None and (TAKING in one.own or one.snapshot == INCOMING):
+            unfinished.append(one)
+        elif text is None:
+            foreign.append(one)
+        elif read is None:
+            problems.append(f"the record of {one.name} cannot be read: it is left out")
+        elif read[0].id in where or natives.get(read[0].id, one.guid) != one.guid:
+            problems.append(f"{one.name} is not the snapshot {read[0].cp} that it says it is: it is left out")
+        else:
+            records[read[0].id] = read
+            where[read[0].id] = one
+    return _SortedOut(records, where, list(where), foreign, tuple(unfinished), tuple(problems))
+
+
+def _tip_of(found: _SortedOut, known: Mapping[str, Snapshot], pointer: Json) -> str:
+    newest = found.order[-1] if found.order else ""
+    told = pointer["tip"]
+    if told not in known or newest == told:
+        return newest
+    at = known[told].parent
+    for _step in range(len(known)):
+        if not newest or at == newest:
+            return str(told)
+        if at not in known:
+            return newest
+        at = known[at].parent
+    return newest
+
+
+def _volume_of(tip: str, found: _SortedOut, pointer: Json) -> str:
+    if tip in found.records:
+        return found.records[tip][1]
+    return str(pointer["volume_id"]) if tip and tip == pointer["tip"] else ""
+
+
+def find(layout: Layout, state: State, snapshot_id: str, reason: str) -> zfs.Dataset:
+    """The snapshot of that id; refused for that reason if it is not here."""
+    found = state.where.get(snapshot_id)
+    if found is None:
+        raise Refused(reason, f"snapshot {snapshot_id} of {layout.volume} is not on this node")
+    return found

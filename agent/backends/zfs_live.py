@@ -1,0 +1,175 @@
+"""The live copy as it is found: who uses it, and what it is to its tip.
+
+*Unmodified* is exact: a snapshot is taken for the moment, and the incremental stream from the tip to it holds nothing
+between its first record and its last. Where ZFS tells what was written since a snapshot,
+nothing is enough.
+
+*In use* is a live copy that a process has open, mapped or stands in, that is mounted at a second place, exported, or
+under a loop device. Being mounted where it belongs is not use: that can be undone, and whether it can is for the
+kernel to say (`set_aside`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from agent.backends.zfs_layout import TAKING, Layout, State
+from agent.backends.zfs_send import open_stream
+from agent.backends.zfs_stream import Reader
+from agent.disk import mounted, zfs
+from resilver.errors import Refused, ResilverError
+from resilver.volume import LiveCopy, LiveState
+
+LOOK: Final = "look"
+_PIECE_BYTES: Final = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """`who` uses it, by name; `at` are the places in our own namespace, `writable` if anybody could write."""
+
+    who: tuple[str, ...]
+    at: tuple[str, ...]
+    writable: bool
+
+
+def uses(layout: Layout, head: zfs.Dataset) -> Uses:
+    """Everybody who has the live copy in use."""
+    found = mounted.places(layout.live)
+    own = [place for place in found if place.own]
+    first = next((place for place in own if place.point == head.mountpoint), own[0] if own else None)
+    extra = [f"a mount at {place.point}" for place in own if place is not first]
+    exports = [f"an export ({share})" for share in head.shared] if own else []
+    who = (*mounted.users(found), *extra, *exports)
+    return Uses(who, tuple(place.point for place in own), not head.readonly)
+
+
+def refuse(layout: Layout, who: tuple[str, ...]) -> Refused:
+    names = ", ".join(who) or "a process that cannot be seen from here"
+    return Refused("IN_USE", f"{layout.live} is in use by {names}; it is not touched until that ends", in_use_by=names)
+
+
+def look(layout: Layout, state: State, *, compare: bool) -> tuple[LiveCopy, tuple[str, ...]]:
+    """The live copy, and what an operator should know of it."""
+    head = state.head
+    if head is None:
+        return LiveCopy(LiveState.ABSENT, layout.live, based_on=state.tip), ()
+    found = uses(layout, head)
+    problems: tuple[str, ...] = ()
+    try:
+        what = _against_tip(layout, state, found, compare=compare)
+    except Refused as error:  # a full pool takes no snapshot, not even for a moment
+        what, problems = LiveState.UNKNOWN, (f"{layout.live} cannot be compared: {error.message}",)
+    if state.children:
+        names = ", ".join(state.children)
+        problems = (
+            *problems,
+            f"{names}: datasets below {layout.live} are no part of the volume, and hinder its replacing",
+        )
+    live = LiveCopy(
+        state=what,
+        path=layout.live,
+        size_bytes=head.referenced_bytes,
+        allocated_bytes=head.used_bytes,
+        based_on=state.tip,
+        in_use=bool(found.who),
+        in_use_by=found.who,
+    )
+    return live, problems
+
+
+def _against_tip(layout: Layout, state: State, found: Uses, *, compare: bool) -> LiveState:
+    if state.lineage.tip is None or (found.who and found.writable):
+        return LiveState.MODIFIED
+    tip = state.where.get(state.tip)
+    if tip is None or not compare:
+        return LiveState.UNKNOWN
+    flush(found)
+    return LiveState.UNMODIFIED if unmodified(layout, tip.name) else LiveState.MODIFIED
+
+
+def flush(found: Uses) -> None:
+    """Brings what was written through a mapping, or lies in a cache, to the file system."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for point in found.at[:1]:
+        try:
+            fd = os.open(point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            libc.syncfs(fd)
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def _moment(layout: Layout) -> Iterator[str]:
+    """A snapshot for the moment; one that is left by a kill is swept at the next start."""
+    name = f"{layout.live}@resilver-{LOOK}-{uuid.uuid4().hex[:12]}"
+    try:
+        zfs.run("zfs", "snapshot", "-o", f"{TAKING}={LOOK}", name)
+    except zfs.ZfsError as error:
+        raise error.refused() from error
+    try:
+        yield name
+    finally:
+        zfs.destroy(name)
+
+
+def unmodified(layout: Layout, since: str) -> bool:
+    """Whether nothing at all was changed since that snapshot of the live copy."""
+    if zfs.features().written and zfs.get(layout.live, f"written@{since.partition('@')[2]}") == "0":
+        return True
+    with _moment(layout) as now:
+        return empty_between(since, now)
+
+
+def empty_between(base: str, target: str) -> bool:
+    """Whether two snapshots of one dataset hold the same: their stream says nothing."""
+    stream = open_stream(base, target, "zfs")
+    reader = Reader()
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    try:
+        while (got := stream.read_into(buffer)) and not reader.content_records:
+            for _piece in reader.feed(buffer[:got]):
+                pass
+    finally:
+        stream.close()
+    return reader.whole and not reader.content_records
+
+
+def set_aside(layout: Layout, head: zfs.Dataset) -> bool:
+    """Takes the live copy out of everybody's reach; whether it was mounted. IN_USE: all is as before."""
+    found = uses(layout, head)
+    if found.who:
+        raise refuse(layout, found.who)
+    apart = [place for place in mounted.places(layout.live) if not (place.own or place.linked)]
+    if apart:
+        raise refuse(layout, _named(apart))
+    if not found.at and not head.mounted:
+        return False
+    if not zfs.unmount(layout.live):
+        raise refuse(layout, uses(layout, head).who)
+    left = mounted.places(layout.live)
+    if left:  # linked, and yet not gone with ours
+        put_back(layout)
+        raise refuse(layout, _named(left))
+    return True
+
+
+def _named(places: list[mounted.Place]) -> tuple[str, ...]:
+    return tuple(f"a mount at {place.point} in another namespace" for place in places)
+
+
+def put_back(layout: Layout) -> None:
+    """Mounts the live copy again where it was; that it cannot be is the operator's to see."""
+    try:
+        zfs.mount(layout.live)
+    except (zfs.ZfsError, ResilverError):
+        return

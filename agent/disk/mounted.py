@@ -1,0 +1,164 @@
+"""Who uses a file system that is mounted: for volumes that are whole file systems, and no file of their own.
+
+Looked for in every mount namespace: where it is mounted, and which processes have a file or a directory of it open,
+mapped, as their root or their working directory; and which loop devices stand on a file in it. Nothing is asked of the
+file systems of others: a descriptor's mount is told by its fdinfo, so that a dead network mount hangs nobody.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_HEX: Final = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) [1-9]", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place where a file system is mounted: `device` as mountinfo writes it, `own` if it is in our own namespace.
+
+    `linked`: mounts and unmounts elsewhere may reach it, so that it goes when ours does.
+    """
+
+    mount_id: str
+    device: str
+    root: str
+    point: str
+    own: bool
+    linked: bool
+
+
+def places(source: str) -> list[Place]:
+    """Where a file system with that source is mounted, in all namespaces; ours first."""
+    seen: dict[str, Place] = {}
+    for place in _all(source):
+        seen.setdefault(place.mount_id, place)
+    return list(seen.values())
+
+
+def _all(source: str) -> Iterator[Place]:
+    own = _namespace(Path("/proc/self"))
+    yield from _parse(Path("/proc/self/mountinfo"), source, own=True)
+    known = {own}
+    for process in Path("/proc").glob("[0-9]*"):
+        namespace = _namespace(process)
+        if namespace and namespace not in known:
+            known.add(namespace)
+            yield from _parse(process / "mountinfo", source, own=False)
+
+
+def _namespace(process: Path) -> str:
+    try:
+        return os.readlink(process / "ns" / "mnt")  # noqa: PTH115  # the target is no path
+    except OSError:
+        return ""
+
+
+def _parse(mountinfo: Path, source: str, *, own: bool) -> Iterator[Place]:
+    try:
+        lines = mountinfo.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        fields = line.split(" ")
+        end = fields.index("-")
+        if len(fields) > end + 2 and _plain(fields[end + 2]) == source:
+            linked = any(field.startswith(("shared:", "master:")) for field in fields[6:end])
+            yield Place(fields[0], fields[2], _plain(fields[3]), _plain(fields[4]), own, linked)
+
+
+def users(where: Iterable[Place]) -> tuple[str, ...]:
+    """The processes and loop devices that use a file system mounted there, by name."""
+    found = list(where)
+    if not found:
+        return ()
+    own = _namespace(Path("/proc/self"))
+    processes = [process for process in Path("/proc").glob("[0-9]*") if _uses(process, found, own)]
+    return (*sorted(f"{_command(process)} pid {process.name}" for process in processes), *_loops(found))
+
+
+def _uses(process: Path, where: list[Place], own: str) -> bool:
+    """In our own namespace a descriptor's link says its path, which is quicker to ask for than its mount."""
+    has_open = _has_open_below if _namespace(process) == own else _has_open_on
+    return _stands_in(process, where) or has_open(process, where) or _has_mapped(process, where)
+
+
+def _below(path: str, where: list[Place]) -> bool:
+    return any(path == place.point or path.startswith(f"{place.point.rstrip('/')}/") for place in where)
+
+
+def _stands_in(process: Path, where: list[Place]) -> bool:
+    """Working directory, root or program. The link says the path, or that it cannot be reached from here."""
+    for name in ("cwd", "root", "exe"):
+        try:
+            at = os.readlink(process / name)  # noqa: PTH115  # as text: nothing may be resolved
+        except OSError:
+            continue
+        if _below(at, where):
+            return True
+    return False
+
+
+def _has_open_below(process: Path, where: list[Place]) -> bool:
+    try:
+        numbers = os.listdir(process / "fd")  # noqa: PTH208  # a Path for each descriptor of a machine is too many
+    except OSError:
+        return False
+    for number in numbers:
+        try:
+            if _below(os.readlink(f"{process}/fd/{number}"), where):  # noqa: PTH115  # as above
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _has_open_on(process: Path, where: list[Place]) -> bool:
+    ids = {place.mount_id for place in where}
+    try:
+        numbers = os.listdir(process / "fdinfo")  # noqa: PTH208  # a Path for each descriptor of a machine is too many
+    except OSError:
+        return False
+    for number in numbers:
+        try:
+            text = (process / "fdinfo" / number).read_text()
+        except OSError:
+            continue
+        if any(line.startswith("mnt_id:") and line[7:].strip() in ids for line in text.splitlines()):
+            return True
+    return False
+
+
+def _has_mapped(process: Path, where: list[Place]) -> bool:
+    devices = {tuple(map(int, place.device.split(":"))) for place in where}
+    try:
+        raw = (process / "maps").read_bytes()
+    except OSError:
+        return False
+    return any((int(major, 16), int(minor, 16)) in devices for major, minor in set(_HEX.findall(raw)))
+
+
+def _loops(where: list[Place]) -> Iterator[str]:
+    for entry in sorted(Path("/sys/block").glob("loop*")):
+        try:
+            backing = (entry / "loop" / "backing_file").read_text().removesuffix("\n")
+        except OSError:
+            continue
+        if _below(backing, where):
+            yield f"/dev/{entry.name}"
+
+
+def _command(process: Path) -> str:
+    try:
+        return (process / "comm").read_text().strip() or "?"
+    except OSError:
+        return "?"
+
+
+def _plain(text: str) -> str:
+    """Undoes the octal escapes of a mountinfo."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -1,0 +1,121 @@
+"""Real ZFS for tests: zfs-fuse, with a daemon for each test process and pools on sparse files in memory.
+
+The daemon's socket has a fixed name, so each test process has it in a mount namespace of its own (`namespace.py`):
+workers that run at the same time do not meet, and a daemon of the machine's is not touched. When the process is killed
+the daemon goes with it, and so do the mounts and the files of the pools.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.loopfs import run
+
+_PLACES = ("/run/zfs", "/run/lock/zfs", "/var/lib/zfs")
+_OPTIONS = ("--no-daemon", "--no-kstat-mount", "-m", "64", "-p", "/run/zfs/pid")
+POOL_BYTES = 1 << 30
+_numbers = itertools.count()
+
+
+def unavailable() -> str:
+    """Why there is no ZFS for tests on this machine; empty if there is."""
+    if os.geteuid() != 0:
+        return "only root can mount file systems"
+    if not shutil.which("zfs-fuse", path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
+        return "zfs-fuse is not installed"
+    return "" if Path("/dev/fuse").exists() else "there is no /dev/fuse"
+
+
+needs_zfs = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+
+
+def zfs(*arguments: str | Path) -> str:
+    """Again for a while as long as it is busy: zfs-fuse notices late that a file system is not mounted any more."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return run("zfs", *arguments)
+        except RuntimeError as error:
+            if "is busy" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
+class Zfs:
+    """A running daemon."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.daemon = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", "zfs-fuse", *_OPTIONS],
+            stdout=subprocess.DEVNULL,
+            stderr=(work / "log").open("wb"),
+        )
+        deadline = time.monotonic() + 30
+        while subprocess.run(["zpool", "list"], capture_output=True, check=False).returncode != 0:
+            assert self.daemon.poll() is None, (work / "log").read_text()
+            assert time.monotonic() < deadline, "zfs-fuse does not answer"
+            time.sleep(0.02)
+
+    @contextlib.contextmanager
+    def pool(self, size_bytes: int = POOL_BYTES) -> Iterator[str]:
+        """A pool of its own, with nothing mounted."""
+        name = f"pool{next(_numbers)}"
+        disk = self.work / name
+        with disk.open("wb") as file:
+            file.truncate(size_bytes)
+        run("zpool", "create", "-m", "none", name, disk)
+        try:
+            yield name
+        finally:
+            destroy_pool(name)
+            disk.unlink()
+
+    def close(self) -> None:
+        self.daemon.terminate()
+        try:
+            self.daemon.wait(30)
+        except subprocess.TimeoutExpired:
+            self.daemon.kill()
+            self.daemon.wait()
+
+
+def destroy_pool(name: str) -> None:
+    """Whatever is mounted from it is let go of first; a test that failed may hold it for a moment."""
+    deadline = time.monotonic() + 20
+    while True:
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            fields = line.split(" ")
+            source = fields[fields.index("-") + 2]
+            if source.partition("/")[0] == name:
+                subprocess.run(["umount", "--lazy", fields[4].replace("\\040", " ")], check=False)
+        done = subprocess.run(["zpool", "destroy", "-f", name], capture_output=True, text=True, check=False)
+        if done.returncode == 0 or "no such pool" in done.stderr:
+            return
+        assert time.monotonic() < deadline, done.stderr
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Zfs]:
+    """The daemon, with memory for its pools."""
+    work = Path(tempfile.mkdtemp(prefix="zfsfs-"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        for place in (*map(Path, _PLACES), work):
+            place.mkdir(parents=True, exist_ok=True)
+            run("mount", "-t", "tmpfs", "none", place)
+            stack.callback(run, "umount", "--lazy", place)
+        made = Zfs(work)
+        stack.callback(made.close)
+        yield made
