@@ -184,7 +184,9 @@ def program_fault(words: Sequence[str]) -> str:
         return f"{path} is no file"
     if not found.st_mode & 0o111:
         return f"{path} is not executable"
-    for place in (path.resolve(), *path.resolve().parents):
+    real = path.resolve()
+    # Also where links to it lie: whoever can replace one of them chooses the program.
+    for place in dict.fromkeys((real, *real.parents, *path.absolute().parents)):
         at = place.stat()
         if at.st_uid not in (0, os.geteuid()):
             return f"{place} belongs to user {at.st_uid}: it must belong to root, or to the user that runs the agent"

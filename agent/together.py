@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ class Together:
         self._culprit = ""
         self._begun = self._settled = self._ended = False
         self._covered: set[str] = set()
+        self._since = 0.0
         self._frozen: tuple[contextlib.ExitStack, quiesce.Quiesced] | None = None
         self._watch: HookWatch | None = None
         self._failed: dict[str, str] = {}
@@ -125,6 +127,7 @@ class Together:
         members = [self._members[volume] for volume in self._volumes]
         if not self._needed:
             return
+        self._since = time.monotonic()
         hooked = [member.hooked for member in members if member.hooked.hooks.any]
         if hooked:
             self._watch = self._hooks_begun(hooked)
@@ -155,6 +158,8 @@ class Together:
         held = self._thaw()
         if self._watch is not None:
             self._watch.release()
+        if self._watch is not None or len(self._volumes) > 1:
+            _log.info("held", volumes=self._volumes, seconds=round(time.monotonic() - self._since, 3))
         if not held and Consistency.FROZEN in self._how.values():
             said = "no consistency point was taken: what is mounted was not frozen until the last volume was cloned"
             raise Refused("HOOK_FAILED", said)

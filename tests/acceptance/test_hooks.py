@@ -118,7 +118,7 @@ def group(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Grou
                 for volume in volumes:
                     text = text.replace(f'name = "{volume}"\n', f'name = "{volume}"\ngroup = "{pair}"\n')
             words = f'["{hook}", "{directory}"]'
-            first = f"hooks = {{before = {words}, after = {words}, freezes = true}}\n"
+            first = f"hooks = {{before = {words}, after = {words}, timeout_s = 60, freezes = true}}\n"
             for volume, hooks in {"data1": first, "data2": "hooks = {freezes = true}\n"}.items():
                 text = text.replace(f'name = "{volume}"\n', f'name = "{volume}"\n{hooks}')
             (directory / f"{node}.toml").write_text(text)

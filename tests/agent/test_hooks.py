@@ -85,7 +85,8 @@ class Scene:
         until(lambda: self.agent.log().count('"reloaded"') > count, "the configuration is reloaded")
 
 
-def hooked(directory: Path, more: str = "", *, after: str = "") -> str:
+def hooked(directory: Path, more: str = "timeout_s = 60", *, after: str = "") -> str:
+    """The hooks of a volume. Their time is long, so that none runs out of it on a busy machine."""
     program = directory / "hook"
     return (
         f'[volumes.hooks]\nbefore = ["{program}", "{directory}"]\nafter = ["{after or program}", "{directory}"]\n{more}'
@@ -135,7 +136,7 @@ def test_hooks_run_around_the_snapshot_and_are_told_of_what(scene: Scene) -> Non
 def test_a_volume_is_frozen_if_its_hooks_are_said_to_freeze_it(scene: Scene) -> None:
     with scene.agent.image("vm3").open("r+b"):
         assert scene.take().consistency == volume_pb2.CONSISTENCY_CRASH
-        scene.change_config("vm3", hooked(scene.directory, "freezes = true"))
+        scene.change_config("vm3", hooked(scene.directory, "timeout_s = 60\nfreezes = true"))
         assert scene.take().consistency == volume_pb2.CONSISTENCY_FROZEN
     # That nobody had it open says more.
     assert scene.take().consistency == volume_pb2.CONSISTENCY_CLOSED
@@ -193,6 +194,18 @@ def test_a_group_is_taken_whole_or_not_at_all(scene: Scene) -> None:
     assert not any(path.name.startswith("new") for path in (scene.agent.place / ".resilver" / "vm1").iterdir())
 
 
+def test_what_is_no_order_for_a_group(scene: Scene) -> None:
+    for ask in (
+        scene.take_together,
+        lambda: scene.take_together("vm1", "vm1"),
+        lambda: scene.take_together("vm1", "vm2", opening=True),
+    ):
+        reason, said = reason_of(ask)
+        assert (reason, said.split()[0]) == ("INVALID_FIELD", "requests")
+    assert scene.tips() == dict.fromkeys(VOLUMES, "")
+    assert scene.ran() == []
+
+
 def test_a_hook_that_fails_is_a_refusal_and_after_has_run(scene: Scene) -> None:
     scene.does("before", "vm3", "echo no database here; exit 7")
     reason, said = reason_of(scene.take)
@@ -234,7 +247,7 @@ def test_a_program_that_is_left_behind_is_not_waited_for(scene: Scene) -> None:
 
 
 def test_a_snapshot_does_not_count_once_the_deadline_has_passed(scene: Scene) -> None:
-    scene.change_config("vm3", hooked(scene.directory, "timeout_s = 1"))
+    scene.change_config("vm3", hooked(scene.directory, "timeout_s = 5"))
     scene.does("before", "vm3", f"kill -STOP {scene.pid()}")
     scene.does("after", "vm3", f"kill -CONT {scene.pid()}")
     reason, said = reason_of(scene.take)
@@ -254,6 +267,21 @@ def test_after_runs_also_when_the_agent_is_killed(scene: Scene) -> None:
     scene.agent.start()
     assert scene.ran() == ["before vm3", "after vm3"], "and only once"
     assert scene.take().cp.text == "1-1"
+
+
+def test_the_next_agent_waits_for_what_still_ends_what_was_held(scene: Scene) -> None:
+    scene.does("before", "vm3", f"kill -KILL {scene.pid()}")
+    scene.does(
+        "after", "vm3", f"until [ -e {scene.directory}/go ]; do sleep 0.05; done; echo over >> {scene.directory}/log"
+    )
+    assert reason_of(scene.take)[0] == "NODE_UNREACHABLE"
+    until(lambda: "after vm3 a 1-1 alone" in scene.log(), "after has begun")
+    scene.agent.kill()
+    scene.does("before", "vm3", "")
+    scene.agent.start()
+    (scene.directory / "go").touch()
+    assert scene.take().cp.text == "1-1"
+    assert scene.ran() == ["before vm3", "after vm3", "over", "before vm3", "after vm3", "over"]
 
 
 def test_after_runs_at_the_next_start_when_all_were_killed(scene: Scene) -> None:
@@ -308,6 +336,11 @@ def test_a_program_is_looked_at_before_it_is_run(tmp_path: Path) -> None:
     assert "not executable" in hooks.program_fault([str(program)])
     program.chmod(0o700)
     assert hooks.program_fault([str(program)]) == ""
+    link = tmp_path / "open" / "link"
+    link.parent.mkdir(mode=0o777)
+    link.parent.chmod(0o777)
+    link.symlink_to(program)
+    assert f"{link.parent} can be written to" in hooks.program_fault([str(link)])
     tmp_path.chmod(0o777)
     assert f"{tmp_path} can be written to" in hooks.program_fault([str(program)])
     assert "no user is named" in hooks.user_fault("nobody-of-that-name")
