@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
@@ -212,11 +213,17 @@ def differs(base: Path, target: Path, deadline_s: float) -> bool:
 def _changes(command: Command, base: Path) -> bool:
     if command.kind in {Kind.SUBVOL, Kind.SNAPSHOT, Kind.END}:
         return command.kind == Kind.SUBVOL
-    if command.kind != Kind.UTIMES:
+    if command.kind not in {Kind.UTIMES, Kind.SET_XATTR}:
         return True
-    # Times are told of every inode that was touched at all. Nothing came before, so that the path is the base's too.
+    # Times and capabilities are told of every inode that was touched at all, as by being read. Nothing came before, so
+    # that the path is the base's too.
+    path = b"/".join((os.fsencode(base), command.path()))
     try:
-        found = os.lstat(b"/".join((os.fsencode(base), command.path())))
-    except FileNotFoundError:
+        if command.kind == Kind.UTIMES:
+            return os.lstat(path).st_mtime_ns != command.time_ns(Attribute.MTIME)
+        name = bytes(command.attributes.get(Attribute.XATTR_NAME, b""))
+        return os.getxattr(path, name, follow_symlinks=False) != command.attributes.get(Attribute.XATTR_DATA, b"")
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ENODATA}:
+            raise
         return True
-    return found.st_mtime_ns != command.time_ns(Attribute.MTIME)

@@ -69,6 +69,8 @@ class Attribute(IntEnum):
     CTIME = 9
     MTIME = 10
     ATIME = 11
+    XATTR_NAME = 13
+    XATTR_DATA = 14
     PATH = 15
     PATH_TO = 16
     OFFSET = 18
