@@ -33,7 +33,7 @@ def check_lineages(base: str, mine: Lineage, theirs: Lineage) -> None:
     if here is None or not here.present:
         raise Refused("BASE_GONE", f"the base {base} is not here any more")
     if there is None:
-        raise Refused("BASE_GONE", f"the base {here.cp} ({base}) is not in the lineage of the target")
+        raise Refused("BASE_GONE", f"the base {here.name} ({base}) is not in the lineage of the target")
     if (here.size_bytes, here.cp) != (there.size_bytes, there.cp):
         raise Damaged(
             "BASE_MISMATCH",

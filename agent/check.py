@@ -112,7 +112,7 @@ def _found(volume: VolumeConfig, examined: Examined) -> Iterator[Line]:
         return
     tip = examined.lineage.tip
     what = {
-        Presence.PRESENT: f"at {tip.cp}" if tip is not None else "with data that was never mirrored",
+        Presence.PRESENT: f"at {tip.name}" if tip is not None else "with data that was never mirrored",
         Presence.EMPTY: "empty",
         Presence.LOST: "lost",
     }[examined.presence]

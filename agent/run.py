@@ -197,7 +197,7 @@ class Run:
             return
         tip = report.lineage.tip
         if tip is not None and lineage.find(tip.id) is None:
-            said = f"the tip here is {tip.cp}, which is not in the new lineage; the order does not replace own data"
+            said = f"the tip here is {tip.name}, which is not in the new lineage; the order does not replace own data"
             raise Refused("TARGET_CHANGED", said, tip=tip.id)
 
     # Sources.

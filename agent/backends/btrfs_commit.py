@@ -158,7 +158,7 @@ def _check_relation(known: Known, order: CommitOrder) -> None:
 
 
 def _name(tip: Snapshot | None) -> str:
-    return f"{tip.cp} ({tip.id})" if tip is not None else "none"
+    return f"{tip.name} ({tip.id})" if tip is not None else "none"
 
 
 def _commit(tools: Tools, stage: BtrfsStage, plan: _Plan) -> tuple[PreservedCopy, ...]:
