@@ -3,6 +3,8 @@
 The daemon's socket has a fixed name, so each test process has it in a mount namespace of its own (`namespace.py`):
 workers that run at the same time do not meet, and a daemon of the machine's is not touched. When the process is killed
 the daemon goes with it, and so do the mounts and the files of the pools.
+
+Where RESILVER_TEST_OPENZFS is set, the kernel's own OpenZFS takes its place: for a machine with nothing to lose.
 """
 
 from __future__ import annotations
@@ -27,10 +29,17 @@ POOL_BYTES = 1 << 30
 _numbers = itertools.count()
 
 
+def kernel() -> bool:
+    """Whether the tests are served by the kernel's OpenZFS."""
+    return bool(os.environ.get("RESILVER_TEST_OPENZFS"))
+
+
 def unavailable() -> str:
     """Why there is no ZFS for tests on this machine; empty if there is."""
     if os.geteuid() != 0:
         return "only root can mount file systems"
+    if kernel():
+        return "" if Path("/sys/module/zfs").exists() else "the module zfs is not loaded"
     if not shutil.which("zfs-fuse", path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
         return "zfs-fuse is not installed"
     return "" if Path("/dev/fuse").exists() else "there is no /dev/fuse"
@@ -52,10 +61,13 @@ def zfs(*arguments: str | Path) -> str:
 
 
 class Zfs:
-    """A running daemon."""
+    """A running daemon; none where the kernel serves."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
+        self.daemon: subprocess.Popen[bytes] | None = None
+        if kernel():
+            return
         self.daemon = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "zfs-fuse", *_OPTIONS],
             stdout=subprocess.DEVNULL,
@@ -68,13 +80,13 @@ class Zfs:
             time.sleep(0.02)
 
     @contextlib.contextmanager
-    def pool(self, size_bytes: int = POOL_BYTES) -> Iterator[str]:
+    def pool(self, size_bytes: int = POOL_BYTES, *options: str) -> Iterator[str]:
         """A pool of its own, with nothing mounted."""
         name = f"pool{next(_numbers)}"
         disk = self.work / name
         with disk.open("wb") as file:
             file.truncate(size_bytes)
-        run("zpool", "create", "-m", "none", name, disk)
+        run("zpool", "create", *options, "-m", "none", name, disk)
         try:
             yield name
         finally:
@@ -82,6 +94,8 @@ class Zfs:
             disk.unlink()
 
     def close(self) -> None:
+        if self.daemon is None:
+            return
         self.daemon.terminate()
         try:
             self.daemon.wait(30)
@@ -112,7 +126,7 @@ def running() -> Iterator[Zfs]:
     work = Path(tempfile.mkdtemp(prefix="zfsfs-"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, work, ignore_errors=True)
-        for place in (*map(Path, _PLACES), work):
+        for place in (*(() if kernel() else map(Path, _PLACES)), work):
             place.mkdir(parents=True, exist_ok=True)
             run("mount", "-t", "tmpfs", "none", place)
             stack.callback(run, "umount", "--lazy", place)

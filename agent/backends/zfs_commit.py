@@ -44,8 +44,8 @@ from agent.backends.zfs_layout import (
 )
 from agent.backends.zfs_live import put_back, set_aside, unmodified
 from agent.backends.zfs_send import open_stream
-from agent.backends.zfs_stage import Receiver, ZfsStage, discard, leaves_out, read_back
-from agent.backends.zfs_stream import Change
+from agent.backends.zfs_stage import Receiver, ZfsStage, agrees, discard, read_back
+from agent.backends.zfs_stream import Change, Contents
 from agent.disk import zfs
 from resilver.errors import Damaged, Invalid, Refused, ResilverError
 from resilver.lineage import Origin, Snapshot, newest_shared
@@ -308,10 +308,10 @@ def _receive(tools: Tools, stage: ZfsStage, plan: _Plan, journal: Journal) -> No
     layout = tools.layout
     incoming = f"{layout.live}@{INCOMING}"
     try:
-        digest = _pipe(layout, stage, plan)
+        went = _pipe(layout, stage, plan)
         tools.step("commit.received")
         stream_format = stage.plan.stream_format
-        if read_back(journal.on, incoming, stream_format) != digest and not leaves_out(layout.live):
+        if not agrees(went, read_back(journal.on, incoming, stream_format), layout.live, stream_format):
             raise Damaged("READBACK_MISMATCH", f"what {incoming} gives back is not what was written into it")
         tools.step("commit.verified")
         if journal.record:
@@ -323,8 +323,8 @@ def _receive(tools: Tools, stage: ZfsStage, plan: _Plan, journal: Journal) -> No
     tools.step("commit.recorded")
 
 
-def _pipe(layout: Layout, stage: ZfsStage, plan: _Plan) -> str:
-    """From the stage into the live copy; the digest of what went over."""
+def _pipe(layout: Layout, stage: ZfsStage, plan: _Plan) -> Contents:
+    """From the stage into the live copy; what went over."""
     base = plan.base
     on = plan.state.every[-1]
     assert base is not None
@@ -339,7 +339,7 @@ def _pipe(layout: Layout, stage: ZfsStage, plan: _Plan) -> str:
             while got := stream.read_into(buffer):
                 receiver.feed(buffer[:got])
             receiver.finish()
-            return receiver.reader.digest()
+            return receiver.reader.contents()
         except ResilverError as error:
             if "is busy" not in error.message or time.monotonic() > deadline:
                 raise

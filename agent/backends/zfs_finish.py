@@ -172,7 +172,7 @@ def _set_properties(layout: Layout, journal: Journal) -> None:
     if journal.mode != "replace":
         return
     if zfs.look(journal.kept) is not None:
-        for setting in ("readonly=on", "canmount=noauto", "mountpoint=none"):
+        for setting in ("readonly=on", "canmount=noauto", "mountpoint=none", "reservation=none", "refreservation=none"):
             zfs.run("zfs", "set", setting, journal.kept)
     for name, value in sorted(journal.properties.items()):
         if name in _NOT_TAKEN_OVER:

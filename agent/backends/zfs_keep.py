@@ -27,6 +27,7 @@ from resilver.volume import PreservedCopy
 
 COPY_TIMEOUT_S: Final = 24 * 3600.0
 _WHERE: Final = "preserved.json"
+_CLONED: Final = ("dependent clones", "snapshot is cloned")  # zfs-fuse, OpenZFS
 
 
 def describe(
@@ -94,9 +95,10 @@ def destroy_snapshot(name: str) -> int:
     try:
         zfs.destroy(name)
     except zfs.ZfsError as error:
-        if "dependent clones" in error.text or error.busy:
+        cloned = any(words in error.text for words in _CLONED)
+        if cloned or error.busy or "being held" in error.text:
             zfs.hold(TAG, name)
-            why = "a clone stands on it" if "clones" in error.text else "another tool holds it"
+            why = "a clone stands on it" if cloned else "another tool holds it"
             raise Refused("PINNED", f"{name} cannot be destroyed, because {why}: {error.text}") from error
         raise
     return found.used_bytes

@@ -124,8 +124,11 @@ def _moment(layout: Layout) -> Iterator[str]:
 
 def unmodified(layout: Layout, since: str) -> bool:
     """Whether nothing at all was changed since that snapshot of the live copy."""
-    if zfs.features().written and zfs.get(layout.live, f"written@{since.partition('@')[2]}") == "0":
-        return True
+    if zfs.features().written:
+        if mounted.places(layout.live):
+            zfs.sync(layout.pool)  # what is still in memory, or only in the intent log, is not counted before
+        if zfs.get(layout.live, f"written@{since.partition('@')[2]}") == "0":
+            return True
     with _moment(layout) as now:
         return empty_between(since, now)
 

@@ -16,12 +16,12 @@ from agent.disk import zfs
 from resilver.errors import Damaged, Refused, Unauthenticated
 
 PLAIN: Final = "zfs"
-LARGE: Final = "zfs-lec"
+LARGE: Final = "zfs-lc"
+ZSTD: Final = "zfs-lcz"
 SILENT_MAX_S: Final = 600.0
 _END_S: Final = 30.0
 _POLL_MS: Final = 200
 _WORDS_MAX: Final = 64 << 10
-_FLAGS: Final[dict[str, tuple[str, ...]]] = {PLAIN: (), LARGE: ("-L", "-e", "-c")}
 
 
 class ZfsSend:
@@ -122,20 +122,29 @@ def reap(process: subprocess.Popen[bytes]) -> None:
 
 
 def formats(pool: str) -> tuple[str, ...]:
-    """What this end can write and read. Large and embedded blocks need features of the pool besides the command's."""
-    if zfs.features().send_large and all(
-        _feature(pool, name) for name in ("large_blocks", "embedded_data", "lz4_compress")
-    ):
-        return (LARGE, PLAIN)
-    return (PLAIN,)
+    """What this end can write and read. Blocks as they are stored need features of the pool besides the command's.
+
+    Not embedded ones: an encrypted dataset takes no stream that may have them.
+    """
+    if not zfs.features().send_large or not _features(pool, "large_blocks", "lz4_compress"):
+        return (PLAIN,)
+    return (ZSTD, LARGE, PLAIN) if _features(pool, "zstd_compress") else (LARGE, PLAIN)
 
 
-def _feature(pool: str, name: str) -> bool:
+def _features(pool: str, *names: str) -> bool:
     try:
-        said = zfs.run("zpool", "list", "-H", "-o", f"feature@{name}", pool).strip()
+        said = zfs.run("zpool", "list", "-H", "-o", ",".join(f"feature@{name}" for name in names), pool)
     except zfs.ZfsError:
         return False
-    return said in {"enabled", "active"}
+    return set(said.split()) <= {"enabled", "active"}
+
+
+def _flags(stream_format: str, snapshot: str) -> list[str]:
+    """For a pool without zstd, one that has it sends large blocks, but none as they are stored."""
+    if stream_format == PLAIN:
+        return []
+    bare = stream_format == LARGE and _features(zfs.pool_of(snapshot), "zstd_compress")
+    return ["-L"] if bare else ["-L", "-c"]
 
 
 def open_stream(
@@ -145,7 +154,7 @@ def open_stream(
     if token:
         return ZfsSend(["-t", token], stream_format, on_close)
     between = ["-i", base] if base else []
-    return ZfsSend([*_FLAGS[stream_format], *between, target], stream_format, on_close)
+    return ZfsSend([*_flags(stream_format, target), *between, target], stream_format, on_close)
 
 
 def estimate(base: str, target: str) -> int | None:
@@ -153,7 +162,8 @@ def estimate(base: str, target: str) -> int | None:
     if not zfs.features().estimate:
         return None
     between = ["-i", base] if base else []
-    for line in zfs.run("zfs", "send", "-nP", *between, target).splitlines():
+    flags = _flags(formats(zfs.pool_of(target))[0], target)
+    for line in zfs.run("zfs", "send", "-nP", *flags, *between, target).splitlines():
         fields = line.split("\t") if "\t" in line else line.split()
         if fields and fields[0] == "size" and fields[-1].isdigit():
             return int(fields[-1])

@@ -22,14 +22,14 @@ import shutil
 import subprocess
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from agent.backends.base import StreamOrigin
 from agent.backends.zfs_layout import INCOMING, Layout, State, find
 from agent.backends.zfs_send import PLAIN, Words, open_stream, reap
-from agent.backends.zfs_stream import Change, Reader
+from agent.backends.zfs_stream import Change, Contents, Reader
 from agent.disk import zfs
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
 from agent.stream.work import Stopped
@@ -39,6 +39,7 @@ STALLED_MAX_S: Final = 600.0
 _PIECE_BYTES: Final = 1 << 20
 _POLL_MS: Final = 200
 _CLOSE_S: Final = 10.0
+_LARGE_BYTES: Final = 128 << 10
 _STRONG: Final = frozenset({"sha256", "sha512", "skein", "edonr", "blake3"})
 
 
@@ -53,6 +54,8 @@ class Plan:
     whole: bool = False
     stream_format: str = PLAIN
     digest: str = ""
+    outline: str = ""
+    block_bytes_max: int = 0
 
 
 class Receiver:
@@ -223,8 +226,9 @@ class ZfsStage:
             if self._receiver is None:
                 raise Invalid("INVALID_FIELD", "the stage was not started", field="data")
             self._receiver.finish()
-            digest = "" if self._continued else self._receiver.reader.digest()
-            self.plan = replace(self.plan, whole=True, digest=digest)
+            self.plan = replace(self.plan, whole=True)
+            if not self._continued:
+                self.plan = replace(self.plan, **asdict(self._receiver.reader.contents()))
             self._check()
             save_plan(self.layout, self.plan)
         elif self.base != self.target:
@@ -246,8 +250,9 @@ class ZfsStage:
     def verify(self, stop: threading.Event) -> None:
         if self.base == self.target:
             return
-        digest = read_back(self._base, self.received, self.plan.stream_format, stop)
-        if self.plan.digest and digest != self.plan.digest and not leaves_out(self.layout.stage):
+        found = read_back(self._base, self.received, self.plan.stream_format, stop)
+        came = Contents(self.plan.digest, self.plan.outline, self.plan.block_bytes_max)
+        if self.plan.digest and not agrees(came, found, self.layout.stage, self.plan.stream_format):
             said = f"what {self.received} gives back is not what came"
             raise Damaged("READBACK_MISMATCH", f"{said}; zpool status {self.layout.pool} may say more")
 
@@ -261,8 +266,8 @@ class ZfsStage:
             receiver.close()
 
 
-def read_back(base: str, target: str, stream_format: str, stop: threading.Event | None = None) -> str:
-    """The digest of a stream that is made again from what is on the disk."""
+def read_back(base: str, target: str, stream_format: str, stop: threading.Event | None = None) -> Contents:
+    """The contents of a stream that is made again from what is on the disk."""
     stream = open_stream(base, target, stream_format)
     reader = Reader()
     buffer = memoryview(bytearray(_PIECE_BYTES))
@@ -276,7 +281,22 @@ def read_back(base: str, target: str, stream_format: str, stop: threading.Event 
         stream.close()
     if not reader.whole:
         raise Damaged("READBACK_MISMATCH", f"the stream of {target} ends early")
-    return reader.digest()
+    return reader.contents()
+
+
+def agrees(came: Contents, found: Contents, dataset: str, stream_format: str) -> bool:
+    """Whether a dataset gives back what came, as far as that can be compared; all of it was read in any case.
+
+    Blocks as they are stored are others where the dataset compresses what came uncompressed. Where other tools sent the
+    base without large blocks, ZFS goes on to store those files in smaller ones than came.
+    """
+    if came.digest == found.digest or leaves_out(dataset):
+        return True
+    if stream_format == PLAIN:
+        return False
+    if came.outline == found.outline:
+        return zfs.get(dataset, "compression") != "off"
+    return came.block_bytes_max > _LARGE_BYTES
 
 
 def leaves_out(dataset: str) -> bool:
@@ -291,9 +311,7 @@ def open_stage(layout: Layout, state: State, base: str, target: str, origin: Str
     """The stage of those two and their guids, gone on with if it is there; any other is discarded first."""
     wanted = Plan(base, target, origin.native_base, origin.native_target, whole=base == target)
     found = load_plan(layout)
-    if found is not None and replace(found, whole=False, digest="", stream_format=PLAIN) == replace(
-        wanted, whole=False
-    ):
+    if found is not None and _of(found) == _of(wanted):
         lost = found.whole and base != target and zfs.look(f"{layout.stage}@{INCOMING}") is None
         if not lost:
             return ZfsStage(layout, state, found, resumed=True)
@@ -307,6 +325,10 @@ def open_stage(layout: Layout, state: State, base: str, target: str, origin: Str
         making.rename(layout.files.stage)
         fsync_dir(layout.root)
     return stage
+
+
+def _of(plan: Plan) -> tuple[str, ...]:
+    return (plan.base, plan.target, plan.native_base, plan.native_target)
 
 
 def _to_json(plan: Plan) -> dict[str, object]:
@@ -326,7 +348,7 @@ def drop_dataset(layout: Layout) -> None:
     """Destroys what was received; a receive that is still ending is waited for."""
     try:
         if zfs.features().resume and zfs.look(layout.stage) is not None and _is_partial(layout.stage):
-            zfs.run("zfs", "receive", "-A", layout.stage)
+            zfs.patient("zfs", "receive", "-A", layout.stage)
         for one in zfs.snapshots_of(zfs.family(layout.stage), layout.stage):
             zfs.destroy(one.name)
         zfs.destroy(layout.stage)

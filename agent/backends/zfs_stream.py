@@ -7,7 +7,8 @@ puts such a running checksum at the end of every record too, zfs-fuse leaves tho
 * **A digest of the contents.** What ZFS makes of a stream can be read back by sending it again. The two are not equal
   byte for byte (the name of the dataset stands in the first record, and holes may be told in other pieces), but every
   object and every block of data must be: those go into the digest, blocks of zeros left out, because one side may keep
-  them and the other make them holes.
+  them and the other make them holes. Streams of blocks as they are stored may differ in more: ZFS compresses by the
+  target's own property what came uncompressed. So there is a second digest, of the objects and of where data is.
 * **A change of the first record** (`Change`): where the stream is to be received as a clone of its base, or on top of a
   later snapshot that equals the base. Fletcher-4 is linear, so the difference that a change makes is carried along with
   two additions for each record, and every checksum behind it is set right without summing up the stream again.
@@ -52,6 +53,15 @@ class Begin:
     from_guid: str
     to_name: str
     clone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a stream has told: all of it, what of it does not depend on how blocks are stored, and the longest block."""
+
+    digest: str
+    outline: str
+    block_bytes_max: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +117,11 @@ class Reader:
         self.ended = False
         self.content_records = 0
         self.data_bytes = 0
+        self.block_bytes_max = 0
         self._change: Final = change
         self._sums = _NONE
         self._digest = blake3.blake3()
+        self._outline = blake3.blake3()
         self._head = bytearray()
         self._key: bytes | None = None
         self._payload = bytearray()
@@ -122,6 +134,9 @@ class Reader:
     def digest(self) -> str:
         """The digest of the objects and data that have passed."""
         return self._digest.copy().hexdigest()
+
+    def contents(self) -> Contents:
+        return Contents(self.digest(), self._outline.copy().hexdigest(), self.block_bytes_max)
 
     def feed(self, data: memoryview) -> Iterator[bytes | memoryview]:
         """Takes the next bytes; what is to be passed on comes in order, and has to be taken to the end."""
@@ -208,6 +223,11 @@ class Reader:
             return
         self._digest.update(key)
         self._digest.update(payload)
+        self._outline.update(key)
+        if key[0] == _WRITE:
+            self.block_bytes_max = max(self.block_bytes_max, *struct.unpack_from("<Q", key, 20))
+        else:
+            self._outline.update(payload)
 
 
 def _measure(kind: int, record: bytearray) -> tuple[bytes | None, int]:

@@ -29,7 +29,12 @@ BUSY_TIMEOUT_S: Final = 20.0
 _BUSY_PAUSE_S: Final = 0.1
 _OWN: Final = frozenset({"local", "received"})
 _SPACE: Final = ("out of space", "no space left", "quota exceeded")
-_ABSENT: Final = ("dataset does not exist", "no such pool", "no such dataset")
+_ABSENT: Final = (
+    "dataset does not exist",
+    "no such pool",
+    "no such dataset",
+    "could not find any snapshots to destroy",
+)
 _NO_SERVICE: Final = (
     "zfs-fuse daemon",
     "modules are not loaded",
@@ -180,7 +185,7 @@ def features() -> Features:
     return Features(
         written=re.search(r"^\s+written\s", properties, re.MULTILINE) is not None,
         estimate={"n", "P", "v"} <= can_send,
-        send_large={"L", "e", "c"} <= can_send,
+        send_large={"L", "c"} <= can_send,
         resume="s" in can_receive and "receive_resume_token" in properties,
         origin="-o origin=" in receive or "[-o <property>=<value>]" in receive or "[-o property=value]" in receive,
         unmounted="u" in can_receive,
@@ -197,7 +202,10 @@ def _usage(verb: str) -> str:
         timeout=COMMAND_TIMEOUT_S,
         check=False,
     )
-    return (done.stdout + done.stderr).decode(errors="replace")
+    text = (done.stdout + done.stderr).decode(errors="replace")
+    if "usage:" not in text:  # the kernel's module is not loaded yet: nothing is known, and nothing to be remembered
+        raise ZfsError(f"zfs {verb}", brief(text.encode()) or f"ended with {done.returncode}")
+    return text
 
 
 def _letters(usage: str) -> set[str]:
@@ -246,8 +254,8 @@ def get(name: str, prop: str) -> str:
 
 
 def local_properties(name: str) -> dict[str, str]:
-    """The properties that were set on a file system itself."""
-    text = run("zfs", "get", "-Hp", "-s", "local", "-o", "name,property,value,source", "all", name)
+    """The properties that were set on a file system itself, or came with a stream that another tool received."""
+    text = run("zfs", "get", "-Hp", "-s", "local,received", "-o", "name,property,value,source", "all", name)
     rows = (line.split("\t") for line in text.splitlines())
     return {row[1]: row[2] for row in rows if len(row) == 4 and row[0] == name}
 
@@ -323,10 +331,35 @@ def unmount(name: str) -> bool:
     except ZfsError as error:
         if "not currently mounted" in error.text or error.absent:
             return True
+        if "legacy mountpoint" in error.text:
+            return _unmount_legacy(name)
         if "busy" in error.text:
             return False
         raise
     return True
+
+
+def _unmount_legacy(name: str) -> bool:
+    """Where `zfs` leaves mounting to /etc/fstab, so does unmounting."""
+    done = subprocess.run(
+        [command("umount"), "-t", "zfs", name],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        env=environment(),
+        timeout=COMMAND_TIMEOUT_S,
+        check=False,
+    )
+    said = brief(done.stderr)
+    if done.returncode == 0 or "not mounted" in said or "no mount point" in said:
+        return True
+    if "busy" in said:
+        return False
+    raise ZfsError(f"umount {name}", said or f"ended with {done.returncode}")
+
+
+def sync(pool: str) -> None:
+    """Returns when all that was written before is in the pool, and so in what its datasets tell of themselves."""
+    run("zpool", "sync", pool)
 
 
 def mount(name: str) -> None:
