@@ -1,49 +1,87 @@
-"""A running agent puts a torn image together by itself, and is there for orders meanwhile."""
+"""A running agent puts a torn image together by itself, between whatever else its volume has to do."""
 
 from __future__ import annotations
 
-import os
+import asyncio
+import contextlib
 import shutil
-from pathlib import Path
 
 import pytest
 
-from agent.disk import ioctl
-from tests.agent.agents import MIB, Leader, agents, until
-from tests.agent.backends.replica import digest
+from agent import node
+from agent.backends.image_compact import PART_BYTES
+from agent.examiner import ReplicaSettings
+from agent.identity import Identity
+from agent.replica import Replica
+from tests.agent.backends.replica import BLOCK, noise
+from tests.agent.backends.test_compact import SEAMS_MAX, Picture, check_same, seams, torn
+from tests.loopfs import needs_root
 
-SIZE_BYTES = 256 * MIB
-
-
-def extent_count(path: Path) -> int:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        return ioctl.extent_count(fd)
-    finally:
-        os.close(fd)
+DEADLINE_S = 60.0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount file systems")
-def test_a_torn_image_is_compacted(tmp_path, xfs):
-    with agents(tmp_path, xfs, "a") as (agent,):
-        leader, path = Leader(), agent.image()
-        with path.open("wb") as file:
-            for _ in range(SIZE_BYTES // MIB):
-                file.write(os.urandom(MIB))
-        agent.open_epoch(leader)
-        first = agent.snapshot(leader, opening=True)
-        with path.open("r+b") as file:
-            for at in range(0, SIZE_BYTES, 8192):
-                file.seek(at)
-                file.write(os.urandom(4096))
-        second = agent.snapshot(leader)
-        snapshots = [agent.snapshot_data("vm1", taken.id) for taken in (first, second)]
-        torn, before = extent_count(snapshots[1]), [digest(each) for each in (path, *snapshots)]
-        assert torn > 60_000
-        until(lambda: extent_count(snapshots[1]) < torn - 3000, "several parts are compacted", 90)
-        size = agent.prepare(leader, "r1", first.id, second.id, "b", size_only=True)
-        assert size.delta_bytes == SIZE_BYTES // 2
-        third = agent.snapshot(leader)
-        assert agent.tip() == third.id
-        assert [digest(each) for each in (path, *snapshots)] == before
-    shutil.rmtree(xfs / "a")
+@pytest.fixture
+def image(xfs):
+    made = torn(xfs / "torn")
+    yield made
+    shutil.rmtree(xfs / "torn")
+
+
+@pytest.fixture
+def replica(image, tmp_path):
+    identity = Identity(tmp_path / "state", "prod", "a")
+    made = Replica("vm1", "a", image.backend, identity, ReplicaSettings())
+    yield made
+    made.close()
+    identity.close()
+
+
+async def until_compacted(image):
+    async with asyncio.timeout(DEADLINE_S):
+        while seams(image.path) > SEAMS_MAX // 2:  # noqa: ASYNC110  # the disk has no event to wait for
+            await asyncio.sleep(0.02)
+
+
+@needs_root
+async def test_a_torn_image_is_compacted(image, replica, monkeypatch):
+    monkeypatch.setattr(node, "COMPACT_LOOK_S", 0.1)
+    before = Picture(image)
+    task = asyncio.create_task(node._compact(replica))
+    await until_compacted(image)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    await replica.worker.run(lambda: None)  # the part that is under way is done
+    check_same(image, before)
+
+
+@needs_root
+async def test_it_makes_room_for_other_jobs(image, replica):
+    """A part, and then whoever waits; with nobody waiting, as many as there is time for."""
+    image.write(0, noise(1, 2 * PART_BYTES))
+    image.snapshot()
+    for at in range(0, 2 * PART_BYTES, 8 * BLOCK):
+        image.write(at, noise(at, BLOCK))
+    image.snapshot()
+    torn_by = seams(image.path)
+    queued = []
+
+    def first():
+        queued.append(replica.worker.submit(lambda: seams(image.path)))
+        return replica.compact()
+
+    assert await replica.worker.run(first), "there are two parts to be done"
+    after_one = queued[0].result(DEADLINE_S)
+    assert SEAMS_MAX // 2 < after_one < torn_by
+    while await replica.worker.run(replica.compact):
+        pass
+    assert seams(image.path) <= SEAMS_MAX // 2
+
+
+@needs_root
+async def test_what_goes_wrong_is_told_and_ends_nothing(image, replica):
+    """A mark that cannot be read: a problem for the log, and not for the volume."""
+    (image.root / "compact.json").write_bytes(b"{}")
+    assert await replica.worker.run(replica.compact) is False
+    assert replica._not_compacted.endswith("does not match its digest")
+    assert image.snapshot().cp.sequence == 6
