@@ -36,7 +36,7 @@ from agent.backends import (
 from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SendStream, StreamOrigin, StreamStage
 from agent.backends.btrfs_adopt import Finder, Known
 from agent.backends.btrfs_layout import SubvolumeLayout, check_untouched
-from agent.disk import btrfs, ioctl
+from agent.disk import btrfs, btrfs_space, ioctl
 from agent.disk.durable import disk_errors, remove_file
 from resilver.errors import Damaged, Invalid, NotFound, Refused, Unauthenticated
 from resilver.lineage import Lineage, Snapshot
@@ -51,7 +51,7 @@ STEPS: Final = (
     "drop.renamed",
 )
 
-MEASURE_MAX_S: Final = 120.0
+MEASURE_MAX_S: Final = 60.0
 MEASURED_MAX: Final = 256
 _SPACE_MARGIN_MIN_BYTES: Final = 64 << 20
 _METADATA_MARGIN_BYTES: Final = 32 << 20
@@ -90,7 +90,7 @@ class BtrfsBackend:
         self._tools: Final = btrfs_commit.Tools(
             self._layout, self._finder, step, preserved_max_count, preserved_max_bytes
         )
-        self._measured: dict[tuple[str, str], int] = {}
+        self._measured: dict[tuple[str, str], int | None] = {}
 
     def set_reserve(self, ratio: float, min_bytes: int) -> None:
         """Another reserve, from the next look at the space on."""
@@ -183,19 +183,17 @@ class BtrfsBackend:
             old, new = self._ends(base, target)
             if key not in self._measured:
                 found = btrfs_send.measure(old, new, MEASURE_MAX_S)
-                if found is None:
-                    return None
                 if len(self._measured) >= MEASURED_MAX:
                     self._measured.clear()
-                self._measured[key] = found.data_bytes + found.other_bytes
-            return self._measured[key]
+                self._measured[key] = found.data_bytes + found.other_bytes if found is not None else None
+            return self._measured.get(key)
 
     def native_id(self, snapshot_id: str) -> str:
-        known = self._finder.load()
-        self._known(known, snapshot_id)
-        if snapshot_id in known.adopted:
+        with disk_errors(self._layout.root):
+            if self._is_ours(snapshot_id):
+                return check_untouched(self._layout, snapshot_id, "TARGET_GONE").native_id
+            self._adopted(snapshot_id, "TARGET_GONE")
             return snapshot_id
-        return check_untouched(self._layout, snapshot_id, "TARGET_GONE").native_id
 
     def open_send(self, base: str, target: str, stream_format: str, token: str = "") -> SendStream:
         if token:
@@ -205,29 +203,34 @@ class BtrfsBackend:
 
     def _ends(self, base: str, target: str) -> tuple[Path | None, Path]:
         """Where the two subvolumes are, untouched, and reached through one mount, as `btrfs send` wants it."""
-        known = self._finder.load()
-        old = self._end(known, base, "BASE_GONE") if base else None
-        return old, self._end(known, target, "TARGET_GONE")
+        old = self._end(base, "BASE_GONE") if base else None
+        return old, self._end(target, "TARGET_GONE")
 
-    def _end(self, known: Known, snapshot_id: str, gone: str) -> Path:
+    def _end(self, snapshot_id: str, gone: str) -> Path:
+        if self._is_ours(snapshot_id):
+            check_untouched(self._layout, snapshot_id, gone)
+            return self._layout.data(snapshot_id)
+        return btrfs.through(self._adopted(snapshot_id, gone), self._layout.live.parent)
+
+    def _is_ours(self, snapshot_id: str) -> bool:
+        """Without the lineage: a source is asked while a commit may be moving its directories."""
         image_layout.check_id(snapshot_id)
-        path = known.path(snapshot_id)
+        return (self._layout.snapshot(snapshot_id) / "native.json").exists()
+
+    def _adopted(self, snapshot_id: str, gone: str) -> Path:
+        path = self._finder.load().adopted.get(snapshot_id)
         if path is None:
             raise Refused(gone, f"the data of snapshot {snapshot_id} is not on this node")
-        if snapshot_id not in known.adopted:
-            check_untouched(self._layout, snapshot_id, gone)
-            return path
-        return btrfs.through(path, self._layout.live.parent)
+        return path
 
     # The target's side.
 
     def check_base(self, base: str, native_base: str) -> None:
         with disk_errors(self._layout.root):
-            known = self._finder.load()
-            if known.path(base) is None:
-                raise Refused("BASE_GONE", f"the data of snapshot {base} is not on this node")
-            adopted = base in known.adopted
-            found = base if adopted else check_untouched(self._layout, base).native_id
+            ours = self._is_ours(base)
+            found = check_untouched(self._layout, base).native_id if ours else base
+            if not ours:
+                self._adopted(base, "BASE_GONE")
         if found != native_base:
             raise Damaged(
                 "BASE_MISMATCH", f"snapshot {base} is {found} in this file system, and {native_base} at the source"
@@ -241,7 +244,7 @@ class BtrfsBackend:
         with disk_errors(self._layout.live):
             self._check_free(need, "receiving this")
             metadata = _METADATA_MARGIN_BYTES + data // _METADATA_SHARE
-            free = btrfs.space(self._layout.live.parent).metadata_free
+            free = btrfs_space.space(self._layout.live.parent).metadata_free
             if free < metadata:
                 raise Refused(
                     "NO_SPACE",
@@ -323,9 +326,9 @@ class BtrfsBackend:
             btrfs_commit.settle(self._tools)
             return self._finder.load()
 
-    def _space(self) -> tuple[btrfs.Space, int]:
+    def _space(self) -> tuple[btrfs_space.Space, int]:
         """What is free, and how much of it is never used up."""
-        space = btrfs.space(self._layout.live.parent)
+        space = btrfs_space.space(self._layout.live.parent)
         ratio, least = self._reserve
         return space, max(least, int(space.total * ratio))
 

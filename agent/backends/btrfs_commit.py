@@ -63,6 +63,7 @@ STEPS: Final = (
     "commit.described",
     "commit.intended",
     "commit.snapshot",
+    "commit.swapped",
     "commit.exchanged",
     "commit.synced",
     "commit.kept",
@@ -268,6 +269,7 @@ def _exchange(tools: Tools, journal: Journal, old: btrfs.Info | None) -> None:
         except OSError:
             _undo(tools, journal)
             raise
+        tools.step("commit.swapped")
         _look_again(tools, journal, old)
     tools.step("commit.exchanged")
     btrfs.sync(layout.live.parent)

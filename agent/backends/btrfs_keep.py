@@ -9,6 +9,7 @@ Removing a subvolume frees its space later, while the kernel walks through it; t
 
 from __future__ import annotations
 
+import errno
 import uuid
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -17,7 +18,7 @@ from typing import Final
 
 from agent.backends import btrfs_send
 from agent.backends.btrfs_adopt import Known
-from agent.backends.btrfs_layout import SubvolumeLayout, remove
+from agent.backends.btrfs_layout import SubvolumeLayout, remove, unused
 from agent.backends.btrfs_live import Tip, is_tip, own_bytes
 from agent.backends.image_keep import keep_directory, keep_file, now_ms
 from agent.backends.image_layout import append_records, load_preserved, save_preserved
@@ -97,8 +98,9 @@ def sweep(layout: SubvolumeLayout) -> None:
         name = entry.name
         if name.startswith(".keep-") and (entry / "data").exists():
             keep_directory(layout, entry, name.removeprefix(".keep-"))
-        elif name.startswith((".keep-", ".new-", ".trash-")) or name == ".live" or fnmatch(name, ".*.tmp"):
+        elif name.startswith((".keep-", ".new-")) or name == ".live" or fnmatch(name, ".*.tmp"):
             remove(entry)
+    empty_trash(layout)
 
 
 def drop_preserved(layout: SubvolumeLayout, pid: str, step: Callable[[str], None]) -> int:
@@ -123,13 +125,22 @@ def drop_snapshot(known: Known, snapshot_id: str, step: Callable[[str], None]) -
 
 
 def _trash(layout: SubvolumeLayout, path: Path, name: str, step: Callable[[str], None], renamed: str) -> None:
-    gone = layout.trash(name)
-    remove(gone)
-    path.rename(gone)
+    empty_trash(layout)
+    path.rename(layout.trash(unused(f"{name}-")))
     fsync_dir(path.parent)
     fsync_dir(layout.root)
     step(renamed)
-    remove(gone)
+    empty_trash(layout)
+
+
+def empty_trash(layout: SubvolumeLayout) -> None:
+    """Removes what was let go. What is being sent the kernel does not remove: that waits for the next time."""
+    for entry in sorted(layout.root.glob(".trash-*")):
+        try:
+            remove(entry)
+        except OSError as error:
+            if error.errno not in {errno.EPERM, errno.EBUSY}:
+                raise
 
 
 def _refuse_nested(path: Path) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from agent.backends.btrfs_stream import Attribute, Command, Kind, Parser
+from agent.backends.btrfs_stream import Attribute, Command, Kind, Meter, Parser
 from resilver.errors import Damaged, Invalid, Refused
 
 PLAIN: Final = "btrfs-1"
@@ -30,6 +30,8 @@ PIPE_BYTES: Final = 1 << 20
 END_MAX_S: Final = 30.0
 _WORDS_MAX: Final = 2000
 _READ_BYTES: Final = 1 << 20
+_TOLD_ANYWAY: Final = frozenset({int(Kind.UTIMES), int(Kind.SET_XATTR)})
+_BOUNDS: Final = frozenset({int(Kind.SNAPSHOT), int(Kind.END)})
 _VERSION: Final = Path("/sys/fs/btrfs/features/send_stream_version")
 
 
@@ -152,23 +154,19 @@ def open_send(base: Path | None, target: Path, stream_format: str) -> BtrfsSend:
     return BtrfsSend(base, target, options, stream_format)
 
 
-def commands(base: Path | None, target: Path, deadline_s: float) -> Generator[tuple[Command, int], None, None]:
-    """The stream without data, each command with the bytes of the stream so far. TimeoutError at the deadline."""
+def _pieces(base: Path | None, target: Path, deadline_s: float) -> Generator[memoryview, None, None]:
+    """The stream without data, to its end. TimeoutError at the deadline."""
     until = time.monotonic() + deadline_s
     send = BtrfsSend(base, target, ("--no-data",), PLAIN)
     watch = threading.Timer(deadline_s, send.close)
     watch.daemon = True
     watch.start()
-    parser, seen = Parser(), 0
     buffer = memoryview(bytearray(_READ_BYTES))
     try:
         while count := send.read_into(buffer):
-            seen += count
-            for command in parser.feed(buffer[:count]):
-                yield command, seen
+            yield buffer[:count]
             if time.monotonic() > until:
                 raise TimeoutError
-        _check_whole(parser, target)
     except Damaged:
         if time.monotonic() >= until:
             raise TimeoutError from None
@@ -178,8 +176,8 @@ def commands(base: Path | None, target: Path, deadline_s: float) -> Generator[tu
         send.close()
 
 
-def _check_whole(parser: Parser, target: Path) -> None:
-    if not parser.whole:
+def _check_whole(reader: Parser | Meter, target: Path) -> None:
+    if not reader.whole:
         raise Damaged("IO_ERROR", f"{target}: btrfs send ended before the end of its stream")
 
 
@@ -193,27 +191,32 @@ class Measured:
 
 def measure(base: Path | None, target: Path, deadline_s: float) -> Measured | None:
     """None if it was not counted to the end in that time."""
-    data = other = 0
+    meter, seen = Meter(), 0
     try:
-        for command, seen in commands(base, target, deadline_s):
-            other = seen
-            if command.kind == Kind.UPDATE_EXTENT:
-                data += command.number(Attribute.SIZE)
+        for piece in _pieces(base, target, deadline_s):
+            meter.feed(piece)
+            seen += len(piece)
     except TimeoutError:
         return None
-    return Measured(data, other)
+    _check_whole(meter, target)
+    return Measured(meter.data_bytes, seen)
 
 
 def differs(base: Path, target: Path, deadline_s: float) -> bool:
     """Whether two subvolumes of the same origin differ in anything but when they were read. TimeoutError."""
-    with contextlib.closing(commands(base, target, deadline_s)) as every:
-        return any(_changes(command, base) for command, _seen in every)
+    parser = Parser()
+    with contextlib.closing(_pieces(base, target, deadline_s)) as pieces:
+        for piece in pieces:
+            if any(_changes(command, base) for command in parser.feed(piece)):
+                return True
+    _check_whole(parser, target)
+    return False
 
 
 def _changes(command: Command, base: Path) -> bool:
-    if command.kind in {Kind.SUBVOL, Kind.SNAPSHOT, Kind.END}:
-        return command.kind == Kind.SUBVOL
-    if command.kind not in {Kind.UTIMES, Kind.SET_XATTR}:
+    if command.kind in _BOUNDS:
+        return False
+    if command.kind not in _TOLD_ANYWAY:
         return True
     # Times and capabilities are told of every inode that was touched at all, as by being read. Nothing came before, so
     # that the path is the base's too.

@@ -43,6 +43,7 @@ from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, writ
 from resilver.errors import Damaged, Invalid
 
 FINISH_MAX_S: Final = 600.0
+_UTIMES: Final = int(Kind.UTIMES)
 
 
 class _Receive:
@@ -84,7 +85,7 @@ class _Receive:
                 if not self._begun:
                     self._begin(command)
                 self.recorder.take(command)
-                if command.kind == Kind.UTIMES and not command.path():
+                if command.kind == _UTIMES and not command.path():
                     self._root_times = command.time_ns(Attribute.ATIME), command.time_ns(Attribute.MTIME)
             given = len(data) - END_BYTES
             if given < 0:

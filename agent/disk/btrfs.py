@@ -36,8 +36,6 @@ _SETFLAGS: Final = 0x4008941A
 _GET_SUBVOL_INFO: Final = 0x81F8943C
 _INO_LOOKUP: Final = 0xD0009412
 _SYNC: Final = 0x9408
-_SPACE_INFO: Final = 0xC0109414
-_DEV_INFO: Final = 0xD000941E
 
 _RDONLY: Final = 1 << 1
 _ROOT_TREE: Final = 1
@@ -47,8 +45,6 @@ _INFO: Final = struct.Struct("<Q256s4Q16s16s16s4QQI4xQI4xQI4xQI4x64x")
 _V2: Final = struct.Struct("<qQQ32s4040s")
 _V1: Final = struct.Struct("<q4088s")
 _LOOKUP: Final = struct.Struct("<QQ4080s")
-_SPACE: Final = struct.Struct("<QQQ")
-_SPACES_MAX: Final = 64
 _ITEM_HEADER: Final = struct.Struct("<QQQII")
 _ROOT_TIMES: Final = struct.Struct("<Q16s16s16s4Q12sQI12sQI")  # of a root item, from generation_v2 on
 _ROOT_TIMES_AT: Final = 239
@@ -59,8 +55,6 @@ _INODE_ITEM: Final = 1
 _CTIME: Final = struct.Struct("<QI")
 _CTIME_AT: Final = 124
 _SEARCH_BYTES: Final = 1 << 18
-_METADATA: Final = 4
-_TWICE: Final = 1 << 4 | 1 << 5 | 1 << 6  # RAID1, DUP, RAID10
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,57 +196,6 @@ def sync(path: Path) -> None:
     with opened_dir(path) as fd:
         ioctl.syncfs(fd)
         fcntl.ioctl(fd, _SYNC)
-
-
-@dataclass(frozen=True, slots=True)
-class Space:
-    """What a file system has, in bytes of data that could be written; `metadata_free` besides, for names."""
-
-    free: int
-    total: int
-    metadata_free: int
-
-
-def space(path: Path) -> Space:
-    """What statvfs tells, and what is left for metadata: unallocated space, and what its own chunks have free."""
-    with opened_dir(path) as fd:
-        stat = os.fstatvfs(fd)
-        buffer = bytearray(16 + _SPACES_MAX * _SPACE.size)
-        struct.pack_into("<Q", buffer, 0, _SPACES_MAX)
-        fcntl.ioctl(fd, _SPACE_INFO, buffer, True)
-        count = min(_SPACES_MAX, struct.unpack_from("<Q", buffer, 8)[0])
-        unallocated = _unallocated(fd)
-    metadata, copies = 0, 1
-    for at in range(count):
-        flags, total, used = _SPACE.unpack_from(buffer, 16 + at * _SPACE.size)
-        if flags & 1 << 49:  # the global reserve stands within the metadata
-            metadata -= total - used
-        elif flags & _METADATA:
-            metadata += total - used
-            copies = 2 if flags & _TWICE else 1
-    free = stat.f_bavail * stat.f_frsize
-    return Space(free, stat.f_blocks * stat.f_frsize, max(0, metadata + unallocated // copies))
-
-
-def _unallocated(fd: int) -> int:
-    raw = _call(fd, ioctl.BTRFS_FS_INFO, bytes(1024))
-    highest, count = struct.unpack_from("<QQ", raw)
-    found = seen = 0
-    for device in range(highest + 1):
-        buffer = bytearray(4096)
-        struct.pack_into("<Q", buffer, 0, device)
-        try:
-            fcntl.ioctl(fd, _DEV_INFO, buffer, True)
-        except OSError as error:
-            if error.errno == errno.ENODEV:
-                continue
-            raise
-        used, total = struct.unpack_from("<QQ", buffer, 24)
-        found += max(0, total - used)
-        seen += 1
-        if seen == count:
-            break
-    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -421,6 +421,29 @@ def test_prune_and_drop(node):
     assert again.lineage == lineage
 
 
+def test_what_is_being_sent_is_let_go_when_that_ends(node):
+    node.create()
+    node.write("big", os.urandom(8 << 20))
+    first = node.snapshot()
+    node.write("a", b"2")
+    second = node.snapshot()
+    send = node.backend.open_send("", first.id, "btrfs-1")
+    send.read_into(memoryview(bytearray(1000)))
+    node.backend.drop(first.id)
+    assert not node.lineage.find(first.id).present
+    assert list(node.root.glob(".trash-*"))
+    read = 0
+    buffer = memoryview(bytearray(1 << 20))
+    while count := send.read_into(buffer):
+        read += count
+    assert read > 8 << 20
+    send.close()
+    node.write("a", b"3")
+    node.snapshot()
+    node.backend.drop(second.id)
+    assert not list(node.root.glob(".trash-*"))
+
+
 @pytest.mark.parametrize("writable", [True, False])
 def test_export_on_the_same_file_system(node, writable):
     node.create()

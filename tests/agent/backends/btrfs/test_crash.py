@@ -127,9 +127,11 @@ def test_killed_in_a_commit(places, scenario):
     """Each step in turn, on one target: what was not finished is undone by the next start, and is tried again."""
     case = Case(places, scenario)
     for step in btrfs_commit.STEPS:
+        if (step, scenario) == ("commit.swapped", "newcomer"):
+            continue  # there is nothing to change places with
         assert killed(case.commit, step), step
         came = case.check_one_whole()
-        assert came is (btrfs_commit.STEPS.index(step) >= btrfs_commit.STEPS.index("commit.exchanged")), step
+        assert came is (btrfs_commit.STEPS.index(step) >= btrfs_commit.STEPS.index("commit.swapped")), step
         if came:
             case.check_after(came=True)
             break
