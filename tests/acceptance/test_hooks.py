@@ -123,6 +123,8 @@ def group(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Grou
                 text = text.replace(f'name = "{volume}"\n', f'name = "{volume}"\n{hooks}')
             (directory / f"{node}.toml").write_text(text)
             made.process(node, sys.executable, "-m", "agent.app", "--config", str(directory / f"{node}.toml"))
+        # Three processes start at once, which takes a busy machine its time.
+        wait_for(lambda: len(made.replicas("pg2")) == len("ab"), "the agents have come", deadline_s=150.0)
         for volume in SIZES:
             made.wait_reachable(volume, "a", "b")
         made.ok("resync", "--all")
