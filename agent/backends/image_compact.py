@@ -52,7 +52,8 @@ STEPS = (
 SEAMS_MAX: Final = 50_000  # above it compacting begins, and ends below half of it
 PART_BYTES: Final = 4 << 20
 GAIN_MIN: Final = 64
-_AT_ONCE_BYTES: Final = 1 << 20  # for as long as comparing so much takes, writers of the live copy wait
+_READ_BYTES: Final = 1 << 20
+_LOCKED_BYTES: Final = 256 << 10  # for as long as comparing so much takes, writers of the live copy wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class Compactor:
         self._copier: Final = copier
         self._step: Final = step
         self._seams_max: Final = seams_max
-        self._buffer: Final = bytearray(_AT_ONCE_BYTES)
+        self._buffer: Final = bytearray(_READ_BYTES)
         self._tip = ""
         self._failed = ""
         self._parts: list[int] = []
@@ -193,12 +194,12 @@ class Compactor:
         """Makes a file share these blocks of the source where they are the same; bytes that are."""
         if not mask.any():
             return 0
-        for offset in range(at.low, at.low + PART_BYTES, _AT_ONCE_BYTES):
+        for offset in range(at.low, at.low + PART_BYTES, _READ_BYTES):
             # The kernel reads what it compares page by page, unless it has been read.
             os.preadv(file.fd, [self._buffer], offset)
         return sum(
             _same_shared(source_fd, file.fd, offset, length, at.block)
-            for offset, length in at.ranges(mask, _AT_ONCE_BYTES)
+            for offset, length in at.ranges(mask, _LOCKED_BYTES)
         )
 
     @contextlib.contextmanager
@@ -212,7 +213,7 @@ class Compactor:
             ioctl.copy_nocow(file.fd, fd)
             os.ftruncate(fd, os.fstat(file.fd).st_size)
             buffer = memoryview(self._buffer)
-            for offset, length in at.ranges(mask, _AT_ONCE_BYTES):
+            for offset, length in at.ranges(mask, _READ_BYTES):
                 contents.read_exactly(file.fd, offset, buffer[:length])
                 contents.write_all(fd, offset, buffer[:length])
             os.fdatasync(fd)
