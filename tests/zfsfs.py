@@ -60,6 +60,17 @@ def zfs(*arguments: str | Path) -> str:
         time.sleep(0.05)
 
 
+def fill(path: Path) -> None:
+    """Writes into a file until there is no room for a block."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for size in (1 << 20, 64 << 10, 4096):
+        with contextlib.suppress(OSError):
+            while True:
+                os.write(fd, os.urandom(size))
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
 class Zfs:
     """A running daemon; none where the kernel serves."""
 

@@ -122,7 +122,7 @@ def commit(tools: Tools, stage: ZfsStage, order: CommitOrder) -> tuple[Preserved
 def _plan(layout: Layout, state: State, stage: ZfsStage, order: CommitOrder) -> _Plan | None:
     """None if the target is the tip already; raises what forbids the commit."""
     target = order.lineage.tip
-    if target is None or target.id != stage.target or not stage.plan.whole:
+    if target is None or target.id != stage.target:
         raise Invalid("INVALID_FIELD", f"the stage of {stage.target} is not what the order names", field="lineage")
     if state.tip != order.expected_tip:
         if state.tip == target.id:
@@ -132,6 +132,8 @@ def _plan(layout: Layout, state: State, stage: ZfsStage, order: CommitOrder) -> 
             f"the tip here is {_name(state.lineage.tip)}, and no longer the one that this was decided on",
             tip=state.tip,
         )
+    if not stage.complete:
+        raise Invalid("INVALID_FIELD", f"the stage of {stage.target} is not whole yet", field="stage")
     _check_relation(layout, state, order)
     shared = newest_shared(state.lineage, order.lineage)
     leaving = state.lineage.after(shared.id) if shared is not None else state.lineage.records
@@ -167,7 +169,7 @@ def _commit(tools: Tools, stage: ZfsStage, plan: _Plan, *, mounted: bool) -> tup
     layout, state = tools.layout, plan.state
     head = state.head
     restores = stage.base == stage.target
-    if restores and head is not None and plan.base is not None and unmodified(layout, plan.base.name):
+    if restores and state.tip == stage.target and plan.base is not None and unmodified(layout, plan.base.name):
         if mounted:
             put_back(layout)
         discard(layout)

@@ -110,8 +110,7 @@ def drop_preserved(layout: Layout, copy: PreservedCopy, step: Callable[[str], No
     rest = [one for one in list_preserved(layout) if one.id != copy.id and one.path.partition("@")[0] == dataset]
     freed = copy.exclusive_bytes or 0
     if rest:
-        if "@" in copy.path:
-            freed = destroy_snapshot(copy.path)
+        freed = destroy_snapshot(copy.path) if "@" in copy.path else 0  # its blocks go with the last one
         step("drop.destroyed")
         remove_description(layout, copy.id)
         return freed

@@ -88,7 +88,7 @@ def _against_tip(layout: Layout, state: State, found: Uses, *, compare: bool) ->
     if state.lineage.tip is None or (found.who and found.writable):
         return LiveState.MODIFIED
     tip = state.where.get(state.tip)
-    if tip is None or not compare:
+    if tip is None or found.who or not compare:
         return LiveState.UNKNOWN
     flush(found)
     return LiveState.UNMODIFIED if unmodified(layout, tip.name) else LiveState.MODIFIED

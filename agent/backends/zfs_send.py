@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import IO, Final
 
 from agent.disk import zfs
-from resilver.errors import Damaged, Refused, Unauthenticated
+from resilver.errors import Damaged, Unauthenticated
 
 PLAIN: Final = "zfs"
 LARGE: Final = "zfs-lc"
@@ -173,7 +173,7 @@ def estimate(base: str, target: str) -> int | None:
 def check_token(token: str, native_base: str, native_target: str) -> None:
     """A token must speak of the two snapshots that were asked for, and of no others."""
     if not zfs.features().resume:
-        raise Refused("NOT_SUPPORTED", "this node's zfs cannot go on with a stream where it stopped")
+        raise Unauthenticated("TICKET_INVALID", "this node's zfs cannot go on with a stream where it stopped")
     if re.fullmatch(r"[0-9a-zA-Z-]{1,8192}", token) is None:
         raise Unauthenticated("TICKET_INVALID", "that is no resume token of zfs")
     try:

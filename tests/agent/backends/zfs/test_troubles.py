@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
@@ -16,6 +15,7 @@ from agent.backends.zfs_stage import ZfsStage
 from agent.stream.work import Stopped
 from resilver.errors import Damaged, Invalid, NotFound, Refused, ResilverError, Unauthenticated
 from resilver.volume import LiveState, Presence, VolumeRecord
+from tests import zfsfs
 from tests.agent.backends.zfs.replica import Replica, differences, equal, frames
 from tests.zfsfs import zfs
 
@@ -328,12 +328,7 @@ def fill(replica: Replica) -> None:
     name = f"{replica.pool}/filler"
     point = replica.work / "filler"
     zfs("create", "-o", f"mountpoint={point}", name)
-    fd = os.open(point / "data", os.O_WRONLY | os.O_CREAT)
-    for size in (1 << 20, 64 << 10, 4096):
-        with contextlib.suppress(OSError):
-            while True:
-                os.write(fd, os.urandom(size))
-    os.close(fd)
+    zfsfs.fill(point / "data")
 
 
 def make_room(replica: Replica) -> None:
