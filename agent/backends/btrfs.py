@@ -99,7 +99,10 @@ class BtrfsBackend:
     def recover(self) -> None:
         layout = self._layout
         with disk_errors(layout.root):
-            if not layout.root.is_dir() or not self._on_btrfs():
+            if not self._on_btrfs():
+                return
+            btrfs_live.sweep(layout)
+            if not layout.root.is_dir():
                 return
             btrfs_commit.settle(self._tools)
             btrfs_keep.sweep(layout)

@@ -96,7 +96,7 @@ class Finder:
 
     def _found(self, every: list[btrfs.Found], problems: list[str]) -> Iterator[_Seen]:
         """Other tools' snapshots, oldest first, each id once."""
-        mounts = loops.own_mounts()
+        mounts = btrfs.mounts_of(self._layout.live.parent)
         seen = {one.info.tree: one for one in self._by_pattern(problems)}
         for one in self._related(every, mounts):
             seen.setdefault(one.info.tree, one)
@@ -143,7 +143,7 @@ class Finder:
     def _among(self, every: list[btrfs.Found], wanted: set[str]) -> Iterator[tuple[str, Path]]:
         if not wanted:
             return
-        mounts = loops.own_mounts()
+        mounts = btrfs.mounts_of(self._layout.live.parent)
         for one in every:
             if one.info.native_id in wanted and one.info.read_only:
                 path = btrfs.reach(one, mounts)

@@ -24,6 +24,7 @@ from resilver.errors import Invalid, Refused
 from resilver.volume import LiveCopy, LiveState
 
 COMPARE_MAX_S: Final = 600.0
+COMPARED: Final = "resilver-compared-"
 COUNT_MAX_S: Final = 20.0
 _NAMED_MAX: Final = 8
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # for the snapshot that it is compared by
@@ -110,16 +111,24 @@ class _frozen_copy:  # noqa: N801  # a block, as contextlib's own
     """A read-only snapshot of the live copy for the length of a block."""
 
     def __init__(self, live: Path, layout: SubvolumeLayout) -> None:
-        self._live, self._layout = live, layout
-        self.path = layout.new(unused("compare-"))
+        self._live = live
+        # Looking makes no directories: where there is none of ours yet, it stands beside the live copy.
+        name = unused(COMPARED)
+        self.path = layout.new(name) if layout.root.is_dir() else live.parent / f".{live.name}.{name}"
 
     def __enter__(self) -> Self:
-        self._layout.make_root()
         btrfs.snapshot(self._live, self.path, read_only=True)
         return self
 
     def __exit__(self, *_error: object) -> None:
         remove(self.path)
+
+
+def sweep(layout: SubvolumeLayout) -> None:
+    """Removes what a comparison that was killed has left beside the live copy."""
+    for entry in layout.live.parent.iterdir():
+        if entry.name.startswith(f".{layout.live.name}.{COMPARED}"):
+            remove(entry)
 
 
 def own_bytes(live: Path, tip: Tip | None, layout: SubvolumeLayout, deadline_s: float = COUNT_MAX_S) -> int | None:

@@ -38,7 +38,7 @@ from agent.backends.btrfs_layout import (
 )
 from agent.backends.btrfs_send import END_MAX_S, PIPE_BYTES, Words, end, environment, failed, formats
 from agent.backends.btrfs_stream import END_BYTES, Attribute, Command, Kind, Parser, root_times
-from agent.disk import btrfs, loops
+from agent.disk import btrfs
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
 from resilver.errors import Damaged, Invalid
 
@@ -227,8 +227,9 @@ class BtrfsStage:
 
     def base_times(self) -> tuple[int, int] | None:
         """When the base's own directory was read and changed last; its name is not known where it is another tool's."""
+        mounts = btrfs.mounts_of(self.directory)
         for one in btrfs.subvolumes(self.directory) if self.native_base else ():
-            path = btrfs.reach(one, loops.own_mounts()) if one.info.native_id == self.native_base else None
+            path = btrfs.reach(one, mounts) if one.info.native_id == self.native_base else None
             if path is not None and self._is_base(path, one.info):
                 stat = path.lstat()
                 return stat.st_atime_ns, stat.st_mtime_ns
@@ -238,7 +239,7 @@ class BtrfsStage:
         """That what was taken as the parent is the base, untouched: there may be several of its name."""
         if not self.native_base:
             return
-        mounts = loops.own_mounts()
+        mounts = btrfs.mounts_of(self.directory)
         for one in btrfs.subvolumes(self.directory):
             if one.info.uuid == found.parent_uuid and one.info.native_id == self.native_base:
                 path = btrfs.reach(one, mounts)

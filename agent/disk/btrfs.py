@@ -340,14 +340,24 @@ def place_of(path: Path) -> tuple[loops.Mount, str] | None:
     return best, (best.root.rstrip("/") + below) or "/"
 
 
+def mounts_of(path: Path) -> list[loops.Mount]:
+    """Our mounts of the file system that a directory lies on."""
+    place = place_of(path)
+    return [mount for mount in loops.own_mounts() if place is not None and mount.device == place[0].device]
+
+
 def reach(found: Found, mounts: list[loops.Mount]) -> Path | None:
-    """A path to a subvolume through one of the mounts, if one shows it and it is that subvolume."""
+    """A path to a subvolume through one of the mounts, if one shows it and it is that subvolume.
+
+    Tree numbers and paths are the same on two file systems of two replicas: the uuid is not.
+    """
     for mount in mounts:
         root = mount.root.rstrip("/")
         if found.path and (found.path == root or found.path.startswith(f"{root}/")):
             path = Path(mount.point + found.path[len(root) :])
             with contextlib.suppress(OSError):
-                if info(path).tree == found.info.tree:
+                there = info(path)
+                if (there.tree, there.uuid) == (found.info.tree, found.info.uuid):
                     return path
     return None
 

@@ -182,6 +182,18 @@ def test_snapper(node):
     assert opened.parent == found.lineage.tip_id
 
 
+def test_looking_makes_no_directories_and_what_it_made_is_swept(places):
+    pair = Pair(places)
+    pair.node.write("n1", b"changed")
+    assert pair.node.backend.examine().live.state is LiveState.MODIFIED
+    assert not (places[0] / ".resilver").exists()
+    left = places[0] / ".vm1.resilver-compared-0"
+    btrfs.snapshot(pair.node.path, left, read_only=True)
+    pair.node.backend.recover()
+    assert not left.exists()
+    assert sorted(entry.name for entry in places[0].iterdir()) == ["snaps", "vm1"]
+
+
 def test_without_a_word_the_live_copys_ancestors_are_found(places):
     """A node whose live copy was made from what it had received."""
     pair = Pair(places)

@@ -11,12 +11,12 @@ from agent.backends import btrfs_send
 from agent.backends.base import StreamOrigin
 from agent.backends.btrfs_stream import Parser
 from agent.backends.btrfs_verify import verify
-from agent.disk import btrfs
+from agent.disk import btrfs, loops
 from resilver.errors import ResilverError
 from resilver.lineage import Consistency
 from resilver.volume import LiveState, Presence
 from tests.agent.backends.btrfs.nodes import Node, never, pour, same
-from tests.loopfs import run
+from tests.loopfs import mounted, run
 
 
 def reason(work) -> str:
@@ -243,6 +243,27 @@ def test_both_received_from_a_third(node, other, places):
     node.snapshot(epoch=2)
     other.receive(node, first.id)
     same(node.path, other.path)
+
+
+def test_two_file_systems_that_look_the_same(tmp_path):
+    """The same paths and the same tree numbers on both, as on two machines: each finds its own."""
+    with mounted("btrfs", 256 << 20) as one, mounted("btrfs", 256 << 20) as two, mounted("btrfs", 256 << 20) as three:
+        source, replicas = Node(one / "x"), [Node(two / "x"), Node(three / "x")]
+        source.create()
+        base = source.snapshot()
+        for replica in replicas:
+            replica.receive(source)
+        trees = [btrfs.info(replica.data(base.id)).tree for replica in replicas]
+        assert trees[0] == trees[1]
+        for turn in (b"1", b"2"):
+            source.write("a", turn)
+            target = source.snapshot()
+            for replica in replicas:
+                replica.receive(source, base.id)
+                same(source.path, replica.path)
+                (found,) = [one for one in btrfs.subvolumes(replica.path) if f"/{base.id}/" in one.path]
+                assert btrfs.reach(found, loops.own_mounts()) == replica.data(base.id)
+            base = target
 
 
 # What is not as it should be.
