@@ -190,10 +190,10 @@ def _alone(layout: Layout, copier: Copier, state: State, snapshot_id: str) -> in
     if newer is None or older is None:
         found = newer if newer is not None else older
         return found.data_bytes if found is not None else 0
-    return _overlap(newer, older)
+    return overlap(newer, older)
 
 
-def _overlap(one: DeltaMap, other: DeltaMap) -> int:
+def overlap(one: DeltaMap, other: DeltaMap) -> int:
     """Bytes of data that stand in both maps."""
     bounds = np.unique(
         np.concatenate([one.offsets, one.offsets + one.lengths, other.offsets, other.offsets + other.lengths])

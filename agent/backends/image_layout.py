@@ -31,7 +31,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -187,12 +187,19 @@ def check_id(snapshot_id: str) -> None:
 def load_state(layout: Layout) -> State:
     """Reads every record and finds the lineage. Changes nothing; `Damaged("IO_ERROR")` if it cannot be certain."""
     journal = load_journal(layout)
-    stored = {entry: load_stored(layout.snapshot(entry)) for entry in _directories(layout)}
+    left: set[str] = set()
     if journal is not None:
         left = {gone for gone, _pid in journal.keeps} if journal.exchanged(layout) else set()
         if not journal.exchanged(layout) and journal.made_target:
             left = {journal.new_tip}
-        stored = {key: value for key, value in stored.items() if key not in left}
+    return replace(read_state(layout, left), journal=journal)
+
+
+def read_state(layout: Layout, left: set[str]) -> State:
+    """As `load_state`, for a backend whose commits have a journal of another kind: `left` are directories that do not
+    count while one is under way.
+    """
+    stored = {entry: load_stored(layout.snapshot(entry)) for entry in _directories(layout) if entry not in left}
     known = {record.id: record for line in read_log(layout.ancestry) for record in _records(line)}
     known.update({key: value.snapshot for key, value in stored.items()})
     tip = _tip_of(layout, stored, known)
@@ -201,7 +208,7 @@ def load_state(layout: Layout) -> State:
         lineage = Lineage.from_tip(tip, known).with_presence(present)
     except ValueError as error:
         raise Damaged("IO_ERROR", f"the records in {layout.root} contradict each other: {error}") from error
-    return State(lineage, stored[tip].volume_id if tip else "", stored, known, journal)
+    return State(lineage, stored[tip].volume_id if tip else "", stored, known)
 
 
 def _tip_of(layout: Layout, stored: dict[str, Stored], known: dict[str, Snapshot]) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from agent.backends.btrfs import BtrfsBackend
 from agent.backends.image import ImageBackend
+from agent.backends.lvm import LvmBackend
 from agent.backends.zfs import ZfsBackend
 from resilver.errors import Invalid
 
@@ -61,8 +62,20 @@ def _zfs(volume: VolumeConfig, config: AgentConfig) -> Backend:
     )
 
 
+def _lvm_thin(volume: VolumeConfig, config: AgentConfig) -> Backend:
+    return LvmBackend(
+        volume.name,
+        volume.path,
+        volume.snapshot_dir,
+        keep_last=volume.keep_last,
+        reserve_ratio=config.space.reserve_ratio,
+        reserve_min_bytes=config.space.reserve_min_bytes,
+    )
+
+
 KINDS: Final[Mapping[str, Callable[[VolumeConfig, AgentConfig], Backend]]] = {
     "btrfs": _btrfs,
     "image": _image,
+    "lvm-thin": _lvm_thin,
     "zfs": _zfs,
 }

@@ -131,7 +131,7 @@ def _looked_up(stat: os.stat_result, besides_fd: int) -> Iterator[User]:
         pid = int(process.name)
         modes = [*_open_modes(process, stat, besides_fd if pid == own else -1), *_mapped_modes(process, stat)]
         if modes:
-            yield User(f"{_command(process)} pid {pid}", any(modes))
+            yield User(f"{command_of(process)} pid {pid}", any(modes))
 
 
 def _open_modes(process: Path, stat: os.stat_result, besides_fd: int) -> Iterator[bool]:
@@ -181,7 +181,7 @@ def _mapped_modes(process: Path, stat: os.stat_result) -> Iterator[bool]:
             yield fields[1][1:2] == b"w" and fields[1][3:4] == b"s"
 
 
-def _command(process: Path) -> str:
+def command_of(process: Path) -> str:
     try:
         return (process / "comm").read_text().strip() or "?"
     except OSError:
