@@ -71,8 +71,11 @@ class Kind(ABC):
     shape: Literal["blocks", "stream"]
     steps: tuple[str, ...]
     """All names that the backend calls `step` with: each is killed at, and none is missing."""
-    decides: Mapping[str, str] = {}
-    """For ``snapshot`` and ``commit``: the step from which on a crash leaves the new state, where it can be told."""
+    decides: Mapping[str, str | tuple[str, ...]] = {}
+    """For ``snapshot`` and ``commit``: the step from which on a crash leaves the new state, where it can be told.
+
+    Several, if not every commit takes each: the first of them that it takes.
+    """
     alike: str = ""
     """Another kind that differs only in how contents are compared: left out where that makes no difference."""
     shares: bool = True
@@ -84,6 +87,8 @@ class Kind(ABC):
     uses: tuple[Use, ...] = ()
     may_be_absent: bool = False
     """The path may be empty between two steps of a commit, until `recover`: the exchange takes two commands."""
+    outlives_live: bool = True
+    """Snapshots are still there when somebody has removed the live copy."""
     full_size_bytes: int = 320 << 20
     """The size of a ground that a test fills up."""
     slow: bool = False

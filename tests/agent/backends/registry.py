@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from tests.agent.backends.adapter import Kind
-from tests.agent.backends.kinds import image
+from tests.agent.backends.kinds import btrfs, image
 
-KINDS: tuple[Kind, ...] = (*image.KINDS,)
+KINDS: tuple[Kind, ...] = (*image.KINDS, *btrfs.KINDS)

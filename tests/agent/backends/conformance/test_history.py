@@ -11,6 +11,7 @@ import itertools
 from typing import Any
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -27,6 +28,7 @@ from tests.agent.backends.adapter import Place, Replica
 from tests.agent.backends.crash import At, killed
 from tests.agent.backends.transfer import close_stages, open_stage, transfer
 
+pytestmark = pytest.mark.timeout(900)  # many replicas in one test
 NODES = ("a", "b", "c")
 node = st.sampled_from(NODES)
 

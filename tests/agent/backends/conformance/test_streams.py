@@ -74,9 +74,12 @@ def test_native_ids_are_the_same_everywhere(replica, other, third):
     assert "" not in names
     replica.change(1)
     assert replica.backend.native_id(replica.snapshot().id) not in names
+    replica.lose(taken.id)
     with pytest.raises(ResilverError) as gone:
-        replica.backend.native_id("nothing")
+        replica.backend.native_id(taken.id)
     assert gone.value.reason == "TARGET_GONE"
+    with pytest.raises(ResilverError):
+        replica.backend.native_id("nothing")
 
 
 def test_delta_bytes(replica):
