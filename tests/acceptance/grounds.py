@@ -12,12 +12,21 @@ from tests.cluster import Cluster
 from tests.loopfs import mounted, run
 
 DISK_BYTES = 8 << 30
+MIB = 1 << 20
+JOURNAL_RECORD_BYTES = 48
 
 
 class Ground(Protocol):
-    """A file system for each of several nodes, for one volume."""
+    """A file system for each of several nodes, for one volume.
+
+    `streams`: the file system writes its own deltas. `again_bytes_max` may be sent again after a kill. `features` are
+    the kinds of attributes that files have there.
+    """
 
     backend: str
+    streams: bool
+    again_bytes_max: int
+    features: frozenset[str]
 
     def volume(self, node: str) -> Path:
         """What the node's configuration calls the volume; its place is made."""
@@ -28,8 +37,17 @@ class Ground(Protocol):
     def live(self, node: str) -> Path:
         """The files of a live copy, as whoever works on them sees them."""
 
+    def config(self, node: str) -> str:
+        """What the node's configuration says of the volume beside its path."""
+
     def writable(self, node: str) -> Path:
         """As `live`, of a node that was a secondary: what an operator does before he works on it."""
+
+    def let_go(self, node: str) -> None:
+        """Nobody works on the live copy any more."""
+
+    def view(self, exported: Path) -> Path:
+        """The files of what was exported."""
 
     def outside(self, node: str, name: str) -> Path:
         """A path on the node that does not exist yet, for what is exported."""
@@ -37,14 +55,17 @@ class Ground(Protocol):
     def own_send_bytes(self, cluster: Cluster, node: str, base: str, target: str) -> int:
         """How long the file system's own stream between two snapshots is, by its own command."""
 
-    def spooled_bytes(self, cluster: Cluster, node: str) -> int:
-        """How much of a stream has come and is kept."""
+    def received_bytes(self, cluster: Cluster, node: str) -> int:
+        """About how much of a transfer has come and is kept."""
 
 
 class Btrfs:
     """Subvolumes, each node on a file system of its own."""
 
     backend = "btrfs"
+    streams = True
+    again_bytes_max = 2 * MIB
+    features = frozenset({"xattr", "acl"})
 
     def __init__(self, stack: contextlib.ExitStack, volume: str = "files") -> None:
         self._stack = stack
@@ -64,8 +85,16 @@ class Btrfs:
     def live(self, node: str) -> Path:
         return self.volume(node)
 
+    def config(self, node: str) -> str:
+        return ""
+
     def writable(self, node: str) -> Path:
         return self.volume(node)
+
+    def let_go(self, node: str) -> None: ...
+
+    def view(self, exported: Path) -> Path:
+        return exported
 
     def outside(self, node: str, name: str) -> Path:
         return self._points[node] / name
@@ -74,9 +103,77 @@ class Btrfs:
         parent = ["-p", str(cluster.snapshot_data(node, self._volume, base))] if base else []
         return piped_bytes("btrfs", "send", "-q", *parent, str(cluster.snapshot_data(node, self._volume, target)))
 
-    def spooled_bytes(self, cluster: Cluster, node: str) -> int:
-        spool = cluster.records(node, self._volume) / "stage" / "spool.data"
-        return spool.stat().st_size if spool.exists() else 0
+    def received_bytes(self, cluster: Cluster, node: str) -> int:
+        return _size(cluster.records(node, self._volume) / "stage" / "spool.data")
+
+
+class Image:
+    """Raw images on XFS, with an ext4 in them that is mounted where somebody works on it."""
+
+    backend = "image"
+    streams = False
+    again_bytes_max = 32 * MIB
+    features = frozenset({"xattr", "acl"})
+
+    def __init__(self, stack: contextlib.ExitStack, volume: str = "files") -> None:
+        self._disk = stack.enter_context(mounted("xfs", DISK_BYTES))
+        self._volume = volume
+        self._mounted: dict[str, Path] = {}
+        stack.callback(self._end)
+
+    def volume(self, node: str) -> Path:
+        (self._disk / node).mkdir(exist_ok=True)
+        return self._disk / node / f"{self._volume}.img"
+
+    def config(self, node: str) -> str:
+        return ""
+
+    def create(self, node: str) -> Path:
+        path = self.volume(node)
+        with path.open("wb") as file:
+            file.truncate(1 << 30)
+        run("mkfs.ext4", "-q", "-F", path)
+        return self.writable(node)
+
+    def live(self, node: str) -> Path:
+        return self._mounted[node]
+
+    def writable(self, node: str) -> Path:
+        return self._mount(self.volume(node), node, "loop")
+
+    def let_go(self, node: str) -> None:
+        run("umount", self._mounted.pop(node))
+
+    def view(self, exported: Path) -> Path:
+        # Taken while it was frozen, its journal is empty; a replica is not to be changed by looking at it.
+        return self._mount(exported, str(exported), "loop,ro,noload") if exported.is_file() else exported
+
+    def outside(self, node: str, name: str) -> Path:
+        return self._disk / node / name
+
+    def own_send_bytes(self, cluster: Cluster, node: str, base: str, target: str) -> int:
+        raise AssertionError("an image has no stream of its own")
+
+    def received_bytes(self, cluster: Cluster, node: str) -> int:
+        return _size(cluster.records(node, self._volume) / "stage" / "journal.bin") // JOURNAL_RECORD_BYTES * MIB
+
+    def _mount(self, image: Path, name: str, options: str) -> Path:
+        point = image.with_name(f"{image.name}.mnt")
+        point.mkdir(exist_ok=True)
+        run("mount", "-o", options, image, point)
+        self._mounted[name] = point
+        return point
+
+    def _end(self) -> None:
+        for point in self._mounted.values():
+            subprocess.run(["umount", "--lazy", str(point)], check=False)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def piped_bytes(*command: str) -> int:
@@ -93,4 +190,4 @@ def piped_bytes(*command: str) -> int:
 @contextlib.contextmanager
 def ground(backend: str) -> Iterator[Ground]:
     with contextlib.ExitStack() as stack:
-        yield {"btrfs": Btrfs}[backend](stack)
+        yield {"btrfs": Btrfs, "image": Image}[backend](stack)

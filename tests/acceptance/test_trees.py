@@ -1,4 +1,4 @@
-"""Volumes of files on file systems that write their own deltas: stale, diverged, killed in the middle, brought back.
+"""Volumes of files on each kind of volume: stale, diverged, killed in the middle, brought back.
 
 What a replica holds is exported by the command and compared with the primary by rsync; the primary's files are a source
 tree, small ones, holes, links, attributes, and a PostgreSQL that goes on to work on what was resynced.
@@ -26,7 +26,6 @@ pytestmark = [needs_root, postgres.needs_postgres, pytest.mark.timeout(400)]
 
 NODES = ("a", "b", "c")
 VOLUME = "files"
-AGAIN_BYTES_MAX = 2 * MIB
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Field:
         path = self.ground.outside(node, f"out-{self.exports}")
         answer = self.cluster.ok("export", snapshot, "--node", node, "--to", str(path))
         assert answer["path"] == str(path)
-        return path
+        return self.ground.view(path)
 
     def tip(self, node: str) -> str:
         return str(self.cluster.replicas(VOLUME)[node]["snapshot"])
@@ -53,9 +52,7 @@ class Field:
         """Every node is in sync, and what its tip holds is what the live copy given holds."""
         for node in nodes:
             self.cluster.wait_state(VOLUME, node, "IN_SYNC")
-            out = self.exported(node, self.tip(node))
-            assert differences(live, out) == "", node
-            assert differences(out, live) == "", node
+            assert differences(live, self.exported(node, self.tip(node))) == "", node
 
     def resync(self, *words: str) -> dict[str, Any]:
         runs = self.cluster.ok("resync", VOLUME, *words, timeout_s=200)["resyncs"]
@@ -65,7 +62,7 @@ class Field:
         return {run["node"]: run for run in runs}
 
 
-@pytest.fixture(scope="module", params=["btrfs"])
+@pytest.fixture(scope="module", params=["btrfs", "image", "zfs"])
 def there(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     with ground(request.param) as place, cluster(tmp_path_factory.mktemp("trees"), "sqlite") as made:
         made.start_coordinator()
@@ -75,7 +72,8 @@ def there(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         with postgres.running(live / "pg") as server:
             server.fill()
         for node in NODES:
-            made.start_agent(node, {VOLUME: place.volume(node)}, backend=place.backend)
+            more = place.config(node)
+            made.start_agent(node, {VOLUME: place.volume(node)}, volume_extra=more, backend=place.backend)
         made.wait_reachable(VOLUME, *NODES)
         yield Field(made, place, features)
 
@@ -85,8 +83,7 @@ def test_a_first_copy(there: Field) -> None:
     assert set(runs) == {"b", "c"}
     assert {run["plan"]["action"] for run in runs.values()} == {"FULL"}
     there.same_as(there.ground.live("a"), *NODES)
-    if there.ground.backend == "btrfs":
-        assert there.features == {"xattr", "acl"}
+    assert there.features == there.ground.features
 
 
 def test_a_node_that_missed_three_points_gets_the_file_system_s_own_delta(there: Field) -> None:
@@ -107,10 +104,13 @@ def test_a_node_that_missed_three_points_gets_the_file_system_s_own_delta(there:
     assert (row["action"], row["base_cp"]) == ("DELTA", "1-1")
     run = there.resync()["c"]
     assert run["resent_bytes"] == 0
-    own = there.ground.own_send_bytes(made, "a", row["base"], run["plan"]["target"])
+    own = run["total_bytes"]
+    if there.ground.streams:
+        own = there.ground.own_send_bytes(made, "a", row["base"], run["plan"]["target"])
     assert run["wire_bytes"] <= 1.02 * own
     there.same_as(live, *NODES)
-    assert there.resync() == {}
+    if there.ground.streams:  # a mounted image is in use, which may always mean that it was written to
+        assert there.resync() == {}
 
 
 def test_a_database_that_was_running_works_on_from_any_point(there: Field) -> None:
@@ -131,16 +131,15 @@ def test_a_receiver_that_is_killed_goes_on_where_it_was(there: Field) -> None:
     made, live = there.cluster, there.ground.live("a")
     (live / "large").write_bytes(os.urandom(160 * MIB))
     (started,) = made.ok("resync", VOLUME, "--to", "b", "--no-wait")["resyncs"]
-    wait_for(lambda: there.ground.spooled_bytes(made, "b") >= 16 * MIB, "a part is there", every_s=0.005)
+    wait_for(lambda: there.ground.received_bytes(made, "b") >= 16 * MIB, "a part is there", every_s=0.005)
     made.processes["b"].kill()
-    kept = there.ground.spooled_bytes(made, "b")
     made.restart("b")
     wait_for(lambda: _run(made, started["id"])["end_time"], "it ends", 120.0)
     run = _run(made, started["id"])
     assert run["state"] == "SUCCEEDED", run
-    assert kept >= 16 * MIB
-    assert run["resent_bytes"] <= AGAIN_BYTES_MAX
-    assert run["wire_bytes"] <= 1.01 * run["done_bytes"] + AGAIN_BYTES_MAX
+    again = there.ground.again_bytes_max
+    assert run["resent_bytes"] <= again
+    assert run["wire_bytes"] <= 1.02 * run["done_bytes"] + again
     there.same_as(live, "b")
 
 
@@ -153,6 +152,7 @@ def test_a_primary_that_is_away_is_given_up_by_name_and_kept_when_it_comes_back(
     trees.change(live, 6)
     there.kept["live"] = there.ground.outside("a", "kept-live")
     _copy(live, there.kept["live"])
+    there.ground.let_go("a")
     made.processes["a"].stop()
     made.wait_away(VOLUME, "a")
     made.refused("resync", VOLUME, reason="PRIMARY_AWAY")
