@@ -14,6 +14,7 @@ need mkfs.ext4 e2fsprogs
 need setfacl acl
 need losetup mount
 need rsync rsync
+compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
 need zfs-fuse zfs-fuse
 if [[ $(uname -m) == x86_64 ]]; then  # the machine that tests what needs the device mapper
   need qemu-system-x86_64 qemu-system-x86
