@@ -118,10 +118,9 @@ def test_a_database_that_was_running_works_on_from_any_point(there: Field) -> No
     live = there.ground.live("a")
     with postgres.running(live / "pg") as server:
         server.work(100)
-        (taken,) = there.cluster.ok("snapshot", VOLUME)["snapshots"]
+        target = there.resync()["b"]["plan"]["target"]
         server.work(100)
-    there.resync()
-    out = there.exported("b", taken["id"])
+    out = there.exported("b", target)
     with postgres.running(out / "pg") as server:
         assert server.balanced()
         server.check()
