@@ -15,7 +15,7 @@ left out, and told.
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -101,7 +101,7 @@ class Finder:
         for one in self._related(every, mounts):
             seen.setdefault(one.info.tree, one)
         ids = set()
-        for one in sorted(seen.values(), key=lambda one: (one.info.otransid, one.info.tree)):
+        for one in sorted(seen.values(), key=_age(seen.values())):
             if one.info.native_id not in ids and self._sound(one):
                 ids.add(one.info.native_id)
                 yield one
@@ -160,6 +160,15 @@ class Finder:
                 self._verdicts.clear()
             self._verdicts[key] = vouched(one.path, one.info)
         return self._verdicts[key]
+
+
+def _age(seen: Iterable[_Seen]) -> Callable[[_Seen], tuple[int, int]]:
+    """The order in which they came to be. Received ones may have come in another order than they were taken in: if all
+    are, the transactions of the file system that they were sent from count.
+    """
+    if all(one.info.received_uuid for one in seen):
+        return lambda one: (one.info.stransid, one.info.otransid)
+    return lambda one: (one.info.otransid, one.info.tree)
 
 
 def _only_adopted(layout: SubvolumeLayout, state: State, found: list[_Seen], problems: tuple[str, ...]) -> Known:

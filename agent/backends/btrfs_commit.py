@@ -173,7 +173,7 @@ def _commit(tools: Tools, stage: BtrfsStage, plan: _Plan) -> tuple[PreservedCopy
     tools.step("commit.filled")
     append_records(layout, (*plan.order.lineage, *plan.leaving), known.state, logged=[gone.id for gone in plan.leaving])
     tools.step("commit.logged")
-    own = old is not None and not _unmodified(known)
+    own = old is not None and (_is_theirs_alone(plan) or not _unmodified(known))
     if old is not None:
         refuse_use(layout.live)
     tools.step("commit.checked")
@@ -197,6 +197,12 @@ def _unmodified(known: Known) -> bool:
         return tip is not None and is_tip(known.layout.live, tip, known.layout)
     except TimeoutError:
         return False  # preserved rather than waited for
+
+
+def _is_theirs_alone(plan: _Plan) -> bool:
+    """Whether what the live copy stands on leaves the lineage, and is another tool's, which may let it go any time."""
+    tip = plan.known.state.lineage.tip
+    return tip is not None and tip.origin is Origin.ADOPTED and plan.order.lineage.find(tip.id) is None
 
 
 def _make_live(tools: Tools, plan: _Plan) -> None:

@@ -158,6 +158,27 @@ def test_a_former_primary_keeps_theirs_where_they_are(places):
     assert found.lineage.find(pair.native(3)).present
 
 
+def test_what_only_another_tool_still_has_is_kept(places):
+    """The live copy is what the script has snapshotted last; but the script may let go of that whenever it likes."""
+    pair = Pair(places)
+    node, other = pair.node, pair.other
+    run("btrfs", "subvolume", "snapshot", pair.backups / "vm1.3", other.path)
+    other.write("promoted", b"1")
+    other.snapshot(epoch=1)
+    assert node.backend.examine().live.state is LiveState.UNMODIFIED
+    kept = node.receive(other, pair.native(3))
+    assert [(copy.live, copy.based_on) for copy in kept] == [(True, pair.native(5))]
+    same(pair.snaps / "vm1.5", Path(kept[0].path))
+    same(other.path, node.path)
+
+
+def test_an_older_one_that_was_received_later_is_older(places):
+    pair = Pair(places)
+    run("btrfs", "subvolume", "delete", pair.backups / "vm1.1")
+    send(pair.snaps / "vm1.1", pair.backups)
+    assert [record.note for record in pair.other.backend.examine().lineage] == ["vm1.3", "vm1.2", "vm1.1"]
+
+
 def test_btrbk(places):
     """Snapshots in a directory of their own beside the subvolume, backups under the host's name."""
     pair = Pair(places, "_btrbk_snap", "host/größe 1")
