@@ -42,7 +42,8 @@ def trio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         write(live, 0, noise(1, 1_000_000))
         write(live, SIZE // 2, noise(2, 2_000_000))
         with clusters.cluster(tmp_path, store="sqlite") as made:
-            made.start_coordinator()
+            # Its kernel is emulated: what takes a moment elsewhere takes half a minute here.
+            made.start_coordinator(extra="examine_timeout_s = 300\nnode_timeout_s = 120\n")
             made.start_agent("a", {"vm1": live})
             made.start_agent("b", {"vm1": ext4 / "vm1.img"})
             config = made.agent_config("c", {"vm1": Path(GROUP) / THIN}, backend="lvm-thin")
