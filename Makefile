@@ -6,7 +6,7 @@ export UV_PYTHON_DOWNLOADS := never
 BIN := .venv/bin
 SOURCES := pyproject.toml uv.lock hatch_build.py $(wildcard proto/resilver/v1/*.proto)
 
-.PHONY: help setup demo test simulate lint check format clean
+.PHONY: help setup demo test thorough simulate lint check format clean
 help: ## What there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -19,8 +19,11 @@ setup: .venv/.ready ## Virtual environment, and as root the packages that tests 
 demo: setup ## A cluster on this machine: three nodes, one stale, one diverged, brought back (KEEP=1 leaves it running)
 	@$(BIN)/resilver demo $(if $(KEEP),--keep)
 
-test: setup ## All tests, a file at a time on each of two workers
-	@$(BIN)/pytest -n 2 --dist loadfile
+test: setup ## The tests, a file at a time on each of three workers
+	@$(BIN)/pytest -n 3 --dist loadfile
+
+thorough: setup ## All tests, with every kind of volume killed at every step in every state: hours
+	@RESILVER_THOROUGH=1 RESILVER_MACHINE=all $(BIN)/pytest -n 3 --dist loadfile
 
 simulate: setup ## The cluster that fails in every way, SEEDS=100000 times; a seed that fails is a line that replays it
 	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),10000) --first $(or $(FIRST),1)

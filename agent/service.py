@@ -341,11 +341,12 @@ class PeerService(agent_pb2_grpc.PeerServicer):
 
 
 def _origin(backend: StreamBackend, deltas: Deltas, ticket: Ticket) -> agent_pb2.StreamOrigin:
+    size = deltas.size(ticket.base, ticket.target)  # first: it tells a base that is gone from a target
     return agent_pb2.StreamOrigin(
         native_base=backend.native_id(ticket.base) if ticket.base else "",
         native_target=backend.native_id(ticket.target),
         formats=backend.formats(),
-        stream_bytes=deltas.size(ticket.base, ticket.target).delta_bytes,
+        stream_bytes=size.delta_bytes,
     )
 
 

@@ -8,6 +8,7 @@ say() { printf 'setup: %s\n' "$*"; }
 missing=()
 need() { command -v "$1" >/dev/null 2>&1 || PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null 2>&1 || missing+=("$2"); }
 need etcd etcd-server
+need etcdctl etcd-client
 need mkfs.xfs xfsprogs
 need mkfs.btrfs btrfs-progs
 need mkfs.ext4 e2fsprogs

@@ -93,7 +93,7 @@ class Zfs:
     @contextlib.contextmanager
     def pool(self, size_bytes: int = POOL_BYTES, *options: str) -> Iterator[str]:
         """A pool of its own, with nothing mounted."""
-        name = f"pool{next(_numbers)}"
+        name = f"pool{os.getpid()}n{next(_numbers)}"  # of other workers' pools the mounts are seen too
         disk = self.work / name
         with disk.open("wb") as file:
             file.truncate(size_bytes)

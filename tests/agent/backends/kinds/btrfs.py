@@ -188,7 +188,7 @@ class BtrfsKind(Kind):
         "commit": ("commit.swapped", "commit.exchanged"),  # nothing is swapped where there was no live copy
     }
     uses = USES
-    full_size_bytes = 512 << 20
+    full_size_bytes = 1 << 30
 
     def available(self) -> str:
         if os.geteuid() != 0:
