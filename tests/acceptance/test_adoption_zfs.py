@@ -29,7 +29,7 @@ class Script:
 
     def __init__(self, first: str, backup: str, point: Path) -> None:
         self.here, self.there, self.live = f"{first}/{VOLUME}", f"{backup}/{VOLUME}", point
-        zfsfs.zfs("create", "-o", f"mountpoint={point}", self.here)
+        zfsfs.zfs("create", "-o", f"mountpoint={point}", "-o", "atime=off", self.here)
         (point / "whole").write_bytes(os.urandom(WHOLE_BYTES))
         for number in range(1, 6):
             (point / f"change {number}").write_bytes(os.urandom(CHANGE_BYTES))
