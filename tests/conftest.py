@@ -25,8 +25,6 @@ _PATTERNS = (
     r"backends/test_compact\.py::.*\[btrfs",
     r"backends/test_trail\.py::.*btrfs-compressed",
     r"conformance/test_history\.py::.*\[(image-btrfs|image-ext4|image-compressed)",
-    # The story of files: on the file systems that write their own deltas it is told in full on Btrfs.
-    r"acceptance/test_trees\.py::.*\[(image|zfs)\]",
 )
 THOROUGH = re.compile("|".join(_PATTERNS))
 
