@@ -33,11 +33,12 @@ def open_stage(target: Replica, source: Replica, base: str, snapshot: Snapshot) 
 
 def origin_of(source: Replica, base: str, target: str) -> StreamOrigin:
     backend: Any = source.backend
+    stream_bytes = backend.delta_bytes(base, target)  # first: it tells a base that is gone from a target
     return StreamOrigin(
         native_base=backend.native_id(base) if base else "",
         native_target=backend.native_id(target),
         formats=backend.formats(),
-        stream_bytes=backend.delta_bytes(base, target),
+        stream_bytes=stream_bytes,
     )
 
 
