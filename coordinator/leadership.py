@@ -159,4 +159,6 @@ class Leadership:
     async def _resign(self, reign: Reign) -> None:
         """Best effort, and bounded: a lease that cannot be given back runs out."""
         with suppress(ResilverError, TimeoutError):
-            await asyncio.wait_for(self._store.resign(reign), RESIGN_TIMEOUT_S)
+            # Not wait_for, which on Python 3.11 loses the cancellation that comes as the answer does.
+            async with asyncio.timeout(RESIGN_TIMEOUT_S):
+                await self._store.resign(reign)

@@ -81,7 +81,8 @@ class Watcher:
     async def next(self, timeout_s: float) -> Changed | None:
         """What changed, or None after the timeout; raises what ended the reign."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._woken.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._woken.wait()
         if self._ended is not None:
             raise self._ended
         if not self._woken.is_set():
@@ -209,7 +210,8 @@ class CurrentReign:
         self._asked[key] = future
         try:
             self.post(Requested(key, request))
-            return await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await future
         except TimeoutError:
             raise Unavailable("DEADLINE", f"no answer within {timeout_s:g} s; the work goes on") from None
         finally:

@@ -198,19 +198,21 @@ def newest_shared(mine: Lineage, theirs: Lineage) -> Snapshot | None:
 
 
 def relate(mine: Lineage, theirs: Lineage) -> Relation:
-    """What `mine` is to `theirs`: BEHIND if my tip is in their lineage and not the reverse.
+    """What `mine` is to `theirs`: BEHIND if my tip is in their lineage, and is the newest there that I have.
 
-    Two tips that are in each other's lineages are DIVERGED: the order of adopted snapshots is in doubt there.
+    They are DIVERGED if their orders of what they share disagree: that of adopted snapshots is each node's own.
     A lineage without records is EQUAL to another such, and BEHIND any other.
     """
     if mine.tip_id == theirs.tip_id:
         return Relation.EQUAL
-    behind, ahead = theirs.contains(mine), mine.contains(theirs)
-    if behind and ahead:
-        return Relation.DIVERGED
-    if behind or ahead:
-        return Relation.BEHIND if behind else Relation.AHEAD
-    return Relation.UNRELATED if newest_shared(mine, theirs) is None else Relation.DIVERGED
+    if not mine.records or not theirs.records:
+        return Relation.AHEAD if mine.records else Relation.BEHIND
+    there, here = newest_shared(mine, theirs), newest_shared(theirs, mine)
+    if there is None or here is None:
+        return Relation.UNRELATED
+    if there.id == mine.tip_id:
+        return Relation.BEHIND
+    return Relation.AHEAD if here.id == theirs.tip_id else Relation.DIVERGED
 
 
 @dataclass(frozen=True, slots=True)

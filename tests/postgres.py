@@ -32,10 +32,12 @@ needs_postgres = pytest.mark.skipif(
 
 def _run(program: str, *arguments: str | Path, timeout_s: float = 120.0) -> str:
     assert PROGRAMS is not None, "PostgreSQL is not installed"
+    # By a program: to change the user itself Python would fork, and gRPC's threads do not outlive that.
+    other = ["setpriv", f"--reuid={NOBODY.pw_uid}", f"--regid={NOBODY.pw_gid}", "--clear-groups"]
     done = subprocess.run(
-        [str(PROGRAMS / program), *map(str, arguments)],
+        [*other, str(PROGRAMS / program), *map(str, arguments)],
         capture_output=True, text=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL,
-        user=NOBODY.pw_uid, group=NOBODY.pw_gid, extra_groups=[], cwd="/", env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
+        cwd="/", env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
     )  # fmt: skip
     assert done.returncode == 0, f"{program} {arguments}: {done.stdout}{done.stderr}"
     return done.stdout

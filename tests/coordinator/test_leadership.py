@@ -201,6 +201,23 @@ async def test_a_stop_while_a_reign_is_ending_is_a_stop(coordinator, url):
     assert first.reigns.empty()
 
 
+async def test_a_stop_just_as_a_reign_has_been_resigned_is_a_stop(coordinator, url, monkeypatch):
+    slept_s = 0.0
+    first = await coordinator(url, clock=lambda: boottime_s() + slept_s)
+    await soon(first.reigns)
+    resign = first.store.resign
+
+    async def resign_and_stop(reign):
+        await resign(reign)
+        first.task.cancel()
+
+    monkeypatch.setattr(first.store, "resign", resign_and_stop)
+    slept_s = TTL_S
+    done, _ = await asyncio.wait({first.task}, timeout=10)
+    assert done
+    assert first.task.cancelled()
+
+
 async def test_a_reign_whose_key_was_taken_ends(coordinator, shared_etcd, cluster):
     first = await coordinator(shared_etcd.url)
     await soon(first.reigns)
