@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """What the tests mount is gone with them, also after a kill; and Ctrl-C works, also in what a shell has put aside."""
+    """What the tests mount is gone with them, also after a kill; and Ctrl-C works, whatever the shell says."""
     namespace.enter()
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
