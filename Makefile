@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 export UV_PYTHON_DOWNLOADS := never
+# Hundreds of processes are started by the tests: none of them is to compile what all of them run.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 SOURCES := pyproject.toml uv.lock hatch_build.py $(wildcard proto/resilver/v1/*.proto)
 

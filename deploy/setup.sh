@@ -62,5 +62,5 @@ if [[ ! -x .tools/bin/uv ]]; then
   .tools/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.8,<1'
 fi
 say "installing the locked packages into .venv and generating the gRPC stubs"
-.tools/bin/uv sync --quiet --frozen --python "$(command -v python3)" --reinstall-package resilver
+.tools/bin/uv sync --quiet --frozen --compile-bytecode --python "$(command -v python3)" --reinstall-package resilver
 say "ready"
