@@ -96,11 +96,18 @@ class Server:
 def running(data: Path) -> Iterator[Server]:
     """A server on that directory; recovery from a crash is finished when the block begins."""
     _open_the_way(data)
+    # In the snapshot of a server that ran on another node it names a process there, and here somebody else may be it.
+    (data / "postmaster.pid").unlink(missing_ok=True)
     sockets = Path(tempfile.mkdtemp(prefix="pg-"))
     os.chown(sockets, NOBODY.pw_uid, NOBODY.pw_gid)
     options = f"-k {sockets} -c listen_addresses='' -c max_connections=10 -c shared_buffers=16MB"
+    log = sockets / "log"
     try:
-        _run("pg_ctl", "-D", data, "-l", sockets / "log", "-w", "-t", "100", "-o", options, "start")
+        try:
+            _run("pg_ctl", "-D", data, "-l", log, "-w", "-t", "100", "-o", options, "start")
+        except AssertionError as error:
+            error.add_note(log.read_text() if log.exists() else "without a log")
+            raise
         try:
             yield Server(sockets)
         finally:
