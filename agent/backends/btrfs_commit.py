@@ -30,12 +30,13 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from agent.backends import btrfs_keep as keeping
+from agent.backends import rules
 from agent.backends.base import CommitOrder
 from agent.backends.btrfs_adopt import Finder, Known
 from agent.backends.btrfs_layout import SubvolumeLayout, load_native, remove, save_native
 from agent.backends.btrfs_live import Tip, check_live, is_tip, refuse_irreplaceable, refuse_use
 from agent.backends.btrfs_stage import BtrfsStage, discard, is_received
-from agent.backends.image_keep import check_bounds, keep_directory, keep_file
+from agent.backends.image_keep import keep_directory, keep_file
 from agent.backends.image_layout import (
     Journal,
     Stored,
@@ -51,8 +52,8 @@ from agent.disk import btrfs, ioctl
 from agent.disk.btrfs_use import users_of
 from agent.disk.durable import disk_errors, fsync_dir, remove_file
 from agent.disk.inuse import InUseError
-from resilver.errors import Damaged, Invalid, Refused
-from resilver.lineage import Origin, Snapshot, newest_shared
+from resilver.errors import Damaged, Refused
+from resilver.lineage import Origin, Snapshot
 from resilver.volume import PreservedCopy
 
 STEPS: Final = (
@@ -114,30 +115,13 @@ def commit(tools: Tools, stage: BtrfsStage, order: CommitOrder) -> tuple[Preserv
 
 def _plan(tools: Tools, stage: BtrfsStage, order: CommitOrder) -> _Plan | None:
     """None if the target is the tip already; raises what forbids the commit."""
-    known, target = tools.finder.load(), order.lineage.tip
+    known, live = tools.finder.load(), tools.layout.live
     state = known.state
-    if target is None or target.id != stage.target:
-        raise Invalid("INVALID_FIELD", f"the stage of {stage.target} is not what the order names", field="lineage")
+    target = rules.check_target(order, stage.target)
     check_id(target.id)
-    if state.tip != order.expected_tip:
-        if state.tip == target.id:
-            return None
-        raise Refused(
-            "TARGET_CHANGED",
-            f"the tip here is {_name(state.lineage.tip)}, and no longer the one that this was decided on",
-            tip=state.tip,
-        )
-    _check_relation(known, order)
-    shared = newest_shared(state.lineage, order.lineage)
-    leaving = state.lineage.after(shared.id) if shared is not None else state.lineage.records
-    # What other tools made stays where it is, whatever the lineage: nothing of it is replaced.
-    ours = tuple(record for record in leaving if record.origin is not Origin.ADOPTED)
-    if ours and shared is not None and not order.replace_own_data:
-        raise Refused(
-            "TARGET_CHANGED",
-            f"snapshots {ours[-1].cp} to {ours[0].cp} are only here, and nothing said that they may be replaced",
-            tip=state.tip,
-        )
+    ours = rules.leaving(state, order, live, live=live.exists(), adopted=False)
+    if ours is None:
+        return None
     made_target = target.id not in state.stored
     if made_target and (target.origin is Origin.ADOPTED or not is_received(tools.layout)):
         raise Damaged(
@@ -145,21 +129,6 @@ def _plan(tools: Tools, stage: BtrfsStage, order: CommitOrder) -> _Plan | None:
         )
     kept = tuple(record for record in ours if record.id in state.stored)
     return _Plan(order, known, target, kept, made_target)
-
-
-def _check_relation(known: Known, order: CommitOrder) -> None:
-    if order.replace_unrelated:
-        return
-    state, live = known.state, known.layout.live
-    if state.volume_id and state.volume_id != order.volume_id:
-        raise Refused("REPLICA_FOREIGN", f"the data here is of another volume, {state.volume_id}")
-    bare = not state.lineage.records and live.exists()
-    if bare or (state.lineage.records and newest_shared(state.lineage, order.lineage) is None):
-        raise Refused("REPLICA_UNRELATED", f"{live} has data that shares no snapshot with what would replace it")
-
-
-def _name(tip: Snapshot | None) -> str:
-    return f"{tip.name} ({tip.id})" if tip is not None else "none"
 
 
 def _commit(tools: Tools, stage: BtrfsStage, plan: _Plan) -> tuple[PreservedCopy, ...]:
@@ -229,7 +198,9 @@ def _intend(tools: Tools, plan: _Plan, *, own: bool) -> tuple[Journal, tuple[Pre
     if own:
         live = keeping.describe_live(layout, layout.live, state.lineage.tip, known.tip, order.resync_id)
     every = [*copies, *([live] if live is not None else [])]
-    check_bounds(layout, every, tools.preserved_max_count, tools.preserved_max_bytes)
+    rules.check_bounds(
+        layout.volume, list_preserved(layout), every, tools.preserved_max_count, tools.preserved_max_bytes
+    )
     pids = {record.id: copy.id for record, copy in zip(filled, copies, strict=True)}
     for record, copy in zip(filled, copies, strict=True):
         save_preserved(layout.snapshot(record.id), copy)

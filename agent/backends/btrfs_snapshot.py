@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from agent.backends import rules
 from agent.backends.base import NewSnapshot
 from agent.backends.btrfs_adopt import Known
 from agent.backends.btrfs_layout import SubvolumeLayout, fresh_dir, native_of, remove, save_native
@@ -48,14 +49,7 @@ def take(known: Known, new: NewSnapshot, step: Callable[[str], None]) -> Snapsho
     found = state.stored.get(new.id)
     if found is not None and found.snapshot.parent == new.parent:
         return found.snapshot
-    if state.tip != new.parent:
-        raise Refused(
-            "TARGET_CHANGED", f"the tip here is {state.tip or 'none'}, not {new.parent or 'none'}", tip=state.tip
-        )
-    if state.volume_id and state.volume_id != new.volume_id:
-        raise Refused("REPLICA_FOREIGN", f"the data here is of volume {state.volume_id}, not {new.volume_id}")
-    if check_live(layout.live) is None:
-        raise Refused("NO_DATA", f"{layout.live} is not there: a consistency point is taken of the live copy")
+    rules.check_new(state, new, layout.live, live=check_live(layout.live) is not None)
     layout.make_root()
     making = layout.new(new.id)
     try:

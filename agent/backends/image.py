@@ -17,7 +17,7 @@ This file is the door: it checks space, calls what does the work, and turns erro
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal
 
@@ -33,9 +33,10 @@ from agent.backends import (
 from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SnapshotReader, Stage
 from agent.backends.image_copy import Copier, export_file, opened
 from agent.backends.image_layout import Layout, State, load_state
-from agent.delta import DeltaMap, DeltaRange
-from agent.disk import contents, ioctl, quiesce
+from agent.delta import DeltaMap
+from agent.disk import ioctl, quiesce
 from agent.disk.durable import disk_errors, remove_file
+from agent.disk.reader import FileReader
 from resilver.errors import Invalid, NotFound, Refused
 from resilver.lineage import Lineage, Snapshot
 from resilver.volume import Grant, LiveCopy, LiveState, Presence, PreservedCopy, VolumeRecord
@@ -56,30 +57,6 @@ _SPACE_MARGIN_MIN_BYTES: Final = 64 << 20
 
 def _no_step(_name: str) -> None:
     return None
-
-
-class ImageReader:
-    """An open snapshot or preserved copy; usable from several threads."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size_bytes = os.fstat(self._fd).st_size
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        with disk_errors(self._path):
-            contents.read_exactly(self._fd, offset, view)
-
-    def announce(self, ranges: Sequence[DeltaRange]) -> None:
-        for row in ranges:
-            if not row.zero:
-                os.posix_fadvise(self._fd, row.offset, row.length, os.POSIX_FADV_WILLNEED)
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
 
 
 class ImageBackend:
@@ -202,7 +179,7 @@ class ImageBackend:
         path = self._find(snapshot_id)
         with disk_errors(path):
             try:
-                return ImageReader(path)
+                return FileReader(path)
             except FileNotFoundError:
                 raise Refused("TARGET_GONE", f"the data of snapshot {snapshot_id} is not on this node") from None
 

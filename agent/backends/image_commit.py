@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agent.backends import image_keep as keeping
+from agent.backends import rules
 from agent.backends.base import CommitOrder
 from agent.backends.image_copy import Copier, copy_attributes, create, opened, remove_tree
 from agent.backends.image_layout import (
@@ -46,8 +47,8 @@ from agent.backends.image_stage import ImageStage, discard
 from agent.disk import ioctl
 from agent.disk.durable import disk_errors, fsync_dir, remove_file
 from agent.disk.inuse import InUseError, Lease
-from resilver.errors import Damaged, Invalid, Refused
-from resilver.lineage import Snapshot, newest_shared
+from resilver.errors import Damaged, Refused
+from resilver.lineage import Snapshot
 from resilver.volume import PreservedCopy
 
 STEPS = (
@@ -110,43 +111,14 @@ def commit(tools: Tools, stage: ImageStage, order: CommitOrder) -> tuple[Preserv
 
 def _plan(layout: Layout, state: State, stage: ImageStage, order: CommitOrder) -> _Plan | None:
     """None if the target is the tip already; raises what forbids the commit."""
-    target = order.lineage.tip
-    if target is None or target.id != stage.target or target.size_bytes != stage.size_bytes:
-        raise Invalid("INVALID_FIELD", f"the stage of {stage.target} is not what the order names", field="lineage")
+    target = rules.check_target(order, stage.target, stage.size_bytes)
     check_id(target.id)
-    if state.tip != order.expected_tip:
-        if state.tip == target.id:
-            return None
-        raise Refused(
-            "TARGET_CHANGED",
-            f"the tip here is {_name(state.lineage.tip)}, and no longer the one that this was decided on",
-            tip=state.tip,
-        )
-    _check_relation(layout, state, order)
-    shared = newest_shared(state.lineage, order.lineage)
-    leaving = state.lineage.after(shared.id) if shared is not None else state.lineage.records
-    if leaving and shared is not None and not order.replace_own_data:
-        raise Refused(
-            "TARGET_CHANGED",
-            f"snapshots {leaving[-1].cp} to {leaving[0].cp} are only here, and nothing said that they may be replaced",
-            tip=state.tip,
-        )
+    live = layout.live.exists()
+    leaving = rules.leaving(state, order, layout.live, live=live, adopted=True)
+    if leaving is None:
+        return None
     kept = tuple(record for record in leaving if record.id in state.stored)
     return _Plan(order, state, target, kept, made_target=target.id not in state.stored)
-
-
-def _check_relation(layout: Layout, state: State, order: CommitOrder) -> None:
-    if order.replace_unrelated:
-        return
-    if state.volume_id and state.volume_id != order.volume_id:
-        raise Refused("REPLICA_FOREIGN", f"the data here is of another volume, {state.volume_id}")
-    bare = not state.lineage.records and layout.live.exists()
-    if bare or (state.lineage.records and newest_shared(state.lineage, order.lineage) is None):
-        raise Refused("REPLICA_UNRELATED", f"{layout.live} has data that shares no snapshot with what would replace it")
-
-
-def _name(tip: Snapshot | None) -> str:
-    return f"{tip.cp} ({tip.id})" if tip is not None else "none"
 
 
 def _commit(tools: Tools, stage: ImageStage, plan: _Plan, stack: contextlib.ExitStack) -> tuple[PreservedCopy, ...]:
@@ -241,7 +213,9 @@ def _intend(tools: Tools, plan: _Plan, own: Lease | None, new_inode: int) -> tup
             tools.copier, own.fd, layout.live, state.lineage.tip, against, live=True, resync_id=order.resync_id
         )
     every = [*copies, *([live] if live is not None else [])]
-    keeping.check_bounds(layout, every, tools.preserved_max_count, tools.preserved_max_bytes)
+    rules.check_bounds(
+        layout.volume, list_preserved(layout), every, tools.preserved_max_count, tools.preserved_max_bytes
+    )
     pids = {record.id: copy.id for record, copy in zip(filled, copies, strict=True)}
     for record, copy in zip(filled, copies, strict=True):
         save_preserved(layout.snapshot(record.id), copy)

@@ -22,14 +22,12 @@ from agent.backends.image_layout import (
     Layout,
     State,
     append_records,
-    list_preserved,
     load_preserved,
     save_preserved,
 )
 from agent.delta import DeltaMap
 from agent.disk.durable import DIR_MODE, disk_errors, fsync_dir, make_dir
 from agent.disk.inuse import InUseError, Lease
-from resilver.errors import Refused
 from resilver.lineage import NO_CP, Snapshot
 from resilver.volume import PreservedCopy
 
@@ -127,22 +125,6 @@ def sweep(layout: Layout, copier: Copier, state: State) -> None:
                 let_go(layout, copier, entry, None, state.known.get(of))
         elif name.startswith((".keep-", ".new-", ".trash-")) or name == ".live" or fnmatch(name, ".*.tmp"):
             remove_tree(entry)
-
-
-def check_bounds(layout: Layout, copies: list[PreservedCopy], count_max: int, bytes_max: int) -> None:
-    """Raises PRESERVED_FULL if these could not be kept beside those that are."""
-    there = list_preserved(layout)
-    count = len(there) + len(copies)
-    kept = sum(copy.exclusive_bytes or 0 for copy in (*there, *copies))
-    if not copies or (count <= count_max and (not bytes_max or kept <= bytes_max)):
-        return
-    bound = f"{count_max} copies" + (f" or {bytes_max} bytes" if bytes_max else "")
-    raise Refused(
-        "PRESERVED_FULL",
-        f"{len(there)} preserved copies of {layout.volume} are here already; with {len(copies)} more they would exceed "
-        f"{bound}. Export what is still wanted, and drop the rest",
-        next_command=f"resilver preserved {layout.volume}",
-    )
 
 
 def drop_preserved(layout: Layout, pid: str, step: Callable[[str], None]) -> int:

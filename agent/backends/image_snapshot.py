@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from agent.backends import rules
 from agent.backends.base import NewSnapshot
 from agent.backends.image_copy import Copier, fresh_dir, hint, opened, remove_tree
 from agent.backends.image_layout import Layout, State, Stored, check_id, save_stored
@@ -47,14 +48,7 @@ def take(layout: Layout, copier: Copier, state: State, new: NewSnapshot, step: C
     found = state.stored.get(new.id)
     if found is not None and found.snapshot.parent == new.parent:
         return found.snapshot
-    if state.tip != new.parent:
-        raise Refused(
-            "TARGET_CHANGED", f"the tip here is {state.tip or 'none'}, not {new.parent or 'none'}", tip=state.tip
-        )
-    if state.volume_id and state.volume_id != new.volume_id:
-        raise Refused("REPLICA_FOREIGN", f"the data here is of volume {state.volume_id}, not {new.volume_id}")
-    if check_live(layout.live) is None:
-        raise Refused("NO_DATA", f"{layout.live} is not there: a consistency point is taken of the live copy")
+    rules.check_new(state, new, layout.live, live=check_live(layout.live) is not None)
     layout.make_root()
     making = layout.new(new.id)
     try:

@@ -18,7 +18,7 @@ This file is the door: it looks, checks space, and calls what does the work.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal
 
@@ -37,11 +37,12 @@ from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, Sn
 from agent.backends.image_copy import remove_tree
 from agent.backends.lvm_place import Place, View, load_ref
 from agent.backends.lvm_state import Found, Tools
-from agent.delta import DeltaMap, DeltaRange
+from agent.delta import DeltaMap
 from agent.disk import contents, ioctl, lvm, thin
 from agent.disk.durable import FILE_MODE, disk_errors, fsync_dir, remove_file
 from agent.disk.inuse import InUseError
 from agent.disk.lvm import Lv
+from agent.disk.reader import FileReader
 from resilver.errors import Invalid, NotFound, Refused
 from resilver.lineage import Lineage, Snapshot
 from resilver.volume import Grant, LiveCopy, LiveState, Presence, PreservedCopy, VolumeRecord
@@ -65,32 +66,6 @@ _SNAPSHOT_METADATA_BLOCKS: Final = 8
 
 def _no_step(_name: str) -> None:
     return None
-
-
-class LvmReader:
-    """An open snapshot or preserved copy; usable from several threads. Its device stays until it is dropped."""
-
-    def __init__(self, lv: Lv) -> None:
-        self._path = lv.path
-        self.size_bytes = lv.size_bytes
-        node = lvm.activate(lv).node
-        with disk_errors(lv.path):
-            self._fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        with disk_errors(self._path):
-            contents.read_exactly(self._fd, offset, view)
-
-    def announce(self, ranges: Sequence[DeltaRange]) -> None:
-        for row in ranges:
-            if not row.zero:
-                os.posix_fadvise(self._fd, row.offset, row.length, os.POSIX_FADV_WILLNEED)
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
 
 
 class LvmBackend:
@@ -209,7 +184,7 @@ class LvmBackend:
         return lvm_delta.between(place.pool(view), older, newer, self._tools.step)
 
     def open_reader(self, snapshot_id: str) -> SnapshotReader:
-        return LvmReader(self._find(self._place.surely(), snapshot_id))
+        return _reader(self._find(self._place.surely(), snapshot_id))
 
     def check_space(self, delta: DeltaMap, *, resumed_bytes: int = 0) -> int:
         view = self._place.surely()
@@ -296,6 +271,13 @@ class LvmBackend:
         lvm_space.check(self._place.pool(view), self._reserve, need, need_metadata, what)
 
 
+def _reader(lv: Lv) -> FileReader:
+    """Its device stays until it is dropped."""
+    node = lvm.activate(lv).node
+    with disk_errors(lv.path):
+        return FileReader(Path(lv.path), Path(node), lv.size_bytes)
+
+
 def _export(lv: Lv, ranges: DeltaMap, path: Path, *, writable: bool) -> int:
     """Copies what is mapped and not zero to a new sparse file; whole or not at all."""
     temporary = path.with_name(f".{path.name}.resilver-{os.getpid()}")
@@ -303,7 +285,7 @@ def _export(lv: Lv, ranges: DeltaMap, path: Path, *, writable: bool) -> int:
         raise Invalid("INVALID_FIELD", f"{path} is there already; name a path that is not", field="path")
     if not path.parent.is_dir():
         raise Invalid("INVALID_FIELD", f"{path.parent} is no directory; create it first", field="path")
-    reader = LvmReader(lv)
+    reader = _reader(lv)
     with disk_errors(path):
         remove_tree(temporary)
         try:

@@ -20,9 +20,10 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from agent.backends import lvm_keep as keeping
+from agent.backends import rules
 from agent.backends.base import CommitOrder
 from agent.backends.image_copy import remove_tree
-from agent.backends.image_keep import check_bounds, keep_directory
+from agent.backends.image_keep import keep_directory
 from agent.backends.image_layout import Stored, append_records, check_id, save_preserved, save_stored
 from agent.backends.lvm_live import check_free, own_bytes, taken_away, users
 from agent.backends.lvm_place import Ref, View, identity_tags, load_ref, save_ref
@@ -32,8 +33,8 @@ from agent.disk import lvm
 from agent.disk.durable import disk_errors, fsync_dir, remove_file
 from agent.disk.inuse import InUseError
 from agent.disk.lvm import Lv
-from resilver.errors import Damaged, Invalid, Refused, ResilverError
-from resilver.lineage import Snapshot, newest_shared
+from resilver.errors import Damaged, ResilverError
+from resilver.lineage import Snapshot
 from resilver.volume import PreservedCopy
 
 STEPS: Final = (
@@ -84,45 +85,14 @@ def commit(tools: Tools, stage: LvmStage, order: CommitOrder) -> tuple[Preserved
 
 def _plan(tools: Tools, found: Found, stage: LvmStage, order: CommitOrder) -> _Plan | None:
     """None if the target is the tip already; raises what forbids the commit."""
-    state, target = found.state, order.lineage.tip
-    if target is None or target.id != stage.target or target.size_bytes != stage.size_bytes:
-        raise Invalid("INVALID_FIELD", f"the stage of {stage.target} is not what the order names", field="lineage")
+    state = found.state
+    target = rules.check_target(order, stage.target, stage.size_bytes)
     check_id(target.id)
-    if state.tip != order.expected_tip:
-        if state.tip == target.id:
-            return None
-        raise Refused(
-            "TARGET_CHANGED",
-            f"the tip here is {_name(state.lineage.tip)}, and no longer the one that this was decided on",
-            tip=state.tip,
-        )
-    _check_relation(tools, found, order)
-    shared = newest_shared(state.lineage, order.lineage)
-    leaving = state.lineage.after(shared.id) if shared is not None else state.lineage.records
-    if leaving and shared is not None and not order.replace_own_data:
-        raise Refused(
-            "TARGET_CHANGED",
-            f"snapshots {leaving[-1].cp} to {leaving[0].cp} are only here, and nothing said that they may be replaced",
-            tip=state.tip,
-        )
+    leaving = rules.leaving(state, order, tools.place.full_name, live=found.view.live is not None, adopted=True)
+    if leaving is None:
+        return None
     kept = tuple(record for record in leaving if record.id in state.stored)
     return _Plan(order, target, kept, made_target=target.id not in state.stored)
-
-
-def _check_relation(tools: Tools, found: Found, order: CommitOrder) -> None:
-    state = found.state
-    if order.replace_unrelated:
-        return
-    if state.volume_id and state.volume_id != order.volume_id:
-        raise Refused("REPLICA_FOREIGN", f"the data here is of another volume, {state.volume_id}")
-    bare = not state.lineage.records and found.view.live is not None
-    if bare or (state.lineage.records and newest_shared(state.lineage, order.lineage) is None):
-        said = f"{tools.place.full_name} has data that shares no snapshot with what would replace it"
-        raise Refused("REPLICA_UNRELATED", said)
-
-
-def _name(tip: Snapshot | None) -> str:
-    return f"{tip.cp} ({tip.id})" if tip is not None else "none"
 
 
 def _commit(tools: Tools, found: Found, stage: LvmStage, plan: _Plan) -> tuple[PreservedCopy, ...]:
@@ -208,7 +178,9 @@ def _intend(
         made = keeping.describe(tools, view, live, tip, found.tip_lv, live=True, resync_id=order.resync_id)
         kept_live = replace(made, path=f"/dev/{view.group.name}/{old_name}")
     every = (*copies, *([kept_live] if kept_live is not None else []))
-    check_bounds(layout, list(every), tools.preserved_max_count, tools.preserved_max_bytes)
+    rules.check_bounds(
+        layout.volume, preserved(tools.place, view), every, tools.preserved_max_count, tools.preserved_max_bytes
+    )
     pids = {}
     for (record, _lv), copy in zip(filled, copies, strict=True):
         save_preserved(layout.snapshot(record.id), copy)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Final
 
 from agent.backends import lvm_keep as keeping
+from agent.backends import rules
 from agent.backends.base import NewSnapshot
 from agent.backends.image_copy import fresh_dir
 from agent.backends.image_layout import Stored, check_id, save_stored
@@ -24,7 +25,6 @@ from agent.backends.lvm_state import Found, Tools
 from agent.disk import blockdev
 from agent.disk.durable import disk_errors, fsync_dir
 from agent.disk.lvm import Lv
-from resilver.errors import Refused
 from resilver.lineage import Consistency, Snapshot
 
 STEPS: Final = (
@@ -43,15 +43,9 @@ def take(tools: Tools, found: Found, new: NewSnapshot) -> Snapshot:
     held = state.stored.get(new.id)
     if held is not None and held.snapshot.parent == new.parent:
         return held.snapshot
-    if state.tip != new.parent:
-        raise Refused(
-            "TARGET_CHANGED", f"the tip here is {state.tip or 'none'}, not {new.parent or 'none'}", tip=state.tip
-        )
-    if state.volume_id and state.volume_id != new.volume_id:
-        raise Refused("REPLICA_FOREIGN", f"the data here is of volume {state.volume_id}, not {new.volume_id}")
     live = found.view.live
-    if live is None:
-        raise Refused("NO_DATA", f"{tools.place.full_name} is not there: a consistency point is taken of the live copy")
+    rules.check_new(state, new, tools.place.full_name, live=live is not None)
+    assert live is not None
     layout = tools.layout
     making = layout.new(new.id)
     with disk_errors(layout.root):

@@ -30,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
+from agent.backends import rules
 from agent.backends import zfs_keep as keeping
 from agent.backends.base import CommitOrder
 from agent.backends.zfs_finish import Journal, finish, load_journal, readonly, save_journal, settle
@@ -48,7 +49,7 @@ from agent.backends.zfs_stage import Receiver, ZfsStage, agrees, discard, read_b
 from agent.backends.zfs_stream import Change, Contents
 from agent.disk import zfs
 from resilver.errors import Damaged, Invalid, Refused, ResilverError
-from resilver.lineage import Origin, Snapshot, newest_shared
+from resilver.lineage import Origin, Snapshot
 from resilver.volume import PreservedCopy
 
 STEPS: Final = (
@@ -121,48 +122,16 @@ def commit(tools: Tools, stage: ZfsStage, order: CommitOrder) -> tuple[Preserved
 
 def _plan(layout: Layout, state: State, stage: ZfsStage, order: CommitOrder) -> _Plan | None:
     """None if the target is the tip already; raises what forbids the commit."""
-    target = order.lineage.tip
-    if target is None or target.id != stage.target:
-        raise Invalid("INVALID_FIELD", f"the stage of {stage.target} is not what the order names", field="lineage")
-    if state.tip != order.expected_tip:
-        if state.tip == target.id:
-            return None
-        raise Refused(
-            "TARGET_CHANGED",
-            f"the tip here is {_name(state.lineage.tip)}, and no longer the one that this was decided on",
-            tip=state.tip,
-        )
+    target = rules.check_target(order, stage.target)
+    leaving = rules.leaving(state, order, layout.live, live=state.head is not None, adopted=True)
+    if leaving is None:
+        return None
     if not stage.complete:
         raise Invalid("INVALID_FIELD", f"the stage of {stage.target} is not whole yet", field="stage")
-    _check_relation(layout, state, order)
-    shared = newest_shared(state.lineage, order.lineage)
-    leaving = state.lineage.after(shared.id) if shared is not None else state.lineage.records
-    if leaving and shared is not None and not order.replace_own_data:
-        raise Refused(
-            "TARGET_CHANGED",
-            f"snapshots {_name(leaving[-1])} to {_name(leaving[0])} are only here, and nothing said that they may be "
-            "replaced",
-            tip=state.tip,
-        )
     base = state.where.get(stage.base) if stage.base else None
     if stage.base and base is None:
         raise Refused("BASE_GONE", f"snapshot {stage.base} of {layout.volume} is not on this node any more")
     return _Plan(order, state, target, leaving, base)
-
-
-def _check_relation(layout: Layout, state: State, order: CommitOrder) -> None:
-    if order.replace_unrelated:
-        return
-    if state.volume_id and state.volume_id != order.volume_id:
-        raise Refused("REPLICA_FOREIGN", f"the data here is of another volume, {state.volume_id}")
-    if state.head is not None and newest_shared(state.lineage, order.lineage) is None:
-        raise Refused("REPLICA_UNRELATED", f"{layout.live} has data that shares no snapshot with what would replace it")
-
-
-def _name(record: Snapshot | None) -> str:
-    if record is None:
-        return "none"
-    return record.note if record.origin is Origin.ADOPTED else f"{record.cp} ({record.id})"
 
 
 def _commit(tools: Tools, stage: ZfsStage, plan: _Plan, *, mounted: bool) -> tuple[PreservedCopy, ...]:
@@ -292,7 +261,9 @@ def _preserve(
         size, mine = head.referenced_bytes, sum(one.used_bytes for one in after)
         tip = state.lineage.tip
         copies.append(keeping.describe(kept, tip, size, mine, live=True, resync_id=order.resync_id))
-    keeping.check_bounds(layout, copies, tools.preserved_max_count, tools.preserved_max_bytes)
+    rules.check_bounds(
+        layout.volume, keeping.list_preserved(layout), copies, tools.preserved_max_count, tools.preserved_max_bytes
+    )
     for copy in copies:
         keeping.save_description(layout, copy)
     tools.step("commit.described")

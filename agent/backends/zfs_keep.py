@@ -70,22 +70,6 @@ def list_preserved(layout: Layout) -> tuple[PreservedCopy, ...]:
     return tuple(sorted(copies, key=lambda copy: (copy.create_time_ms, copy.id)))
 
 
-def check_bounds(layout: Layout, copies: list[PreservedCopy], count_max: int, bytes_max: int) -> None:
-    """Raises PRESERVED_FULL if these could not be kept beside those that are."""
-    there = list_preserved(layout)
-    count = len(there) + len(copies)
-    kept = sum(copy.exclusive_bytes or 0 for copy in (*there, *copies))
-    if not copies or (count <= count_max and (not bytes_max or kept <= bytes_max)):
-        return
-    bound = f"{count_max} copies" + (f" or {bytes_max} bytes" if bytes_max else "")
-    raise Refused(
-        "PRESERVED_FULL",
-        f"{len(there)} preserved copies of {layout.volume} are here already; with {len(copies)} more they would exceed "
-        f"{bound}. Export what is still wanted, and drop the rest",
-        next_command=f"resilver preserved {layout.volume}",
-    )
-
-
 def destroy_snapshot(name: str) -> int:
     """Destroys a snapshot of ours; the bytes that it held alone. PINNED if a clone or another's hold needs it."""
     found = zfs.look(name)

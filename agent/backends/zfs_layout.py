@@ -33,7 +33,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -111,7 +111,7 @@ class State:
     known: Mapping[str, Snapshot]
     natives: Mapping[str, str]
     head: zfs.Dataset | None = None
-    where: Mapping[str, zfs.Dataset] = ()  # type: ignore[assignment]
+    where: Mapping[str, zfs.Dataset] = field(default_factory=dict)
     every: tuple[zfs.Dataset, ...] = ()
     others: tuple[Snapshot, ...] = ()
     unfinished: tuple[zfs.Dataset, ...] = ()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from agent.backends import zfs_live
+from agent.backends import rules, zfs_live
 from agent.backends.base import NewSnapshot
 from agent.backends.zfs_layout import (
     OURS,
@@ -24,7 +24,7 @@ from agent.backends.zfs_layout import (
     save_tip,
 )
 from agent.disk import zfs
-from resilver.errors import Damaged, Refused
+from resilver.errors import Damaged
 from resilver.lineage import Consistency, Snapshot
 
 STEPS: Final = (
@@ -41,13 +41,7 @@ def taken_before(layout: Layout, state: State, new: NewSnapshot) -> Snapshot | N
     known = state.known.get(new.id)
     if known is not None and new.id in state.where and known.parent == new.parent:
         return known
-    if state.tip != new.parent:
-        said = f"the tip here is {state.tip or 'none'}, not {new.parent or 'none'}"
-        raise Refused("TARGET_CHANGED", said, tip=state.tip)
-    if state.volume_id and state.volume_id != new.volume_id:
-        raise Refused("REPLICA_FOREIGN", f"the data here is of volume {state.volume_id}, not {new.volume_id}")
-    if state.head is None:
-        raise Refused("NO_DATA", f"{layout.live} is not there: a consistency point is taken of the live copy")
+    rules.check_new(state, new, layout.live, live=state.head is not None)
     return None
 
 
