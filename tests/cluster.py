@@ -126,6 +126,8 @@ class Cluster:
     processes: dict[str, Process] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=dict)
     paths: dict[tuple[str, str], Path] = field(default_factory=dict)
+    etcd_url: str = ""
+    """Of an etcd that the test keeps itself; empty if the cluster is to start one."""
 
     def process(self, name: str, *command: str, **env: str) -> Process:
         made = Process(name, list(command), self.directory / f"{name}.log", env)
@@ -147,11 +149,10 @@ class Cluster:
 
     def start_coordinator(self, name: str = "c1", extra: str = "") -> None:
         port = self.ports.setdefault(name, free_port())
-        if self.store == "etcd" and "etcd" not in self.processes:
-            self.start_etcd()
-        url = (
-            f"etcd://127.0.0.1:{self.ports['etcd']}" if self.store == "etcd" else f"sqlite://{self.directory}/store.db"
-        )
+        url = f"sqlite://{self.directory}/store.db"
+        if self.store == "etcd":
+            self.etcd_url = self.etcd_url or self.start_etcd()
+            url = self.etcd_url
         config = self.directory / f"{name}.toml"
         config.write_text(
             f'name = "{name}"\ncluster = "{self.name}"\nlisten = "127.0.0.1:{port}"\nstore = "{url}"\n'
