@@ -8,6 +8,6 @@ import sys
 from tests.vm.machine import inside, run
 
 if __name__ == "__main__":
-    outcome = run(inside(*map(shlex.quote, sys.argv[1:])), deadline_s=1200, show=True)
+    outcome = run(inside(*map(shlex.quote, sys.argv[1:])), deadline_s=7200, show=True)
     sys.stdout.write(outcome.console + (outcome.output if outcome.status < 0 else ""))
     sys.exit(outcome.status)
