@@ -26,6 +26,8 @@ _PATTERNS = (
     r"backends/test_compact\.py::.*\[btrfs",
     r"backends/test_trail\.py::.*btrfs-compressed",
     r"conformance/test_history\.py::.*\[(image-btrfs|image-ext4|image-compressed)",
+    # The story of files: the ordinary tests tell it on Btrfs.
+    r"acceptance/test_trees\.py::.*\[image\]",
 )
 THOROUGH = re.compile("|".join(_PATTERNS))
 

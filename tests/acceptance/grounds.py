@@ -13,15 +13,20 @@ from tests.loopfs import mounted, run
 
 DISK_BYTES = 8 << 30
 MIB = 1 << 20
+BLOCK = 4096
+IMAGE_BYTES = 1 << 30
+JOURNAL_RECORD_BYTES = 48
 
 
 class Ground(Protocol):
     """A file system for each of several nodes, for one volume.
 
     `again_bytes_max` may be sent again after a kill. `features` are the kinds of attributes that files have there.
+    `still`: that nobody has written can be told while the live copy is in use.
     """
 
     backend: str
+    still: bool
     again_bytes_max: int
     features: frozenset[str]
 
@@ -40,11 +45,17 @@ class Ground(Protocol):
     def writable(self, node: str) -> Path:
         """As `live`, of a node that was a secondary: what an operator does before he works on it."""
 
+    def leave(self, node: str, name: str) -> Path:
+        """Nobody works on the live copy any more; the files of a copy of it, which a tool of its own has made."""
+
+    def view(self, exported: Path, *, writable: bool) -> Path:
+        """The files of what was exported."""
+
     def outside(self, node: str, name: str) -> Path:
         """A path on the node that does not exist yet, for what is exported."""
 
     def own_send_bytes(self, cluster: Cluster, node: str, base: str, target: str) -> int:
-        """How long the file system's own stream between two snapshots is, by its own command."""
+        """What is between two snapshots, by other commands: a stream's length, or the blocks that they do not share."""
 
     def received_bytes(self, cluster: Cluster, node: str) -> int:
         """About how much of a transfer has come and is kept."""
@@ -54,6 +65,7 @@ class Btrfs:
     """Subvolumes, each node on a file system of its own."""
 
     backend = "btrfs"
+    still = True
     again_bytes_max = 2 * MIB
     features = frozenset({"xattr", "acl"})
 
@@ -81,6 +93,12 @@ class Btrfs:
     def writable(self, node: str) -> Path:
         return self.volume(node)
 
+    def leave(self, node: str, name: str) -> Path:
+        return copied(self.live(node), self.outside(node, name))
+
+    def view(self, exported: Path, *, writable: bool) -> Path:
+        return exported
+
     def outside(self, node: str, name: str) -> Path:
         return self._points[node] / name
 
@@ -92,11 +110,104 @@ class Btrfs:
         return _size(cluster.records(node, self._volume) / "stage" / "spool.data")
 
 
+class Image:
+    """Raw images, each node's on an XFS of its own, with an ext4 in them that is mounted where somebody works on it."""
+
+    backend = "image"
+    still = False
+    again_bytes_max = 32 * MIB
+    features = frozenset({"xattr", "acl"})
+
+    def __init__(self, stack: contextlib.ExitStack, volume: str = "files") -> None:
+        self._stack = stack
+        self._volume = volume
+        self._points: dict[str, Path] = {}
+        self._mounts: list[Path] = []
+
+    def volume(self, node: str) -> Path:
+        if node not in self._points:
+            self._points[node] = self._stack.enter_context(mounted("xfs", DISK_BYTES))
+            self._stack.callback(self._unmount, self._points[node])
+        return self._points[node] / f"{self._volume}.img"
+
+    def create(self, node: str) -> Path:
+        path = self.volume(node)
+        with path.open("wb") as file:
+            file.truncate(IMAGE_BYTES)
+        run("mkfs.ext4", "-q", "-F", path)
+        return self.writable(node)
+
+    def live(self, node: str) -> Path:
+        return _point(self.volume(node))
+
+    def config(self, node: str) -> str:
+        return ""
+
+    def writable(self, node: str) -> Path:
+        return self._mount(self.volume(node), "loop")
+
+    def leave(self, node: str, name: str) -> Path:
+        run("umount", self.live(node))
+        self._mounts.remove(self.live(node))
+        # The image, and not its files: the same ACL is other bytes on XFS.
+        run("cp", "--reflink=never", "--sparse=always", self.volume(node), self.outside(node, name))
+        return self.view(self.outside(node, name), writable=False)
+
+    def view(self, exported: Path, *, writable: bool) -> Path:
+        # Nothing is replayed: a point that was taken while its mount was frozen needs nothing.
+        return self._mount(exported, "loop" if writable else "loop,ro,noload")
+
+    def outside(self, node: str, name: str) -> Path:
+        return self._points[node] / name
+
+    def own_send_bytes(self, cluster: Cluster, node: str, base: str, target: str) -> int:
+        older, newer = (blocks_of(cluster.snapshot_data(node, self._volume, snapshot)) for snapshot in (base, target))
+        return sum(older.get(block) != place for block, place in newer.items()) * BLOCK
+
+    def received_bytes(self, cluster: Cluster, node: str) -> int:
+        journal = cluster.records(node, self._volume) / "stage" / "journal.bin"
+        return _size(journal) // JOURNAL_RECORD_BYTES * MIB
+
+    def _mount(self, image: Path, options: str) -> Path:
+        point = _point(image)
+        point.mkdir(exist_ok=True)
+        run("mount", "-o", options, image, point)
+        self._mounts.append(point)
+        return point
+
+    def _unmount(self, below: Path) -> None:
+        for point in [point for point in self._mounts if point.is_relative_to(below)]:
+            run("umount", "--lazy", point)
+            self._mounts.remove(point)
+
+
+def _point(image: Path) -> Path:
+    return image.with_name(f"{image.name}.mnt")
+
+
+def copied(tree: Path, to: Path) -> Path:
+    """Every file of a tree as it is, by a tool of its own."""
+    run("cp", "-a", tree, to)
+    return to
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def blocks_of(path: Path) -> dict[int, int]:
+    """Where each block of a file stands on the disk, as filefrag tells; what was never written is not among them."""
+    found = {}
+    for line in run("filefrag", "-s", "-v", f"-b{BLOCK}", path).splitlines():
+        words = line.replace("..", " ").replace(":", " ").split()
+        if words and words[0].isdigit() and "unwritten" not in words[-1]:
+            first, last, place = (int(word) for word in words[1:4])
+            found.update(zip(range(first, last + 1), range(place, place + last + 1 - first), strict=True))
+    assert found, path
+    return found
 
 
 def piped_bytes(*command: str) -> int:
@@ -113,4 +224,4 @@ def piped_bytes(*command: str) -> int:
 @contextlib.contextmanager
 def ground(backend: str) -> Iterator[Ground]:
     with contextlib.ExitStack() as stack:
-        yield {"btrfs": Btrfs}[backend](stack)
+        yield {"btrfs": Btrfs, "image": Image}[backend](stack)
