@@ -47,10 +47,12 @@ class LvmStage:
     def write(self, offset: int, data: memoryview) -> None:
         with disk_errors(self._lv.path):
             contents.write_all(self._fd, offset, data)
+        self._mapped = None
 
     def zero(self, offset: int, length: int) -> None:
         with disk_errors(self._lv.path):
             blockdev.zero(self._fd, offset, offset + length, self._chunk_bytes)
+        self._mapped = None
 
     def sync(self) -> None:
         if self._fd < 0:  # closed by a commit that was refused: it was synced then
@@ -62,23 +64,31 @@ class LvmStage:
         with disk_errors(self._lv.path):
             os.fsync(self._fd)
             blockdev.flush_cache(self._fd)
-        found = between(self._tools.place.pool(self._view), None, self._lv, self._tools.step)
-        self._mapped = found.offsets.tolist(), (found.offsets + found.lengths).tolist()
+        self._mapped = self._look()
 
     def read_into(self, offset: int, view: memoryview) -> None:
         with disk_errors(self._lv.path):
             contents.read_exactly(self._fd, offset, view)
 
     def data_within(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """What the pool maps there, as it was when the cache was dropped; all of it if it never was."""
+        """What the pool maps there: asked once, and again after something was written."""
+        mapped = self._mapped
+        if mapped is None:
+            self.sync()
+            mapped = self._mapped = self._look()
+        starts, ends = mapped
         end = offset + length
-        starts, ends = self._mapped if self._mapped is not None else ([offset], [end])
         for row in range(max(0, bisect.bisect_right(ends, offset)), len(starts)):
             if starts[row] >= end:
                 return
             low, high = max(starts[row], offset), min(ends[row], end)
             for at in range(low, high, _WINDOW_BYTES):
                 yield at, min(_WINDOW_BYTES, high - at)
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        """Where what the pool maps begins and ends; it maps what was synced."""
+        found = between(self._tools.place.pool(self._view), None, self._lv, self._tools.step)
+        return found.offsets.tolist(), (found.offsets + found.lengths).tolist()
 
     def close(self) -> None:
         with self._closing:

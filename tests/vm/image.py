@@ -39,7 +39,7 @@ MODULES: Final = (
     "libcrc32c",
 )
 FIRST_MODULES: Final = ("virtio_pci", "virtio_blk")
-PACKAGES: Final = ("resilver", "pytest", "pytest-asyncio", "pytest-timeout")
+PACKAGES: Final = ("resilver", "pytest", "pytest-asyncio", "pytest-timeout", "hypothesis")
 LVM_COMMANDS: Final = (
     "pvcreate", "vgcreate", "vgchange", "vgrename", "vgremove", "vgs", "lvcreate", "lvchange", "lvconvert", "lvs",
     "lvrename", "lvresize", "lvremove",

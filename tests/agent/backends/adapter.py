@@ -259,8 +259,12 @@ class Replica(ABC):
     def fill(self, source: Any, base: str, target: Snapshot) -> AnyStage:
         """A stage that has become the target: all that the source tells has travelled, but without the wire."""
         stage = open_stage(self, source, base, target)
-        if base != target.id:
-            transfer(source, self, stage)
+        try:
+            if base != target.id:
+                transfer(source, self, stage)
+        except BaseException:
+            stage.close()
+            raise
         return stage
 
     def receive(self, source: Any, base: str = "", **options: Any) -> tuple[PreservedCopy, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -60,16 +61,15 @@ def transfer(source: Replica, target: Replica, stage: AnyStage, frame_bytes: int
 
 def _transfer_blocks(source: Replica, stage: Stage) -> None:
     backend: Any = source.backend
-    reader = backend.open_reader(stage.target)
-    for row in backend.delta_map(stage.base, stage.target):
-        if row.zero:
-            stage.zero(row.offset, row.length)
-            continue
-        for offset in range(row.offset, row.offset + row.length, FRAME_BYTES):
-            data = memoryview(bytearray(min(FRAME_BYTES, row.offset + row.length - offset)))
-            reader.read_into(offset, data)
-            stage.write(offset, data)
-    reader.close()
+    with contextlib.closing(backend.open_reader(stage.target)) as reader:
+        for row in backend.delta_map(stage.base, stage.target):
+            if row.zero:
+                stage.zero(row.offset, row.length)
+                continue
+            for offset in range(row.offset, row.offset + row.length, FRAME_BYTES):
+                data = memoryview(bytearray(min(FRAME_BYTES, row.offset + row.length - offset)))
+                reader.read_into(offset, data)
+                stage.write(offset, data)
     stage.sync()
 
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from resilver.volume import LiveState
-from tests.agent.backends.adapter import Kind, Place
+from resilver.volume import LiveState, VolumeRecord
+from tests.agent.backends.adapter import VOLUME_ID, Kind, Place
 from tests.agent.backends.conformance.cases import SCENARIOS, Case
 from tests.agent.backends.crash import At, Step, Steps, killed, reason_of, whole
 from tests.agent.backends.transfer import close_stages, open_stage, transfer
@@ -76,6 +76,26 @@ def test_killed_in_a_snapshot(replica, kind):
         assert again.contents(again.lineage.tip_id) == again.contents() == live
     assert had_come
     assert replica.lineage.find(first.id).present
+
+
+# The place for records.
+
+
+def test_killed_while_a_place_is_made_ready(place, kind):
+    """Whatever the first record needs is made with it: what a kill leaves of that stands in nobody's way."""
+    record = VolumeRecord("vm1", VOLUME_ID)
+    steps = steps_of(kind, lambda step: place.replica("a", "first", step=step).backend.save_record(record))
+    replica = place.replica("a")
+    for at in steps:
+        assert killed(lambda step: replica.again(step=step).backend.save_record(record), at), at
+        again = replica.again()
+        again.backend.recover()
+        assert again.backend.examine().record is None, at
+    replica.again().backend.save_record(record)
+    again = replica.again()
+    again.backend.recover()
+    assert again.backend.examine().record == record
+    assert again.debris() == []
 
 
 # Committing.
