@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tests import namespace
-from tests.campaign.kills import campaign
+from tests.campaign.kills import GIVE_UP_EVERY, campaign
 from tests.loopfs import mounted
 
 
@@ -17,6 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--give-up-every", type=int, default=GIVE_UP_EVERY, metavar="KILLS")
     asked = parser.parse_args()
     namespace.enter()
     begun = time.monotonic()
@@ -25,7 +26,7 @@ def main() -> None:
         mounted("xfs", 16 << 30) as disk,
         campaign(Path(directory), disk, asked.seed) as one,
     ):
-        story = one.run(asked.kills)
+        story = one.run(asked.kills, asked.give_up_every)
     told = {
         "seconds": round(time.monotonic() - begun),
         "kills": dict(story.kills),

@@ -188,13 +188,22 @@ class Campaign:
     def _settle(self) -> None:
         for node in NODES:
             assert self.made.processes[node].alive, f"{node} ended by itself:\n{self.made.log(node)[-4000:]}"
-        wait_for(self._all_in_sync, "all are in sync", SETTLE_S, every_s=1.0)
+        try:
+            wait_for(self._all_in_sync, "all are in sync", SETTLE_S, every_s=1.0)
+        except AssertionError as error:
+            error.add_note(self.made.cli("status", "-o", "table").out)
+            error.add_note(self.made.cli("resync", VOLUME, "-o", "table").err)
+            raise
 
     def _all_in_sync(self) -> bool:
         rows = self.made.replicas(VOLUME)
         if all(rows.get(node, {}).get("reachable") and rows[node]["state"] == "IN_SYNC" for node in NODES):
             return len({rows[node]["snapshot"] for node in NODES}) == 1
-        self._command("resync", VOLUME)
+        ran = self._command("resync", VOLUME)
+        for node in set(self.story.given_up):
+            # Given up for the second time within the hour, and written to: that takes the operator's word.
+            if any("KEEPS_BEING_WRITTEN" in line and f"{VOLUME}/{node}" in line for line in ran.err.splitlines()):
+                self._command("resync", VOLUME, "--replace", node)
         return False
 
     def _check(self) -> None:
