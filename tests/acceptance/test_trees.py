@@ -62,12 +62,12 @@ class Field:
         return {run["node"]: run for run in runs}
 
 
-@pytest.fixture(scope="module", params=["btrfs", "image"])
+@pytest.fixture(scope="module", params=["btrfs", "image", "zfs"])
 def there(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     with ground(request.param) as place, cluster(tmp_path_factory.mktemp("trees"), "sqlite") as made:
         made.start_coordinator()
         live = place.create("a")
-        features = trees.make(live)
+        features = trees.make(live, small_files=place.small_files)
         postgres.initialise(live / "pg")
         with postgres.running(live / "pg") as server:
             server.fill()
