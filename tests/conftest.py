@@ -20,14 +20,19 @@ _PATTERNS = (
     r"conformance/test_crash\.py::.*\[image-(btrfs|ext4)",
     r"conformance/test_crash\.py::test_(?!killed_in_a_commit|killed_in_a_snapshot).*\[btrfs",
     r"backends/zfs/test_crash\.py::test_(?!killed_in_a_snapshot)",
-    r"backends/zfs/test_troubles\.py::test_a_full_pool_in_a_commit",
     r"backends/btrfs/test_crash\.py::test_killed_in_a_commit",
     # Compacting beside everything: all on XFS.
     r"backends/test_compact\.py::.*\[btrfs",
     r"backends/test_trail\.py::.*btrfs-compressed",
     r"conformance/test_history\.py::.*\[(image-btrfs|image-ext4|image-compressed)",
+    # zfs-fuse takes seconds for each replica: the looks, the commits and the pruning of the suite for all kinds, and
+    # what only ZFS has.
+    r"conformance/test_(?!looking|commit|letting_go).*\[zfs",
+    r"conformance/test_commit\.py::test_(?!commit|own_data|what_a_preserved).*\[zfs",
+    r"backends/zfs/test_use\.py::test_a_target_in_use",
+    r"backends/zfs/test_troubles\.py::test_(?!what_|holds_|a_pool|datasets|pruning)",
     # The story of files: the ordinary tests tell it on Btrfs.
-    r"acceptance/test_trees\.py::.*\[image\]",
+    r"acceptance/test_trees\.py::.*\[(image|zfs)\]",
 )
 THOROUGH = re.compile("|".join(_PATTERNS))
 

@@ -89,6 +89,8 @@ class Kind(ABC):
     """The path may be empty between two steps of a commit, until `recover`: the exchange takes two commands."""
     outlives_live: bool = True
     """Snapshots are still there when somebody has removed the live copy."""
+    stands_alone: bool = True
+    """A snapshot needs no live copy: else one goes with the live copy it is of, and a preserved copy pins its base."""
     full_size_bytes: int = 320 << 20
     """The size of a ground that a test fills up."""
     slow: bool = False

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from tests.agent.backends.adapter import Kind
-from tests.agent.backends.kinds import btrfs, image
+from tests.agent.backends.kinds import btrfs, image, zfs
 
-KINDS: tuple[Kind, ...] = (*image.KINDS, *btrfs.KINDS)
+KINDS: tuple[Kind, ...] = (*image.KINDS, *btrfs.KINDS, *zfs.KINDS)

@@ -106,8 +106,10 @@ class ZfsReplica(TreeReplica):
             zfs("snapshot", snapshot)
         try:
             zfs("clone", "-o", f"mountpoint={point}", "-o", "readonly=on", snapshot, clone)
-            yield point
-            zfs("destroy", clone)
+            try:
+                yield point
+            finally:
+                zfs("destroy", clone)
         finally:
             if snapshot != name:
                 zfs("destroy", snapshot)
@@ -223,6 +225,8 @@ class ZfsKind(Kind):
     decides: ClassVar[dict[str, str]] = {"snapshot": "snapshot.recorded"}
     odd_name = "vm 1_a:b-c.d"
     may_be_absent = True
+    outlives_live = False
+    stands_alone = False
     slow = True
     full_size_bytes = 160 << 20
     uses = (
