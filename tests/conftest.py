@@ -25,10 +25,11 @@ _PATTERNS = (
     r"backends/test_compact\.py::.*\[btrfs",
     r"backends/test_trail\.py::.*btrfs-compressed",
     r"conformance/test_history\.py::.*\[(image-btrfs|image-ext4|image-compressed)",
-    # zfs-fuse takes seconds for each replica: the looks, the commits and the pruning of the suite for all kinds, and
-    # what only ZFS has.
+    # zfs-fuse takes seconds for each replica: some commits and the looks of the suite for all kinds, and what only
+    # ZFS has.
     r"conformance/test_(?!looking|commit|letting_go).*\[zfs",
-    r"conformance/test_commit\.py::test_(?!commit|own_data|what_a_preserved).*\[zfs",
+    r"conformance/test_commit\.py::(?!test_commit\[zfs-(stale|diverged|written)\]).*\[zfs",
+    r"conformance/test_letting_go\.py::test_prune.*\[zfs",
     r"backends/zfs/test_use\.py::test_a_target_in_use",
     r"backends/zfs/test_troubles\.py::test_(?!what_|holds_|a_pool|datasets|pruning)",
     # The story of files: the ordinary tests tell it on Btrfs.
