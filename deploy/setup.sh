@@ -17,6 +17,8 @@ need losetup mount
 need rsync rsync
 compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
 need zfs-fuse zfs-fuse
+need spin spin
+need gcc gcc  # compiles what spin writes
 if [[ $(uname -m) == x86_64 ]]; then  # the machine that tests what needs the device mapper
   need qemu-system-x86_64 qemu-system-x86
   need lvm lvm2

@@ -34,6 +34,8 @@ _PATTERNS = (
     r"backends/zfs/test_troubles\.py::test_(?!what_|holds_|a_pool|datasets|pruning)",
     # The story of files: the ordinary tests tell it on Btrfs.
     r"acceptance/test_trees\.py::.*\[(image|zfs)\]",
+    # The larger models of the protocol.
+    r"model/test_model\.py::.*-deeper",
 )
 THOROUGH = re.compile("|".join(_PATTERNS))
 
