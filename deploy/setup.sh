@@ -19,6 +19,7 @@ compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgres
 need zfs-fuse zfs-fuse
 need spin spin
 need gcc gcc  # compiles what spin writes
+[[ -e /usr/include/stdio.h ]] || missing+=(libc6-dev)
 if [[ $(uname -m) == x86_64 ]]; then  # the machine that tests what needs the device mapper
   need qemu-system-x86_64 qemu-system-x86
   need lvm lvm2

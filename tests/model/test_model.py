@@ -24,7 +24,8 @@ TIMEOUT_S: Final = 600.0
 MISSING: Final = [tool for tool in ("spin", "gcc") if shutil.which(tool) is None]
 
 pytestmark = pytest.mark.skipif(
-    bool(MISSING) and not os.environ.get("CI"), reason=f"not installed: {', '.join(MISSING)} (Debian: spin, gcc)"
+    bool(MISSING) and not os.environ.get("CI"),
+    reason=f"not installed: {', '.join(MISSING)} (Debian: spin, gcc, libc6-dev)",
 )
 
 
