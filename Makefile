@@ -22,7 +22,7 @@ demo: setup ## A cluster on this machine: three nodes, one stale, one diverged, 
 	@$(BIN)/resilver demo $(if $(KEEP),--keep)
 
 test: setup ## The tests, a file at a time on each of three workers
-	@$(BIN)/pytest -n 3 --dist loadfile
+	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 thorough: setup ## All tests, with every kind of volume killed at every step in every state: hours
 	@RESILVER_THOROUGH=1 RESILVER_MACHINE=all $(BIN)/pytest -n 3 --dist loadfile

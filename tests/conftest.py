@@ -15,8 +15,8 @@ import pytest
 from tests import namespace
 
 _PATTERNS = (
-    # Killed at each step: all states of a target on XFS, one on Btrfs.
-    r"conformance/test_crash\.py::test_killed_in_a_commit\[btrfs-(?!stale\])",
+    # Killed at each step: all states of a target on XFS.
+    r"conformance/test_crash\.py::test_killed_in_a_commit\[btrfs",
     r"conformance/test_crash\.py::.*\[image-(btrfs|ext4)",
     r"conformance/test_crash\.py::test_(?!killed_in_a_commit|killed_in_a_snapshot).*\[btrfs",
     r"backends/zfs/test_crash\.py::test_(?!killed_in_a_snapshot)",
@@ -25,19 +25,26 @@ _PATTERNS = (
     r"backends/test_compact\.py::.*\[btrfs",
     r"backends/test_trail\.py::.*btrfs-compressed",
     r"conformance/test_history\.py::.*\[(image-btrfs|image-ext4|image-compressed)",
-    # zfs-fuse takes seconds for each replica: some commits and the looks of the suite for all kinds, and what only
-    # ZFS has.
-    r"conformance/test_(?!looking|commit|letting_go).*\[zfs",
-    r"conformance/test_commit\.py::(?!test_commit\[zfs-(stale|diverged|written)\]).*\[zfs",
+    # zfs-fuse takes seconds for each replica: the looks of the suite for all kinds, a story of a pair, and what only ZFS
+    # has.
+    r"conformance/test_(?!looking|letting_go).*\[zfs",
     r"conformance/test_letting_go\.py::test_prune.*\[zfs",
     r"backends/zfs/test_use\.py::test_a_target_in_use",
     r"backends/zfs/test_troubles\.py::test_(?!what_|holds_|a_pool|datasets|pruning)",
+    r"backends/zfs/test_strangers\.py::test_a_pair_of_plain_scripts",
+    # On Btrfs a transfer takes a second: some of the suite's walks through several.
+    r"conformance/test_receiving\.py::test_(receive_again_and_again|the_other_way_round).*\[btrfs",
+    r"conformance/test_commit\.py::test_it_goes_on_as_a_replica_like_any_other\[btrfs",
+    r"conformance/test_letting_go\.py::test_prune_and_receive_go_together\[btrfs",
     # The story of files: the ordinary tests tell it on Btrfs.
     r"acceptance/test_trees\.py::.*\[(image|zfs)\]",
+    r"acceptance/test_adoption_zfs\.py::test_the_next_delta",
     # The larger models of the protocol.
     r"model/test_model\.py::.*-deeper",
 )
 THOROUGH = re.compile("|".join(_PATTERNS))
+LONG = ("vm/", "acceptance/", "model/", "simulation/", "campaign/", "agent/backends/")
+"""Where a file takes minutes: begun first, so that no worker is left alone with one at the end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,7 +58,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is thorough is left out, unless it is asked for, here or by its own name."""
+    """What is thorough is left out, unless it is asked for, here or by its own name; what takes long goes first."""
+    items.sort(
+        key=lambda item: next((at for at, place in enumerate(LONG) if f"tests/{place}" in item.nodeid), len(LONG))
+    )
     if os.environ.get("RESILVER_THOROUGH") or any("::" in argument for argument in config.args):
         return
     left_out = [item for item in items if THOROUGH.search(item.nodeid)]

@@ -17,7 +17,7 @@ import pytest
 from tests.simulation.mutations import MUTATIONS, applied, harsh
 from tests.simulation.simulate import simulate
 
-SEEDS: Final = 400
+SEEDS: Final = 250
 MUTANT_SEEDS_MAX: Final = 400
 RUN_TIMEOUT_S: Final = 280
 SAME_SEEDS: Final = 30
