@@ -25,8 +25,7 @@ _PATTERNS = (
     r"backends/test_compact\.py::.*\[btrfs",
     r"backends/test_trail\.py::.*btrfs-compressed",
     r"conformance/test_history\.py::.*\[(image-btrfs|image-ext4|image-compressed)",
-    # zfs-fuse takes seconds for each replica: the looks of the suite for all kinds, a story of a pair, and what only ZFS
-    # has.
+    # zfs-fuse takes seconds for each replica: the looks of the suite for all kinds, and what only ZFS has.
     r"conformance/test_(?!looking|letting_go).*\[zfs",
     r"conformance/test_letting_go\.py::test_prune.*\[zfs",
     r"backends/zfs/test_use\.py::test_a_target_in_use",
