@@ -23,13 +23,13 @@ _PATTERNS = (
     r"backends/btrfs/test_crash\.py::test_killed_in_a_commit",
     # Compacting beside everything: all on XFS.
     r"backends/test_compact\.py::.*\[btrfs",
-    r"backends/test_trail\.py::.*btrfs-compressed",
+    r"backends/test_trail\.py::.*(btrfs-compressed|ext4)",
     r"conformance/test_history\.py::.*\[(image-btrfs|image-ext4|image-compressed)",
     # zfs-fuse takes seconds for each replica: the looks of the suite for all kinds, and what only ZFS has.
     r"conformance/test_(?!looking|letting_go).*\[zfs",
     r"conformance/test_letting_go\.py::test_prune.*\[zfs",
     r"backends/zfs/test_use\.py::test_a_target_in_use",
-    r"backends/zfs/test_troubles\.py::test_(?!what_|holds_|a_pool|datasets|pruning)",
+    r"backends/zfs/test_troubles\.py::test_(?!holds_|a_pool|datasets)",
     r"backends/zfs/test_strangers\.py::test_a_pair_of_plain_scripts",
     # On Btrfs a transfer takes a second: some of the suite's walks through several.
     r"conformance/test_receiving\.py::test_(receive_again_and_again|the_other_way_round).*\[btrfs",
