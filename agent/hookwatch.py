@@ -139,7 +139,7 @@ def run_after(hook: Hook) -> str:
         why = run(hook, "after", max(AFTER_PAUSE_S, until - time.monotonic()))
         if not why or time.monotonic() + AFTER_PAUSE_S >= until:
             break
-        time.sleep(AFTER_PAUSE_S)
+        time.sleep(AFTER_PAUSE_S)  # what failed is tried again, within the limit
     return why
 
 
@@ -175,7 +175,7 @@ def locked(path: str, limit_s: float) -> bool:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(LOCK_POLL_S)
+            time.sleep(LOCK_POLL_S)  # flock itself has no deadline
         else:
             break
     return os.fstat(fd).st_nlink > 0

@@ -319,4 +319,4 @@ def _pipe(layout: Layout, stage: ZfsStage, plan: _Plan) -> Contents:
         finally:
             stream.close()
             receiver.close()
-        time.sleep(_BUSY_PAUSE_S)
+        time.sleep(_BUSY_PAUSE_S)  # until a deadline: ZFS tells nobody when it is done

@@ -206,7 +206,7 @@ def _reservable(pool: Pool) -> Iterator[None]:
                 f"one only. If no other tool is at work with it, release it: {pool.release_command}",
                 next_command=pool.release_command,
             )
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_S)  # until a deadline: the kernel tells nobody
 
 
 @contextlib.contextmanager
@@ -218,7 +218,7 @@ def _locked(pool: Pool, until: float) -> Iterator[None]:
         while not _try_lock(fd):
             if time.monotonic() > until:
                 raise Refused("IN_USE", f"the metadata of thin pool {pool.lv.full_name} is being read for too long")
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_S)  # until a deadline: the kernel tells nobody
         yield
     finally:
         os.close(fd)

@@ -168,7 +168,7 @@ def patient(tool: str, *arguments: str) -> str:
         except ZfsError as error:
             if not error.busy or time.monotonic() > deadline:
                 raise
-        time.sleep(_BUSY_PAUSE_S)
+        time.sleep(_BUSY_PAUSE_S)  # until a deadline: ZFS tells nobody when it is done
 
 
 def brief(raw: bytes) -> str:
