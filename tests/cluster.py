@@ -1,6 +1,8 @@
 """A real cluster on this machine: etcd or sqlite, coordinators and agents as processes, the command as a process.
 
-Nothing is shared with the code under test but its command lines and configuration files, as a user would write them.
+Nothing is shared with the code under test but its command lines, its configuration files and its API, as a user would
+have them. What the operator does goes through the command; only waiting asks the coordinator itself, because a command
+takes half a second of a core to start.
 """
 
 from __future__ import annotations
@@ -18,6 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import grpc
+
+from resilver.cli.plainjson import plain, plain_list
+from resilver.v1 import coordinator_pb2 as api
+from resilver.v1 import coordinator_pb2_grpc
 
 DEADLINE_S = 60.0
 
@@ -128,6 +136,7 @@ class Cluster:
     paths: dict[tuple[str, str], Path] = field(default_factory=dict)
     etcd_url: str = ""
     """Of an etcd that the test keeps itself; empty if the cluster is to start one."""
+    channels: dict[int, grpc.Channel] = field(default_factory=dict)
 
     def process(self, name: str, *command: str, **env: str) -> Process:
         made = Process(name, list(command), self.directory / f"{name}.log", env)
@@ -243,12 +252,36 @@ class Cluster:
         assert reason in ran.err.splitlines()[0], ran.err
         return ran
 
-    def volume(self, volume: str) -> Any:
-        """The volume as `status` has it; empty while the coordinator knows no such volume or does not answer."""
-        ran = self.cli("status")
-        if ran.code != 0:
-            return {}
-        return next((one for one in ran.json["volumes"] if one["name"] == volume), {})
+    def ask(self, method: str, request: Any) -> Any:
+        """The leader's answer to one call; None while nobody leads, or it knows nothing of that."""
+        for name, port in self.ports.items():
+            if name not in ("c1", "c2"):
+                continue
+            if port not in self.channels:
+                self.channels[port] = grpc.insecure_channel(
+                    f"127.0.0.1:{port}", [("grpc.max_reconnect_backoff_ms", 200), ("grpc.min_reconnect_backoff_ms", 50)]
+                )
+            stub: Any = coordinator_pb2_grpc.CoordinatorStub(self.channels[port])
+            try:
+                return getattr(stub, method)(request, timeout=5.0)
+            except grpc.RpcError:
+                continue
+        return None
+
+    def volume(self, volume: str) -> dict[str, Any]:
+        """The volume as `status -o json` has it; empty while nobody knows it."""
+        answer = self.ask("ListVolumes", api.ListVolumesRequest(volumes=[volume], view=api.VOLUME_VIEW_BASIC))
+        return plain(answer.volumes[0]) if answer and answer.volumes else {}
+
+    def node(self, node: str) -> dict[str, Any]:
+        """The node as `nodes -o json` has it; empty while nobody knows it."""
+        answer = self.ask("ListNodes", api.ListNodesRequest())
+        return next((plain(one) for one in answer.nodes if one.name == node), {}) if answer else {}
+
+    def resyncs(self, volume: str) -> list[dict[str, Any]]:
+        """The resyncs as `resyncs -o json` has them, the newest first; empty while nobody leads."""
+        answer = self.ask("ListResyncs", api.ListResyncsRequest(volume=volume))
+        return plain_list(answer.resyncs) if answer else []
 
     def replicas(self, volume: str) -> dict[str, Any]:
         """The rows of `status`, by node; empty as `volume` is."""
@@ -280,6 +313,9 @@ class Cluster:
         return (self.directory / f"{name}.log").read_text(errors="replace")
 
     def close(self) -> None:
+        for channel in self.channels.values():
+            channel.close()
+        self.channels.clear()
         for process in reversed(list(self.processes.values())):
             process.stop()
 

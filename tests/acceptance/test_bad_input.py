@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -153,15 +152,8 @@ def test_a_state_dir_in_use_is_2_and_its_user_named(pair: Cluster, disk: Path) -
     assert "give this agent a state_dir of its own" in sentence
 
 
-def node(made: Cluster, name: str) -> Any:
-    """A node as the coordinator tells of it; empty if it knows none of that name, or does not answer yet."""
-    ran = made.cli("nodes")
-    found = ran.json["nodes"] if ran.code == 0 else []
-    return next((one for one in found if one["name"] == name), {})
-
-
 def reasons(made: Cluster, name: str) -> list[str]:
-    return [problem["reason"] for problem in node(made, name).get("problems", ())]
+    return [problem["reason"] for problem in made.node(name).get("problems", ())]
 
 
 def second_agent(made: Cluster, name: str, *changes: tuple[str, str]) -> Path:
@@ -179,7 +171,7 @@ def second_agent(made: Cluster, name: str, *changes: tuple[str, str]) -> Path:
 def test_an_agent_of_another_cluster_stays_out(pair: Cluster, disk: Path) -> None:
     with unchanged(disk / "a", disk / "b"):
         place = second_agent(pair, "w", (r"^node = .*", 'node = "w"'), (r"^cluster = .*", 'cluster = "prod"'))
-        told = wait_for(lambda: node(pair, "w"), "the coordinator tells of it")
+        told = wait_for(lambda: pair.node("w"), "the coordinator tells of it")
         assert not told["reachable"]
         (problem,) = told["problems"]
         assert problem["reason"] == "CLUSTER_MISMATCH"
@@ -195,7 +187,7 @@ def test_of_two_agents_with_one_name_neither_is_believed(pair: Cluster, disk: Pa
     with unchanged(disk / "a", disk / "b"):
         place = second_agent(pair, "twin")
         wait_for(lambda: "DUPLICATE_NODE" in reasons(pair, "b"), "the coordinator tells of it")
-        assert not node(pair, "b")["reachable"]
+        assert not pair.node("b")["reachable"]
         row = pair.replicas("vm1")["b"]
         assert (row["state"], row["reachable"]) == ("UNKNOWN", False)
         ran = pair.refused("resync", "vm1", reason="DUPLICATE_NODE vm1/b")
@@ -232,7 +224,7 @@ def test_another_store_is_refused_until_it_is_adopted(pair: Cluster, disk: Path)
     with unchanged(disk / "a", disk / "b"):
         pair.restart("c1")
         for name in ("a", "b"):
-            told = wait_for(lambda name=name: node(pair, name), f"{name} asks the other store's coordinator")
+            told = wait_for(lambda name=name: pair.node(name), f"{name} asks the other store's coordinator")
             assert not told["reachable"]
             assert [problem["reason"] for problem in told["problems"]] == ["WRONG_STORE"]
             adopt = told["problems"][0]["next_command"]

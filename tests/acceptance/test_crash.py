@@ -62,8 +62,7 @@ class Transfer:
 
     def shown(self) -> Any:
         """The resync as the coordinator shows it; None while there is no coordinator that knows it."""
-        ran = self.made.cli("resyncs", self.volume)
-        return next((run for run in ran.json["resyncs"] if run["id"] == self.id), None) if ran.code == 0 else None
+        return next((run for run in self.made.resyncs(self.volume) if run["id"] == self.id), None)
 
     def succeeds(self) -> Any:
         """The resync, once the coordinator shows that it has ended, which must be well."""

@@ -85,11 +85,6 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def runs(made: Cluster, volume: str) -> list[Any]:
-    """All runs of a volume, the newest first."""
-    return list(made.ok("resyncs", volume)["resyncs"])
-
-
 def test_a_copy_in_use_is_left_alone_and_its_stage_commits_once_it_is_closed(pair: Cluster) -> None:
     changed = {volume: change(pair, volume, seed) for seed, volume in enumerate(HELD)}
     before = {volume: digest(pair.image("b", volume)) for volume in HELD}
@@ -110,7 +105,7 @@ def test_a_copy_in_use_is_left_alone_and_its_stage_commits_once_it_is_closed(pai
         assert {volume: digest(pair.image("b", volume)) for volume in HELD} == before
     for volume in HELD:
         pair.wait_state(volume, "b", "IN_SYNC")
-        second, first, *_ = runs(pair, volume)
+        second, first, *_ = pair.resyncs(volume)
         assert (first["state"], second["state"]) == ("BLOCKED", "SUCCEEDED")
         assert second["wire_bytes"] == 0
         assert second["preserved"] == []
@@ -128,7 +123,7 @@ def test_what_is_written_to_a_copy_during_the_transfer_is_found_and_preserved(pa
     written = images.copy(live, disk / "written.img")
     source.send(signal.SIGCONT)
     pair.wait_state("raced", "b", "IN_SYNC")
-    (run, _first) = runs(pair, "raced")
+    (run, _first) = pair.resyncs("raced")
     assert run["state"] == "SUCCEEDED"
     assert identical(pair.image("a", "raced"), live)
     (kept,) = pair.ok("preserved", "raced")["preserved"]
@@ -242,8 +237,8 @@ def _ended(made: Cluster, volume: str) -> Any:
     """The newest run of a volume, once it has ended."""
 
     def final() -> Any:
-        run = runs(made, volume)[0]
-        return run if run["end_time"] else None
+        run = next(iter(made.resyncs(volume)), {})
+        return run if run.get("end_time") else None
 
     return wait_for(final, f"the run of {volume} ends")
 

@@ -175,4 +175,4 @@ def test_a_primary_that_is_away_is_given_up_by_name_and_kept_when_it_comes_back(
 
 
 def _run(made: Cluster, resync: str) -> Any:
-    return next(run for run in made.ok("resyncs", VOLUME)["resyncs"] if run["id"] == resync)
+    return next(run for run in made.resyncs(VOLUME) if run["id"] == resync)
