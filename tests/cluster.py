@@ -137,6 +137,9 @@ class Cluster:
     etcd_url: str = ""
     """Of an etcd that the test keeps itself; empty if the cluster is to start one."""
     channels: dict[int, grpc.Channel] = field(default_factory=dict)
+    lease_ttl_s: int = 10
+    answering: str = ""
+    """The coordinator that answered last: asked first, because another one may be stopped."""
 
     def process(self, name: str, *command: str, **env: str) -> Process:
         made = Process(name, list(command), self.directory / f"{name}.log", env)
@@ -166,7 +169,7 @@ class Cluster:
         config.write_text(
             f'name = "{name}"\ncluster = "{self.name}"\nlisten = "127.0.0.1:{port}"\nstore = "{url}"\n'
             f'metrics_listen = "127.0.0.1:{self.ports.setdefault(name + "-metrics", free_port())}"\n'
-            f'state_dir = "{self.directory}/{name}"\nlease_ttl_s = 10\n{extra}'
+            f'state_dir = "{self.directory}/{name}"\nlease_ttl_s = {self.lease_ttl_s}\n{extra}'
         )
         self.process(name, sys.executable, "-m", "coordinator.app", "--config", str(config))
 
@@ -253,19 +256,20 @@ class Cluster:
         return ran
 
     def ask(self, method: str, request: Any) -> Any:
-        """The leader's answer to one call; None while nobody leads, or it knows nothing of that."""
-        for name, port in self.ports.items():
-            if name not in ("c1", "c2"):
-                continue
+        """The leader's answer to one call; None while nobody leads, or if it is refused."""
+        for name in sorted({"c1", "c2"} & self.ports.keys(), key=lambda name: (name != self.answering, name)):
+            port = self.ports[name]
             if port not in self.channels:
                 self.channels[port] = grpc.insecure_channel(
                     f"127.0.0.1:{port}", [("grpc.max_reconnect_backoff_ms", 200), ("grpc.min_reconnect_backoff_ms", 50)]
                 )
             stub: Any = coordinator_pb2_grpc.CoordinatorStub(self.channels[port])
             try:
-                return getattr(stub, method)(request, timeout=5.0)
+                answer = getattr(stub, method)(request, timeout=5.0)
             except grpc.RpcError:
                 continue
+            self.answering = name
+            return answer
         return None
 
     def volume(self, volume: str) -> dict[str, Any]:
@@ -277,6 +281,11 @@ class Cluster:
         """The node as `nodes -o json` has it; empty while nobody knows it."""
         answer = self.ask("ListNodes", api.ListNodesRequest())
         return next((plain(one) for one in answer.nodes if one.name == node), {}) if answer else {}
+
+    def leader(self) -> str:
+        """The coordinator that leads; empty while none does."""
+        answer = self.ask("GetCluster", api.GetClusterRequest())
+        return str(answer.leader) if answer else ""
 
     def resyncs(self, volume: str) -> list[dict[str, Any]]:
         """The resyncs as `resyncs -o json` has them, the newest first; empty while nobody leads."""

@@ -38,11 +38,13 @@ _PATTERNS = (
     # The story of files: the ordinary tests tell it on Btrfs.
     r"acceptance/test_trees\.py::.*\[(image|zfs)\]",
     r"acceptance/test_adoption_zfs\.py::test_the_next_delta",
+    # How long the store is away makes no difference, once it is longer than a lease.
+    r"leaders/test_leaders\.py::.*\[a-minute",
     # The larger models of the protocol.
     r"model/test_model\.py::.*-deeper",
 )
 THOROUGH = re.compile("|".join(_PATTERNS))
-LONG = ("vm/", "acceptance/", "model/", "simulation/", "campaign/", "agent/backends/")
+LONG = ("vm/", "acceptance/", "leaders/", "model/", "simulation/", "campaign/", "agent/backends/")
 """Where a file takes minutes: begun first, so that no worker is left alone with one at the end."""
 
 
