@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from coordinator.core.cluster import ClusterEvent
 from coordinator.core.engine import Engine
 from coordinator.core.events import Event, Request
-from coordinator.reign import CurrentReign, Outbox, Watcher, now_ms
+from coordinator.reign import CurrentReign, Outbox, Span, Watcher, now_ms
 from coordinator.store.base import Health, Leader, Store
 from resilver.errors import ResilverError, Superseded
 
@@ -55,12 +55,10 @@ class Front:
         return self._present().watch()
 
     def events_after(self, sequence: int) -> Sequence[ClusterEvent]:
-        return [event for event in self._present().events() if event.sequence > sequence]
+        return self._present().events_after(sequence)
 
-    @property
-    def oldest_event(self) -> int:
-        events = self._present().events()
-        return events[0].sequence if events else 0
+    def events_span(self) -> Span:
+        return self._present().span()
 
     def open_stream(self, stream: str) -> Outbox:
         return self._present().open_stream(stream)

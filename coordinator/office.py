@@ -82,6 +82,15 @@ class Watch(Protocol):
         """
 
 
+class Span(Protocol):
+    """Which events are kept: those after `gone`, up to `newest`; both 0 if there has never been one."""
+
+    @property
+    def gone(self) -> int: ...
+    @property
+    def newest(self) -> int: ...
+
+
 class StreamOut(Protocol):
     """What is to be sent to one agent's stream; bounded."""
 
@@ -135,11 +144,10 @@ class Office(Protocol):
     def watch(self) -> Watch: ...
 
     def events_after(self, sequence: int) -> Sequence[ClusterEvent]:
-        """The events that are kept and come after this one, oldest first."""
+        """The events that are stored and come after this one, oldest first."""
 
-    @property
-    def oldest_event(self) -> int:
-        """The sequence of the oldest event that is kept; 0 if there is none."""
+    def events_span(self) -> Span:
+        """Which events are kept."""
 
     def open_stream(self, stream: str) -> StreamOut: ...
 

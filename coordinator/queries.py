@@ -199,4 +199,5 @@ def list_events(office: Office, request: api.ListEventsRequest) -> api.ListEvent
     _wanted(office.engine(), request.volume, request.node)
     events = filter(about(request.volume, request.node), office.events_after(0))
     found = page(request, events, lambda event: views.descending(event.sequence), event_to_proto)
-    return api.ListEventsResponse(events=found.messages, next_page_token=found.next_page_token)
+    newest = office.events_span().newest
+    return api.ListEventsResponse(events=found.messages, next_page_token=found.next_page_token, newest_sequence=newest)

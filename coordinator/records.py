@@ -2,8 +2,8 @@
 
 The rules:
 
-* Keys are readable (`volumes/vm1`, `elections/vm1/001795401600000`, `resyncs/vm1/<id>`, `nodes/a`), and the decisions
-  about a volume sort by their time.
+* Keys are readable (`volumes/vm1`, `elections/vm1/001795401600000`, `resyncs/vm1/<id>`, `nodes/a`,
+  `events/00000000012884901889`); the decisions about a volume sort by their time, events by their number.
 * Values are the frozen classes field by field, a CP as `"3-42"`; a field that a newer version added is passed over.
 * A record that is of no known kind, or cannot be read whole, stops the take-over with its key: a leader that passed
   over a record would forget what it was told to remember.
@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from coordinator.core.cluster import Candidate, ElectionRecord, NodeView, Resync, VolumeEntry
+from coordinator.core.cluster import Candidate, ClusterEvent, ElectionRecord, NodeView, Resync, VolumeEntry
 from coordinator.core.events import DeletedNode, Forgotten, Kept, Loaded, Volume
 from coordinator.store.base import Json, Stored
 from resilver.errors import Damaged
@@ -31,6 +31,7 @@ NOTE_KEY: Final = "(note)"
 """Where the evidence says what was left out: no node can have this name."""
 
 _TIME_DIGITS: Final = 15
+_SEQUENCE_DIGITS: Final = 20
 _FREE_FORM: Final = frozenset({"bases", "evidence"})
 """Fields whose keys are names of nodes, and not of fields."""
 
@@ -48,6 +49,8 @@ def key_of(kept: Kept) -> str:
             return f"resyncs/{volume}/{resync_id}"
         case NodeView(name=name) | DeletedNode(name=name):
             return f"nodes/{name}"
+        case ClusterEvent(sequence=sequence):
+            return f"events/{sequence:0{_SEQUENCE_DIGITS}d}"
         case Forgotten(record=record):
             return key_of(record)
 
@@ -65,6 +68,8 @@ def to_json(kept: Kept) -> Json | None:
             return _plain(bounded_resync(kept))
         case NodeView():
             return _plain(kept)
+        case ClusterEvent():
+            return {name: value for name, value in _plain(kept).items() if value}
 
 
 def load(stored: Mapping[str, Stored]) -> Loaded:
@@ -73,6 +78,7 @@ def load(stored: Mapping[str, Stored]) -> Loaded:
     elections: dict[str, list[ElectionRecord]] = {}
     resyncs: dict[str, Resync] = {}
     nodes: dict[str, NodeView] = {}
+    events: list[ClusterEvent] = []
     for key in sorted(stored):
         value = stored[key].value
         match key.split("/"):
@@ -93,10 +99,14 @@ def load(stored: Mapping[str, Stored]) -> Loaded:
                 _agrees(key, node)
                 # Nobody is connected to a coordinator that has just begun.
                 nodes[name] = replace(node, connected=False, duplicate=False)
+            case ["events", _]:
+                event = _typed(key, value, ClusterEvent)
+                _agrees(key, event)
+                events.append(event)
             case _:
                 raise _unreadable(key, "it is no kind of record that this version knows")
     newest_first = {volume: tuple(reversed(records)) for volume, records in elections.items()}
-    return Loaded(volumes, newest_first, resyncs, nodes)
+    return Loaded(volumes, newest_first, resyncs, nodes, tuple(events))
 
 
 def bounded_election(election: ElectionRecord) -> ElectionRecord:
@@ -158,7 +168,7 @@ def _bytes(record: ElectionRecord | Resync) -> int:
     return len(msgspec.json.encode(_plain(record)))
 
 
-def _plain(record: VolumeEntry | ElectionRecord | Resync | NodeView) -> Json:
+def _plain(record: VolumeEntry | ElectionRecord | Resync | NodeView | ClusterEvent) -> Json:
     plain = msgspec.to_builtins(record, enc_hook=_plain_mapping)
     _write_cps(plain)
     return dict(plain)

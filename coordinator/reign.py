@@ -2,17 +2,21 @@
 
 The loop takes an event, steps the engine, and runs the actions in order. A Persist that fails, or whose outcome is
 unknown, ends the reign: the engine is dropped with everything that it believed, and the next reign reads the store.
-No order leaves once the leadership's own clock says that the lease can have ended.
+No order leaves once the leadership's own clock says that the lease can have ended. An event is shown once it is stored:
+what a reader has seen, the next leader knows too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import structlog
@@ -38,6 +42,7 @@ from coordinator.core.events import (
     Tell,
     Ticked,
 )
+from coordinator.core.history import EVENTS_MAX
 from coordinator.store.base import ABSENT, Reign, Store, Write
 from resilver.errors import Conflict, Exhausted, ResilverError, Unavailable
 
@@ -51,6 +56,14 @@ TICK_S: Final = 1.0
 
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Which events are kept: those after `gone`, up to `newest`; both 0 if there has never been one."""
+
+    gone: int
+    newest: int
 
 
 class Watcher:
@@ -142,6 +155,7 @@ class CurrentReign:
         self._cluster = cluster
         self._store_id = store_id
         self._revisions: dict[str, int] = {}
+        self._history: deque[ClusterEvent] = deque(maxlen=EVENTS_MAX)
         self._events: asyncio.Queue[Event] = asyncio.Queue(QUEUE_MAX)
         self._asked: dict[str, asyncio.Future[object]] = {}
         self._watchers: set[Watcher] = set()
@@ -158,6 +172,7 @@ class CurrentReign:
         leader = self._reign.leader
         identity = Identity(self._cluster, self._store_id, leader.term, leader.leader_id, leader.name)
         self.engine = Engine(identity, self._settings, records.load(stored), now_ms(), lambda: str(uuid.uuid4()))
+        self._history.extend(self.engine.events())
 
     async def run(self, still_leading: Callable[[], bool]) -> None:
         """The one loop."""
@@ -230,8 +245,16 @@ class CurrentReign:
     def close_stream(self, stream: str) -> None:
         self._outboxes.pop(stream, None)
 
-    def events(self) -> tuple[ClusterEvent, ...]:
-        return self.engine.events()
+    def events_after(self, sequence: int) -> list[ClusterEvent]:
+        """What is stored and comes after that one, oldest first."""
+        found = list(itertools.takewhile(lambda event: event.sequence > sequence, reversed(self._history)))
+        found.reverse()
+        return found
+
+    def span(self) -> Span:
+        if not self._history:
+            return Span(0, 0)
+        return Span(self._history[0].previous, self._history[-1].sequence)
 
     # ------------------------------------------------------------ actions
 
@@ -248,7 +271,7 @@ class CurrentReign:
             case Answer():
                 self._settle(action)
             case Tell():
-                self._log(action.event)
+                self._told(action.event)
             case Changed():
                 for watcher in self._watchers:
                     watcher.add(action)
@@ -278,7 +301,8 @@ class CurrentReign:
         else:
             future.set_result(action.answer)
 
-    def _log(self, event: ClusterEvent) -> None:
+    def _told(self, event: ClusterEvent) -> None:
+        self._history.append(event)
         names = ("volume", "node", "resync", "reason", "principal")
         about = {name: value for name in names if (value := getattr(event, name))}
         log.info(event.message, event_type=event.type, term=self.engine.identity.term, **about)

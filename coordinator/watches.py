@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Final, TypeVar
 
@@ -25,7 +26,7 @@ from coordinator.paging import chunks
 from coordinator.queries import about, found_in, volume
 from coordinator.requests import VOLUMES_MAX, Names
 from coordinator.wire import event_to_proto, resync_to_proto
-from resilver.errors import Conflict, Unavailable
+from resilver.errors import Conflict, Invalid, Unavailable
 from resilver.fields import check_count, check_id
 from resilver.v1 import coordinator_pb2 as api
 from resilver.v1 import volume_pb2
@@ -125,33 +126,50 @@ def _watched(engine: Engine, request: api.WatchResyncsRequest) -> dict[str, None
 async def watch_events(
     office: Office, request: api.WatchEventsRequest, context: aio.ServicerContext[object, object]
 ) -> AsyncGenerator[api.WatchEventsResponse, None]:
-    """Events after a sequence, or from now on. History that is no longer kept is OUT_OF_RANGE."""
+    """Events after a sequence, from the oldest, or from now on. What is no longer kept is OUT_OF_RANGE.
+
+    The first message comes at once, so that whoever has nothing yet knows what to go on after.
+    """
     names = Names.of(office.engine())
-    if request.volume:
+    if request.volume and not request.after_sequence:
         names.volume(request.volume)
-    if request.node:
+    if request.node and not request.after_sequence:
         names.node(request.node)
+    # Who goes on has asked for them before, and what is removed, or has not come back yet, has events all the same.
     wanted = about(request.volume, request.node)
-    after = request.after_sequence
+    span = office.events_span()
+    if request.from_oldest and request.after_sequence:
+        raise Invalid("INVALID_FIELD", "from_oldest and after_sequence exclude each other", field="from_oldest")
+    after = request.after_sequence or (span.gone if request.from_oldest else span.newest)
+    if after > span.newest:
+        await context.abort(
+            grpc.StatusCode.OUT_OF_RANGE,
+            f"this store has never had an event {after}, its newest one is {span.newest}: it was put back to an older "
+            "copy. List what there is, or watch from 0 for what comes",
+        )
+    sent_s = -KEEPALIVE_S
     with office.watch() as watch:
-        if not after:
-            after = max((event.sequence for event in office.events_after(0)), default=0)
         while True:
-            oldest = office.oldest_event
-            if after and (not oldest or after < oldest - 1):
+            gone = office.events_span().gone
+            if after < gone:
                 await context.abort(
                     grpc.StatusCode.OUT_OF_RANGE,
-                    f"events after {after} are no longer kept; the oldest one is {oldest or 'still to come'}. "
-                    "List what there is, or watch from 0 for what comes",
+                    f"events after {after} are no longer kept, those after {gone} are. List what there is, or watch "
+                    "from 0 for what comes",
                 )
-            events = list(office.events_after(after))
+            events = office.events_after(after)
+            parts = list(chunks(event_to_proto(event) for event in events if wanted(event)))
             after = events[-1].sequence if events else after
-            now_time = time_to_proto(office.now_ms())
-            for part in chunks(event_to_proto(event) for event in events if wanted(event)):
-                yield api.WatchEventsResponse(events=part, now_time=now_time)
+            if not parts and time.monotonic() - sent_s >= KEEPALIVE_S:
+                parts = [[]]  # also where much happens, and nothing of what is wanted
+            for at, part in enumerate(parts):
+                up_to = after if at == len(parts) - 1 else part[-1].sequence
+                yield api.WatchEventsResponse(
+                    events=part, now_time=time_to_proto(office.now_ms()), up_to_sequence=up_to
+                )
+                sent_s = time.monotonic()
             await asyncio.sleep(PUSH_INTERVAL_S)
-            if await watch.next(KEEPALIVE_S) is None:
-                yield api.WatchEventsResponse(now_time=time_to_proto(office.now_ms()))
+            await watch.next(KEEPALIVE_S)
 
 
 def _digest(message: volume_pb2.Volume) -> bytes:

@@ -315,6 +315,7 @@ def event_to_proto(event: ClusterEvent) -> volume_pb2.Event:
         reason=event.reason,
         message=cut(event.message),
         principal=cut(event.principal),
+        previous_sequence=event.previous,
     )
 
 

@@ -341,7 +341,11 @@ class Resync:
 
 @dataclass(frozen=True, slots=True)
 class ClusterEvent:
-    """Something that an operator may want to know happened."""
+    """Something that an operator may want to know happened.
+
+    `sequence` only grows, over all reigns: the term is its upper half. `previous` is the sequence of the event before
+    it, 0 for the first one ever: so whoever knows that one has missed nothing, and a list tells what it no longer has.
+    """
 
     sequence: int
     create_time_ms: int
@@ -352,3 +356,4 @@ class ClusterEvent:
     reason: str = ""
     message: str = ""
     principal: str = ""
+    previous: int = 0

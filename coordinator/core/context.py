@@ -10,7 +10,6 @@ from typing import Final
 
 from coordinator.core.claims import Problem
 from coordinator.core.cluster import (
-    ClusterEvent,
     ElectionRecord,
     NodeView,
     ReplicaView,
@@ -32,13 +31,15 @@ from coordinator.core.events import (
     Tell,
     Volume,
 )
+from coordinator.core.history import History
 from coordinator.core.tasks import Flow, Tasks, Wait
 from resilver.errors import NotFound, ResilverError, Unavailable
 from resilver.volume import Order, ReplicaReport, VolumeRecord
 
-EVENTS_MAX: Final = 10_000
 ELECTIONS_KEPT_MAX: Final = 1_000
 SIZES_MAX: Final = 10_000
+RECORDS_AT_ONCE_MAX: Final = 32
+"""In one transaction, its events among them: a store takes some more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,7 @@ class Context:
     identity: Identity
     settings: Settings
     new_id: Callable[[], str]
+    history: History
     now_ms: int = 0
     tasks: Tasks = field(default_factory=Tasks)
     actions: list[Action] = field(default_factory=list)
@@ -123,8 +125,6 @@ class Context:
     elections: dict[str, deque[ElectionRecord]] = field(default_factory=dict)
     resyncs: dict[str, Resync] = field(default_factory=dict)
     sizes: dict[tuple[str, str, str], Size] = field(default_factory=dict)
-    events: deque[ClusterEvent] = field(default_factory=lambda: deque(maxlen=EVENTS_MAX))
-    event_sequence: int = 0
     busy: dict[str, int] = field(default_factory=dict)
     adopting: bool = False
 
@@ -229,11 +229,26 @@ class Context:
         self.emit(Changed(frozenset({volume}), frozenset(resyncs)))
 
     def tell(self, kind: str, message: str, **about: str) -> None:
-        """Something happened that an operator may want to know."""
-        self.event_sequence += 1
-        event = ClusterEvent(self.event_sequence, self.now_ms, kind, message=message, **about)
-        self.events.append(event)
+        """Something happened that an operator may want to know: stored with what was stored last in this step, in one
+        transaction. So there is no change that was not told of and nothing told that is not so, whoever dies.
+        """
+        event, forgotten = self.history.add(self.now_ms, kind, message, **about)
+        kept: tuple[Kept, ...] = (event, *forgotten)
+        for at in range(len(self.actions) - 1, -1, -1):
+            last = self.actions[at]
+            if isinstance(last, Persist):
+                if len(last.records) + len(kept) <= RECORDS_AT_ONCE_MAX:
+                    self.actions[at] = Persist((*last.records, *kept))
+                    kept = ()
+                break
+        if kept:
+            self.emit(Persist(kept))
         self.emit(Tell(event))
+
+    def tell_once(self, kind: str, message: str, **about: str) -> None:
+        """The same of what is found again and again: nothing, if it was the last word on this within the hour."""
+        if not self.history.says(self.now_ms, kind, message, **about):
+            self.tell(kind, message, **about)
 
     def header(self, volume: str, expected_tip: str | None = None) -> Order:
         entry = self.entries.get(volume)

@@ -207,7 +207,7 @@ def _tell_others(context: Context, record: VolumeRecord) -> Flow[ResilverError |
         if isinstance(answer, ResilverError) and answer.reason in ("STALE_EPOCH", "EPOCH_CONFLICT", "STALE_TERM"):
             return answer
         if isinstance(answer, ResilverError):
-            context.tell("MEMBER_NOT_TOLD", answer.message, volume=volume, node=node, reason=answer.reason)
+            context.tell_once("MEMBER_NOT_TOLD", answer.message, volume=volume, node=node, reason=answer.reason)
     return None
 
 
@@ -236,7 +236,7 @@ def finish_opening(context: Context, volume: str) -> Flow[None]:
         if entry is not None and entry.opening:
             problem = yield from establish(context, volume)
             if problem is not None:
-                context.tell("OPENING", problem.message, volume=volume, reason=problem.reason)
+                context.tell_once("OPENING", problem.message, volume=volume, reason=problem.reason)
     finally:
         context.unlock(volume)
 

@@ -56,6 +56,7 @@ from coordinator.core.events import (
     Ticked,
     VolumeRefusal,
 )
+from coordinator.core.history import History
 from coordinator.core.planner import plan_etag
 from coordinator.core.tasks import Flow, Task, at_once, join
 from resilver.errors import Conflict, Invalid, NotFound, Refused, ResilverError
@@ -70,9 +71,8 @@ class Engine:
     def __init__(
         self, identity: Identity, settings: Settings, loaded: Loaded, now_ms: int, new_id: Callable[[], str]
     ) -> None:
-        self._context = Context(identity, settings, new_id, now_ms)
+        self._context = Context(identity, settings, new_id, History(identity.term, loaded.events), now_ms)
         context = self._context
-        context.event_sequence = identity.term << 32
         context.entries.update(loaded.volumes)
         context.elections.update({name: deque(records) for name, records in loaded.elections.items()})
         context.resyncs.update(loaded.resyncs)
@@ -115,8 +115,8 @@ class Engine:
         return tuple(self._context.elections.get(volume, ()))
 
     def events(self) -> tuple[ClusterEvent, ...]:
-        """Oldest first, at most as many as are kept."""
-        return tuple(self._context.events)
+        """Oldest first, at most as many as are kept; those of a step only count once its actions are done."""
+        return tuple(self._context.history)
 
     def size(self, volume: str, base: str, target: str) -> Size | None:
         return self._context.sizes.get((volume, base, target))

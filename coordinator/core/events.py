@@ -412,12 +412,12 @@ class DeletedNode:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """A decision or a finished resync past its bound: deleted from the store."""
+    """A decision, a finished resync or an event past its bound: deleted from the store."""
 
-    record: ElectionRecord | Resync
+    record: ElectionRecord | Resync | ClusterEvent
 
 
-Kept = Volume | ElectionRecord | Resync | NodeView | DeletedNode | Forgotten
+Kept = Volume | ElectionRecord | Resync | NodeView | ClusterEvent | DeletedNode | Forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,7 +466,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Tell:
-    """Something happened: goes to the log, the event list and the watchers."""
+    """Something happened, and is stored: goes to the log, the event list and the watchers."""
 
     event: ClusterEvent
 
@@ -493,9 +493,12 @@ Action = Persist | SendExamine | SendRecord | RefuseAgent | GiveOrder | Answer |
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Everything that the store holds, as read at take-over. Elections are newest first; resyncs are by id."""
+    """Everything that the store holds, as read at take-over. Elections are newest first, events oldest first; resyncs
+    are by id.
+    """
 
     volumes: Mapping[str, VolumeEntry]
     elections: Mapping[str, tuple[ElectionRecord, ...]]
     resyncs: Mapping[str, Resync]
     nodes: Mapping[str, NodeView]
+    events: tuple[ClusterEvent, ...] = ()

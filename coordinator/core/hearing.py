@@ -58,7 +58,7 @@ def connected(context: Context, event: AgentConnected) -> None:
         duplicate = replace(known or node, connected=True, duplicate=True, last_heard_ms=context.now_ms)
         context.nodes[node.name] = duplicate
         message = f"two agents call themselves {node.name}: {(known or node).address} and {node.address}"
-        context.tell("DUPLICATE_NODE", message, node=node.name, reason="DUPLICATE_NODE")
+        context.tell_once("DUPLICATE_NODE", message, node=node.name, reason="DUPLICATE_NODE")
     else:
         _introduce(context, known, node)
     context.tasks.touch(f"node:{node.name}")
@@ -98,7 +98,7 @@ def _refuse(context: Context, event: AgentConnected, problem: Problem) -> None:
     )
     known = context.refused.get(name)
     if known is None or known.problem != problem:
-        context.tell("AGENT_REFUSED", problem.message, node=name, reason=problem.reason)
+        context.tell_once("AGENT_REFUSED", problem.message, node=name, reason=problem.reason)
     if known is not None or len(context.refused) < REFUSED_MAX:
         context.refused[name] = RefusedAgent(replace(event.node, connected=False), problem, context.now_ms)
 

@@ -255,7 +255,7 @@ def prune_by_itself(context: Context, volume: str, node: str) -> Flow[None]:
         order = DropSnapshot(context.header(volume), record.id)
         answer = (yield from context.give({node: order}))[node]
         if isinstance(answer, ResilverError):
-            context.tell("NOT_PRUNED", answer.message, volume=volume, node=node, reason=answer.reason)
+            context.tell_once("NOT_PRUNED", answer.message, volume=volume, node=node, reason=answer.reason)
             return
 
 

@@ -168,11 +168,16 @@ def test_events(run, coordinator, table):
     found = [pb.Event(sequence=n, type="ELECTED", volume="vm1", create_time=sample.at(0)) for n in (2, 1)]
     table["ListEvents"] = api.ListEventsResponse(events=found)
     assert [one["sequence"] for one in json.loads(run("events", "-o", "json")[1])["events"]] == [1, 2]
-    table["WatchEvents"] = [api.WatchEventsResponse(events=[pb.Event(sequence=3, type="RESYNCED")]), 30.0]
-    code, out, _ = run("events", "--follow", "--timeout", "1s")
+    watch = [
+        api.WatchEventsResponse(events=[*reversed(found), pb.Event(sequence=3, type="RESYNCED")], up_to_sequence=5)
+    ]
+    table["WatchEvents"] = watch  # which then ends, as that of a leader does that goes away
+    code, out, _ = run("events", "--follow", "--timeout", "4s")
     assert code == 130
-    assert "RESYNCED" in out
-    assert coordinator.answers.of("WatchEvents")[0].after_sequence == 2
+    types = [word for word in out.split() if word in ("ELECTED", "RESYNCED")]
+    assert types == ["ELECTED", "ELECTED", "RESYNCED"], "each of them once"
+    asked = coordinator.answers.of("WatchEvents")
+    assert [(one.from_oldest, one.after_sequence) for one in asked[:2]] == [(True, 0), (False, 5)]
 
 
 def test_inspect_hands_on_what_the_reader_prints_and_ends_with(tmp_path, capfd):

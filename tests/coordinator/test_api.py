@@ -327,7 +327,8 @@ async def test_events_are_listed_and_followed(coordinator):
         await eventually(lambda: stub.GetCluster(api.GetClusterRequest()))
         await brought(stub, world)
         async with asyncio.timeout(WITHIN_S):
-            first = await reading
+            assert not (await reading).events, "from now on"
+            first = await watch.read()
         assert first.events
         listed = (await stub.ListEvents(api.ListEventsRequest())).events
         sequences = [one.sequence for one in listed]
@@ -338,7 +339,7 @@ async def test_events_are_listed_and_followed(coordinator):
         async with asyncio.timeout(WITHIN_S):
             follow = await again.read()
         assert [one.sequence for one in follow.events] == sorted(sequences)[1:]
-        lost = stub.WatchEvents(api.WatchEventsRequest(after_sequence=1))
+        lost = stub.WatchEvents(api.WatchEventsRequest(after_sequence=sequences[0] + 1000))
         with pytest.raises(aio.AioRpcError) as caught:
             await lost.read()
         assert caught.value.code() is grpc.StatusCode.OUT_OF_RANGE

@@ -10,6 +10,7 @@ import pytest
 
 from coordinator.core.cluster import (
     Candidate,
+    ClusterEvent,
     ElectionRecord,
     Loss,
     NodeView,
@@ -23,6 +24,7 @@ from coordinator.core.cluster import (
     VolumeEntry,
 )
 from coordinator.core.events import DeletedNode, Forgotten, Volume
+from coordinator.core.history import History
 from coordinator.records import NOTE_KEY, RECORD_BYTES_MAX, key_of, load, to_json
 from coordinator.store.base import Stored
 from resilver.errors import Damaged
@@ -197,3 +199,22 @@ def test_a_long_resync_is_shortened():
     record = to_json(replace(RESYNC, progress=progress))
     assert len(json.dumps(record)) < RECORD_BYTES_MAX
     assert len(record["progress"]["preserved"]) == 64
+
+
+def test_an_event_is_read_as_it_was_written_and_its_key_sorts_by_number() -> None:
+    events = [
+        ClusterEvent(9, 5, "TOLD", message="first"),
+        ClusterEvent((7 << 32) + 1, 6, "ELECTED", "vm1", "a", "", "PRIMARY_AWAY", "words", "ops", previous=9),
+        ClusterEvent((1 << 40) + 3, 7, "TOLD", resync="r1", previous=(7 << 32) + 1),
+    ]
+    rows = {key_of(event): Stored(json.loads(json.dumps(to_json(event))), 1) for event in reversed(events)}
+    assert load(rows).events == tuple(events)
+    assert sorted(rows) == [key_of(event) for event in events]
+    assert key_of(Forgotten(events[0])) == "events/00000000000000000009"
+    assert to_json(Forgotten(events[0])) is None
+
+
+def test_the_longest_event_stays_within_its_bound() -> None:
+    about = dict.fromkeys(("volume", "node", "resync", "reason", "principal"), "\U0001f4be" * 999)
+    event, _ = History(1, ()).add(0, "TOLD", "\U0001f4be" * 9999, **about)
+    assert len(json.dumps(to_json(event)).encode()) < RECORD_BYTES_MAX

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from coordinator import records
 from coordinator.core import events as e
-from coordinator.core.cluster import ElectionRecord, Resync, VolumeEntry
+from coordinator.core.cluster import ClusterEvent, ElectionRecord, Resync, VolumeEntry
 from coordinator.core.context import Identity, Settings
 from coordinator.core.engine import Engine
 from coordinator.store.base import Stored
@@ -58,7 +58,8 @@ class Store:
                 entries[kept.name] = replace(kept.entry, recovering=True)
                 self.revision += 1
                 self.rows[key] = (e.Volume(kept.name, entries[kept.name]), self.revision)
-        self.watch.store_restored(entries)
+        events = {kept.sequence: kept for kept, _ in self.rows.values() if isinstance(kept, ClusterEvent)}
+        self.watch.store_restored(entries, events)
 
     def found(self, volume: str, record: VolumeRecord) -> None:
         """A volume as an earlier reign left it: all members in sync."""
@@ -254,7 +255,7 @@ class Coordinator:
                 self.term_wanted = max(self.term_wanted, action.above)
                 raise ReignEnded(f"an agent has obeyed term {action.above}")
             case e.Tell():
-                world.watch.counts[action.event.type] += 1
+                world.watch.told(action.event)
                 world.log(lambda: f"{self.name}: {action.event.type}: {action.event.message}")
 
     def _persist(self, action: e.Persist) -> None:
@@ -268,6 +269,7 @@ class Coordinator:
         revision = world.store.commit(world.true_ms(), self.leader_id, expected, action.records, answered)
         assert self.engine is not None
         world.watch.met("the store", self.engine.identity.term, self.leader_id, "a commit")
+        world.watch.events_stored(action.records)
         world.log(lambda: f"{self.name} stores {[_short(one) for one in action.records]}")
         if world.chance("commit unknown"):
             raise ReignEnded("the outcome of a commit is not known")

@@ -20,6 +20,8 @@ PRIMARY_NEVER_RECEIVES      who holds the grant of the store's present epoch is 
 ONLY_UP                     epochs and the newest known CP only go up, in the store and beside the data
 ACKNOWLEDGED_UNDER_GRANT    what counts was taken by the primary of the store's epoch, under that epoch's own grant
 NOT_BEFORE_OPENING          nothing is copied in an epoch whose opening CP is not recorded
+TOLD_ONCE                   a decision, and a resync's end, is stored together with the event that tells of it; events
+                            are numbered upwards, each names the one before it, and none is shown that is not stored
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from coordinator.core.cluster import ElectionRecord, VolumeEntry
+from coordinator.core.cluster import ClusterEvent, ElectionRecord, Resync, VolumeEntry
 from coordinator.core.events import Kept, Receive, Volume
 from resilver.lineage import NO_CP
 from resilver.volume import Grant, LiveState
@@ -73,6 +75,8 @@ class Guarantees:
         self._obeyed: dict[str, tuple[int, str]] = {}
         self._epochs: dict[tuple[str, str, str], tuple[int, str]] = {}
         self._ancestors: dict[str, frozenset[str]] = {}
+        self._events: dict[int, ClusterEvent] = {}
+        self._ended: set[str] = set()
 
     # Snapshots.
 
@@ -167,8 +171,9 @@ class Guarantees:
         acknowledged = self.acknowledged.get(disk.volume, set())
         acknowledged -= {one for one in acknowledged if not any(other.holds(one) for other in self.disks.values())}
 
-    def store_restored(self, entries: dict[str, VolumeEntry]) -> None:
+    def store_restored(self, entries: dict[str, VolumeEntry], events: dict[int, ClusterEvent]) -> None:
         """The store is as it was long ago, and whoever restored it said so: its volumes are recovering."""
+        self._events, self._ended = events, set()
         self.counts["stores restored"] += 1
         self.store_forgot = True
         self.store.update(entries)
@@ -234,6 +239,36 @@ class Guarantees:
                 self.counts["refusals" if kept.refusal is not None else "decisions"] += 1
             if isinstance(kept, Volume) and kept.entry is not None:
                 self._volume(kept.name, kept.entry, elections, answered.get(kept.name, frozenset()))
+
+    def events_stored(self, records: tuple[Kept, ...]) -> None:
+        """The same transaction, as a reader of events sees it."""
+        told = [one for one in records if isinstance(one, ClusterEvent)]
+        for event in told:
+            last = max(self._events, default=0)
+            if event.previous != last or event.sequence <= last:
+                raise Broken("TOLD_ONCE", f"event {event.sequence} names {event.previous}, the last one is {last}")
+            self._events[event.sequence] = event
+        types = {(event.type, event.volume) for event in told}
+        elections = {one.epoch_id: one for one in records if isinstance(one, ElectionRecord)}
+        ends = {event.resync for event in told if event.type.startswith("RESYNC_") and event.type != "RESYNC_STARTED"}
+        for one in records:
+            refused = isinstance(one, ElectionRecord) and one.refusal is not None
+            if refused and ("ELECTION_REFUSED", one.volume) not in types:
+                raise Broken("TOLD_ONCE", f"a refusal of {one.volume} is stored, and no event tells of it")
+            opening = isinstance(one, Volume) and one.entry is not None and elections.get(one.entry.record.epoch_id)
+            if opening and ("ELECTED", one.name) not in types:
+                raise Broken("TOLD_ONCE", f"an epoch of {one.name} is stored, and no event tells of it")
+            if isinstance(one, Resync) and one.state.final and one.id not in ends:
+                raise Broken("TOLD_ONCE", f"the end of {one.id} is stored, and no event tells of it")
+        if ends & self._ended:
+            raise Broken("TOLD_ONCE", f"the end of {sorted(ends & self._ended)} is told again")
+        self._ended |= ends
+
+    def told(self, event: ClusterEvent) -> None:
+        """A reader was shown it."""
+        self.counts[event.type] += 1
+        if self._events.get(event.sequence) != event and not self.store_forgot:
+            raise Broken("TOLD_ONCE", f"{event.type} is shown, and not stored: {event.message}")
 
     def _volume(
         self, name: str, entry: VolumeEntry, elections: dict[str, ElectionRecord], answered: frozenset[str]

@@ -18,8 +18,10 @@ from agent.identity import Identity
 from coordinator.core import ballot, decide, election, events, hearing, upkeep
 from coordinator.core.context import Context
 from coordinator.core.engine import Engine
+from coordinator.core.history import History
 from tests.simulation.coordinator import Coordinator, ReignEnded, Store
 from tests.simulation.disk import Disk, KeptIdentity, Stage
+from tests.simulation.guarantees import Guarantees
 from tests.simulation.world import FAULTS
 
 Place = tuple[Any, str, Any]
@@ -195,7 +197,8 @@ def _acts_before_it_stores() -> tuple[Place, ...]:
     kept = Engine.step
 
     def step(self: Engine, event: Any, now_ms: int) -> list[Any]:
-        return sorted(kept(self, event, now_ms), key=lambda action: isinstance(action, events.Persist))
+        # What is told waits with what is stored: this is not about events.
+        return sorted(kept(self, event, now_ms), key=lambda action: isinstance(action, events.Persist | events.Tell))
 
     return ((Engine, "step", step),)
 
@@ -209,7 +212,34 @@ def _failed_commit_ignored() -> tuple[Place, ...]:
         except ReignEnded:
             return
 
-    return ((Coordinator, "_persist", persist),)
+    # Events would tell of it at once, and this is not about them.
+    unseen = tuple((Guarantees, name, lambda *_: None) for name in ("events_stored", "told"))
+    return ((Coordinator, "_persist", persist), *unseen)
+
+
+def _told_apart() -> tuple[Place, ...]:
+    """An event has a transaction of its own, after what it tells of."""
+
+    def tell(self: Context, kind: str, message: str, **about: str) -> None:
+        event, _ = self.history.add(self.now_ms, kind, message, **about)
+        self.emit(events.Persist((event,)), events.Tell(event))
+
+    return ((Context, "tell", tell),)
+
+
+def _told_before_it_is_stored() -> tuple[Place, ...]:
+    kept = Engine.step
+
+    def step(self: Engine, event: Any, now_ms: int) -> list[Any]:
+        return sorted(kept(self, event, now_ms), key=lambda action: not isinstance(action, events.Tell))
+
+    return ((Engine, "step", step),)
+
+
+def _numbered_from_the_start() -> tuple[Place, ...]:
+    """A leader counts events anew."""
+    kept = History.__init__
+    return ((History, "__init__", lambda self, _term, _events: kept(self, 0, ())),)
 
 
 def _commits_unguarded() -> tuple[Place, ...]:
@@ -278,5 +308,8 @@ MUTATIONS = {
     "commits unguarded": Mutation(
         _commits_unguarded, frozenset({"NO_DEPOSED_COORDINATOR", "ONE_GRANT", "ONLY_UP"}), _DEPOSED
     ),
+    "told apart from what it tells of": Mutation(_told_apart, frozenset({"TOLD_ONCE"})),
+    "told before it is stored": Mutation(_told_before_it_is_stored, frozenset({"TOLD_ONCE"})),
+    "events numbered from the start": Mutation(_numbered_from_the_start, frozenset({"TOLD_ONCE"}), _DEPOSED),
     "lock not released": Mutation(_lock_not_released, frozenset({"CONVERGES", "NO_STUCK_FLOW"})),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -13,7 +13,7 @@ from resilver.cli.output import EXIT_STOPPED
 from resilver.cli.plainjson import plain, plain_list
 from resilver.cli.screens import lists
 from resilver.cli.session import Session, pass_session
-from resilver.cli.watching import steady
+from resilver.cli.watching import RETRY_S, steady
 from resilver.cli.words import now
 from resilver.errors import ResilverError
 from resilver.v1 import coordinator_pb2 as api
@@ -80,24 +80,20 @@ def events(session: Session, volume: str, node: str, follow: bool) -> int:
                 session.output.out.print(lists.event_line(event), soft_wrap=True)
 
     async def work(client: Client) -> list[pb.Event]:
+        if follow:
+            async with asyncio.timeout(session.options.timeout_s):
+                await _follow(client, volume, node, show, session.output.aside)
         request = api.ListEventsRequest(volume=volume, node=node)
         found = await client.pages(lambda s: s.ListEvents, request, lambda page: page.events)
-        found.sort(key=lambda event: event.sequence)
-        if follow:
-            show(found)
-            last = found[-1].sequence if found else 0
-            async with asyncio.timeout(session.options.timeout_s):
-                onward = api.WatchEventsRequest(after_sequence=last, volume=volume, node=node)
-                await _follow(client, onward, show, session.output.aside)
-        return found
+        return sorted(found, key=lambda event: event.sequence)
 
     try:
         found = session.run(work)
     except (KeyboardInterrupt, TimeoutError):
         return EXIT_STOPPED
-    if session.output.json and not follow:
+    if session.output.json:
         session.output.emit({"events": plain_list(found)})
-    elif not follow:
+    else:
         show(found)
         if not found:
             session.output.say("no events yet")
@@ -106,18 +102,29 @@ def events(session: Session, volume: str, node: str, follow: bool) -> int:
 
 async def _follow(
     client: Client,
-    request: api.WatchEventsRequest,
+    volume: str,
+    node: str,
     show: Callable[[Iterable[pb.Event]], None],
     lost: Callable[[str], None],
-) -> None:
-    """Shows events until the caller stops; goes on after the last one seen when a leader goes away."""
+) -> NoReturn:
+    """Shows all that is kept, and what comes, until the caller stops. When a leader goes away it goes on, with the
+    next one, after the last one seen: each event is shown once.
+    """
+    seen = shown = 0
+
+    def onward() -> api.WatchEventsRequest:
+        return api.WatchEventsRequest(after_sequence=seen, from_oldest=not seen, volume=volume, node=node)
+
     while True:
         try:
-            async for answer in steady(client, lambda s: s.WatchEvents, lambda: request, lost):
-                show(answer.events)
-                request.after_sequence = max([request.after_sequence, *(event.sequence for event in answer.events)])
+            async for answer in steady(client, lambda s: s.WatchEvents, onward, lost):
+                show(event for event in answer.events if event.sequence > shown)
+                seen = max(seen, answer.up_to_sequence)
+                shown = max([shown, *(event.sequence for event in answer.events)])
         except ResilverError as error:
             if error.reason != LOST_HISTORY:
                 raise
             sys.stderr.write(f"some events were lost: {error.message}\n")
-            request.after_sequence = 0
+            seen = 0
+        # A leader that goes away may end the watch without a word.
+        await asyncio.sleep(RETRY_S)

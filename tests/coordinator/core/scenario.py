@@ -30,7 +30,7 @@ import itertools
 from dataclasses import replace
 
 from coordinator.core import events as e
-from coordinator.core.cluster import ElectionRecord, NodeView, Resync, Size, VolumeEntry
+from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Resync, Size, VolumeEntry
 from coordinator.core.context import Identity, Settings
 from coordinator.core.engine import Engine
 from resilver.errors import ResilverError, error_for
@@ -222,7 +222,9 @@ def describe(action: e.Action) -> list[str]:
         case e.Changed():
             return []
         case e.Persist():
-            return [f"store {kept(record)}" for record in action.records]
+            records = enumerate(action.records)
+            # What is told of is stored with it, in one transaction.
+            return [f"{'with' if at and isinstance(one, ClusterEvent) else 'store'} {kept(one)}" for at, one in records]
         case e.SendExamine():
             return [f"examine {action.stream} {action.examine_id} {' '.join(action.volumes)}"]
         case e.SendRecord():
@@ -263,6 +265,8 @@ def kept(record: e.Kept) -> str:
             return f"resync {record.id} {record.volume} {record.node} {record.state.value} {record.plan.action.value}"
         case NodeView():
             return f"node {record.name}"
+        case ClusterEvent():
+            return f"event {record.type}"
         case e.DeletedNode():
             return f"node {record.name} deleted"
         case e.Forgotten():
