@@ -21,7 +21,7 @@ need spin spin
 need gcc gcc  # compiles what spin writes
 [[ -e /usr/include/stdio.h ]] || missing+=(libc6-dev)
 if [[ $(uname -m) == x86_64 ]]; then  # the machine that tests what needs the device mapper
-  need qemu-system-x86_64 qemu-system-x86
+  need linux.uml user-mode-linux
   need lvm lvm2
   need thin_delta thin-provisioning-tools
   need modprobe kmod
@@ -42,20 +42,6 @@ if ((${#missing[@]})); then
     apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
   else
     say "not root: going on without ${missing[*]} (as root they would be installed)"
-  fi
-fi
-
-# That machine's kernel: unpacked beside the project, never installed, so that nothing of this host's start is touched.
-if [[ $(uname -m) == x86_64 && $(id -u) == 0 ]] && command -v apt-get >/dev/null &&
-  ! python3 -c 'from tests.vm.image import Kernel; Kernel.find()' 2>/dev/null; then
-  package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image/ { print $2; exit }')
-  if [[ -n $package ]]; then
-    say "unpacking $package into .tools/kernel"
-    rm -rf .tools/kernel && mkdir -p .tools/kernel
-    (cd .tools/kernel && apt-get download -qq "$package" && dpkg -x ./*.deb . && rm ./*.deb)
-    depmod -b .tools/kernel "${package#linux-image-}"
-  else
-    say "no kernel for the test machine: linux-image-cloud-amd64 is not to be had here"
   fi
 fi
 

@@ -1,6 +1,6 @@
 """What only another kernel can show: the tests of tests/vm/inside, run in a machine, each with its own result here.
 
-One machine runs them, once for a session. A function there that has parameters is one result here. All takes many
+One machine runs them, once for a session. A function there that has parameters is one result here. All takes several
 times as long in there: `make test` runs what is QUICK, `make thorough` (`RESILVER_MACHINE=all`) all of it.
 """
 

@@ -359,15 +359,15 @@ class TreeReplica(Replica):
 
     def create(self, seed: int = 1) -> None:
         self.make_live()
-        self._on_live(lambda path: tree.create(path, seed, self.features))
+        self.on_live(lambda path: tree.create(path, seed, self.features))
 
     def edit(self, seed: int) -> None:
-        self._on_live(lambda path: tree.edit(path, seed))
+        self.on_live(lambda path: tree.edit(path, seed))
 
     def change(self, seed: int) -> None:
-        self._on_live(lambda path: tree.change(path, seed, self.features))
+        self.on_live(lambda path: tree.change(path, seed, self.features))
 
-    def _on_live(self, work: Callable[[Path], None]) -> None:
+    def on_live(self, work: Callable[[Path], None]) -> None:
         with self.walked() as path:
             assert path is not None, "there is no live copy"
             work(path)

@@ -17,7 +17,7 @@ from resilver.volume import PreservedCopy
 from tests.agent.backends.replica import VOLUME_ID, noise
 
 GROUP = "vg"
-DISK = "/dev/vdd"
+DISK = "/dev/ubda"
 SIZE = 8 << 20
 CHUNK = 64 << 10
 ENV = {**os.environ, "LVM_SUPPRESS_FD_WARNINGS": "1"}

@@ -34,7 +34,7 @@ def test_a_source_in_use_is_sent(place, use):
     """Whoever uses the source's live copy is in nobody's way."""
     case = Case(place, "stale")
     base = case.source.tip
-    case.source.change(70)
+    case.source.edit(70)
     tip = case.source.snapshot()
     case.commit()
     with use.hold(case.source):

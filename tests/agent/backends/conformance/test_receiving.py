@@ -246,8 +246,8 @@ def test_a_base_that_was_written_to_is_none(replica, other):
     other.receive(replica)
     replica.change(1)
     replica.snapshot()
-    was = other.contents()
     other.tamper(base.id)
+    was = other.contents()
     assert reason_of(lambda: other.receive(replica, base.id)) in {"BASE_MISMATCH", "BASE_GONE"}
     assert other.contents() == was
 

@@ -53,8 +53,8 @@ def test_a_full_disk_refuses_the_next_step(small):
             with pytest.raises(Refused) as refused:
                 attempt()
             assert refused.value.reason == "NO_SPACE"
-        assert again.contents() == was
         small.make_room("b")
+        assert again.contents() == was
         again.receive(source, base.id)
         assert again.contents() == source.contents()
         assert again.state is LiveState.UNMODIFIED

@@ -34,8 +34,7 @@ def test_each_sort_of_change(replica, other, sort):
     other.receive(replica)
     before = replica.contents()
     assert replica.state is LiveState.UNMODIFIED
-    with replica.walked() as path:
-        tree.one_change(path, sort)
+    replica.on_live(lambda path: tree.one_change(path, sort))
     replica.sync()
     assert replica.contents() != before
     assert replica.state is LiveState.MODIFIED

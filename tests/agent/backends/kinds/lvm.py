@@ -206,8 +206,8 @@ class LvmGround(Ground):
     def pool(self, node: str) -> str:
         if node not in self.pools:
             if subprocess.run(["vgs", GROUP], capture_output=True, check=False).returncode != 0:
-                run("pvcreate", "/dev/vdd")
-                run("vgcreate", "-s", "4k", GROUP, "/dev/vdd")
+                run("pvcreate", "/dev/ubda")
+                run("vgcreate", "-s", "4k", GROUP, "/dev/ubda")
             pool = self.pools[node] = f"{self.name}{node}"
             size = f"{self.size_bytes}b"
             full = ["--errorwhenfull", "y"]

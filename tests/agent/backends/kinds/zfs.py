@@ -67,7 +67,7 @@ class ZfsReplica(TreeReplica):
         finally:
             zfs("unmount", self.dataset)
 
-    def _on_live(self, work: Callable[[Path], None]) -> None:
+    def on_live(self, work: Callable[[Path], None]) -> None:
         with self.mounted() as path:
             work(path)
 
@@ -228,7 +228,7 @@ class ZfsKind(Kind):
     outlives_live = False
     stands_alone = False
     slow = True
-    full_size_bytes = 160 << 20
+    full_size_bytes = 224 << 20
     uses = (
         Use("writer", lambda replica: held(replica, "writer"), writes=True),
         Use("mapped", lambda replica: held(replica, "mapped"), writes=True),
