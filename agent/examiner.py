@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from agent.disk.durable import disk_errors
 from agent.identity import Remembered
 from resilver.config import NO_HOOKS, Hooks
 from resilver.errors import ResilverError
@@ -60,17 +61,23 @@ class Examiner:
     def recover(self) -> None:
         """At start; a backend that cannot is tried again before each look, and its words are a problem till then."""
         try:
-            self._backend.recover()
+            with disk_errors(self._volume):
+                self._backend.recover()
         except ResilverError as error:
             self._broken = f"{error.reason}: {error.message}"
             raise
         self._broken = None
 
+    def recover_first(self, error: ResilverError) -> None:
+        """The disk has failed in the middle of something: before the next look all is set right, as at a start."""
+        self._broken = f"{error.reason}: {error.message}"
+
     def examine(self, *, compare_live: bool) -> ReplicaReport:
         """What there is; raises what the disk says if it cannot be looked at."""
         if self._broken is not None:
             self.recover()
-        examined = self._backend.examine(compare_live=compare_live)
+        with disk_errors(self._volume):
+            examined = self._backend.examine(compare_live=compare_live)
         self._outline = _outline(examined)
         self.last = self._report(examined, compared=compare_live)
         return self.last
@@ -88,7 +95,8 @@ class Examiner:
         """A cheap look: whether anything is other than it was at the last one."""
         before = self._outline
         try:
-            self._outline = _outline(self._backend.examine(compare_live=False))
+            with disk_errors(self._volume):
+                self._outline = _outline(self._backend.examine(compare_live=False))
         except ResilverError as error:
             said = f"{error.reason}: {error.message}"
             return self.last is None or said not in self.last.problems
@@ -105,7 +113,7 @@ class Examiner:
             self._identity.remember(self._volume, Remembered(file_system_id, tip, volume_id))
 
     def _report(self, examined: Examined, *, compared: bool) -> ReplicaReport:
-        remembered = self._identity.remembered(self._volume)
+        remembered, forgotten = self._remembered(examined)
         made = ReplicaReport(
             volume=self._volume,
             presence=examined.presence,
@@ -122,7 +130,7 @@ class Examiner:
             reflink=examined.reflink,
             preserved=examined.preserved,
             others=examined.others,
-            problems=(*examined.problems, *self.hook_problems),
+            problems=(*examined.problems, *self.hook_problems, *forgotten),
             examine_time_ms=now_ms(),
             group=self.settings.group,
         )
@@ -141,6 +149,17 @@ class Examiner:
             said = f"KEEPS_BEING_WRITTEN: {keeps_being_written(self._volume, self._node)}"
             return replace(made, problems=(*made.problems, said))
         return made
+
+    def _remembered(self, examined: Examined) -> tuple[Remembered | None, tuple[str, ...]]:
+        """What was here, and why that cannot be read: data that has been mirrored is here all the same, and for the
+        rest it is not known whether it is what was here.
+        """
+        try:
+            return self._identity.remembered(self._volume), ()
+        except ResilverError as error:
+            if not examined.lineage.records:
+                raise
+            return None, (f"{error.reason}: where the data was cannot be read: {error.message}",)
 
     def _lost(self, made: ReplicaReport, remembered: Remembered | None, why: str) -> ReplicaReport:
         # Neither record nor grant: what stands beside something else says nothing of the data that was here.

@@ -13,6 +13,7 @@ Methods block on the disk and may be called from several threads.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -193,6 +194,7 @@ def _locked(state_dir: Path) -> int:
         raise Invalid(
             "CONFIG_INVALID", f"state_dir {state_dir} is in use{by}; {_BELONGS}", field="state_dir"
         ) from error
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # the lock holds; the number is for whoever reads it
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 REQUESTS_MAX: Final = 256
 COMPACT_S: Final = 0.5
+FAULTS: Final = frozenset({"NO_SPACE", "IO_ERROR"})
 
 _log = structlog.get_logger(__name__)
 
@@ -129,6 +130,15 @@ class Replica:
             self._examiner.recover()
         except ResilverError as error:
             _log.error("volume not recovered", volume=self.volume, reason=error.reason, message=error.message)
+
+    def clear(self) -> None:
+        """After a fault of the disk, when no run has the stage open: it goes, and what was half done is finished or
+        undone as at a start. What the disk does not let happen now is tried again before the next look.
+        """
+        try:
+            self.backend.discard_stage()
+        finally:
+            self._examiner.recover()
 
     def check_config(self) -> None:
         """At start: raises Invalid if the path is nothing that its backend can ever serve, such as a directory."""
@@ -249,7 +259,12 @@ class Replica:
         needed = opening or not (only_if_modified and unmodified)
         if not those.arrive(Member(hooked, report.live.path, needed)) and tip is not None:
             return tip, False
-        taken = self.backend.take_snapshot(new)
+        try:
+            taken = self.backend.take_snapshot(new)
+        except ResilverError as error:
+            if error.reason in FAULTS:
+                self._examiner.recover_first(error)
+            raise
         self.took_tip(taken.id, order.volume_id)
         return taken, True
 

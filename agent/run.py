@@ -8,7 +8,8 @@ PREPARING -> TRANSFERRING -> VERIFYING -> COMMITTING -> SUCCEEDED, in a thread o
   already stands in the stage.
 * The right to go on is checked at the start and again at the commit: both happen on the replica's worker.
 * Use, KEEPS_BEING_WRITTEN and PRESERVED_FULL block a run: the stage is kept, and the coordinator plans anew. A full or
-  failing disk here, and data that does not read back as it was sent, cost the stage. Every other failure keeps it.
+  failing disk here, and data that does not read back as it was sent, cost the stage, and what else is half done is
+  finished or undone. Every other failure keeps it.
 * A live copy in use stands in the way of the commit alone: the stage is filled meanwhile, and waits for it.
 """
 
@@ -275,14 +276,18 @@ class Run:
             _log.error("run failed for an unforeseen reason", resync=self.wanted.resync_id, exc_info=error)
             error = ResilverError("INTERNAL", f"unforeseen: {type(error).__name__}; this node's log says more")
         if error.reason in COSTS_THE_STAGE:
-            try:
-                self.replica.worker.call(self.replica.backend.discard_stage)
-            except ResilverError as second:
-                _log.warning("stage not discarded", volume=self.replica.volume, message=second.message)
+            self._clear()
         state = ResyncState.BLOCKED if error.reason in BLOCKING else ResyncState.FAILED
         if error.reason == "CANCELLED":
             state = ResyncState.CANCELLED
         self.tell(state=state, reason=error.reason, message=error.message)
+
+    def _clear(self) -> None:
+        """Everybody has let go of the stage by now."""
+        try:
+            self.replica.worker.call(self.replica.clear)
+        except ResilverError as error:
+            _log.warning("not cleared after a fault", volume=self.replica.volume, message=error.message)
 
     def on_worker(self, job: Callable[[], T]) -> T:
         if self.stop.is_set():

@@ -3,6 +3,8 @@
 Jobs run one after another in the order they came. A disk that hangs holds its own thread and nothing else: the queue
 is bounded, and a job that cannot be taken is refused with how long the disk has been silent. The thread is a daemon,
 because no one can end a thread that the kernel does not let go, and a process must be able to leave.
+
+Whatever a disk's failing call was, whoever waits for the job is told by a reason.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
+from agent.disk.durable import OF_THE_DISK, disk_error
 from resilver.errors import Unavailable
 
 T = TypeVar("T")
@@ -84,9 +87,17 @@ class Worker:
             try:
                 result = job()
             except BaseException as error:  # noqa: BLE001 - whatever it was belongs to whoever waits for the job
-                future.set_exception(error)
+                future.set_exception(_typed(error, self._name))
             else:
                 future.set_result(result)
             finally:
                 self._since = None
             del taken, job, future
+
+
+def _typed(error: BaseException, name: str) -> BaseException:
+    if not isinstance(error, OSError) or error.errno not in OF_THE_DISK:
+        return error
+    typed = disk_error(error, error.filename or name)
+    typed.__cause__ = error
+    return typed

@@ -113,11 +113,12 @@ class BtrfsBackend:
 
     def examine(self, *, compare_live: bool = True) -> Examined:
         layout = self._layout
-        if not layout.live.parent.is_dir():
-            return self._nowhere(f"{layout.live.parent} is not there: create it, or mount the disk that it is on")
-        if not self._on_btrfs():
-            return self._nowhere(f"{layout.live.parent} is not on Btrfs: mount the disk that {layout.live.name} is on")
         with disk_errors(layout.live):
+            if not layout.live.parent.is_dir():
+                return self._nowhere(f"{layout.live.parent} is not there: create it, or mount the disk that it is on")
+            if not self._on_btrfs():
+                said = f"{layout.live.parent} is not on Btrfs: mount the disk that {layout.live.name} is on"
+                return self._nowhere(said)
             known = self._finder.load()
             lineage = known.state.lineage
             live, problems = btrfs_live.look(layout, lineage.tip_id, known.tip, compare=compare_live)
@@ -160,20 +161,23 @@ class BtrfsBackend:
         )
 
     def save_record(self, record: VolumeRecord) -> None:
-        self._layout.make_root()
-        image_layout.save_record(self._layout, record)
+        with disk_errors(self._layout.root):
+            self._layout.make_root()
+            image_layout.save_record(self._layout, record)
 
     def save_grant(self, grant: Grant | None) -> None:
         if grant is None:
             remove_file(self._layout.root / "grant.json")
             return
-        self._layout.make_root()
-        image_layout.save_grant(self._layout, grant)
+        with disk_errors(self._layout.root):
+            self._layout.make_root()
+            image_layout.save_grant(self._layout, grant)
 
     def take_snapshot(self, new: NewSnapshot) -> Snapshot:
-        known = self._settled()
-        self._check_free(0, "a consistency point")
-        return btrfs_snapshot.take(known, new, self._step)
+        with disk_errors(self._layout.root):
+            known = self._settled()
+            self._check_free(0, "a consistency point")
+            return btrfs_snapshot.take(known, new, self._step)
 
     # The source's side of a delta.
 
@@ -259,12 +263,13 @@ class BtrfsBackend:
         return need
 
     def open_stream_stage(self, base: str, target: str, origin: StreamOrigin) -> StreamStage:
-        for snapshot_id in filter(None, (base, target)):
-            image_layout.check_id(snapshot_id)
-        self._settled()
-        self._check_free(0, "a stage")
-        self._layout.make_root()
-        return btrfs_stage.open_stage(self._layout, base, target, origin)
+        with disk_errors(self._layout.root):
+            for snapshot_id in filter(None, (base, target)):
+                image_layout.check_id(snapshot_id)
+            self._settled()
+            self._check_free(0, "a stage")
+            self._layout.make_root()
+            return btrfs_stage.open_stage(self._layout, base, target, origin)
 
     def discard_stage(self) -> None:
         with disk_errors(self._layout.root):
@@ -279,17 +284,18 @@ class BtrfsBackend:
     # Keeping and letting go.
 
     def drop(self, snapshot_id: str) -> int:
-        known = self._settled()
-        if snapshot_id in {copy.id for copy in image_layout.list_preserved(self._layout)}:
-            return btrfs_keep.drop_preserved(self._layout, snapshot_id, self._step)
-        if snapshot_id in known.adopted or snapshot_id in known.beside:
-            raise Refused("PINNED", f"{snapshot_id} was made by another tool, which is to remove it")
-        self._known(known, snapshot_id)
-        if snapshot_id == known.state.tip:
-            raise Refused("PINNED", f"{snapshot_id} is the newest snapshot here, which the live copy stands on")
-        if snapshot_id not in known.state.stored:
-            return 0
-        return btrfs_keep.drop_snapshot(known, snapshot_id, self._step)
+        with disk_errors(self._layout.root):
+            known = self._settled()
+            if snapshot_id in {copy.id for copy in image_layout.list_preserved(self._layout)}:
+                return btrfs_keep.drop_preserved(self._layout, snapshot_id, self._step)
+            if snapshot_id in known.adopted or snapshot_id in known.beside:
+                raise Refused("PINNED", f"{snapshot_id} was made by another tool, which is to remove it")
+            self._known(known, snapshot_id)
+            if snapshot_id == known.state.tip:
+                raise Refused("PINNED", f"{snapshot_id} is the newest snapshot here, which the live copy stands on")
+            if snapshot_id not in known.state.stored:
+                return 0
+            return btrfs_keep.drop_snapshot(known, snapshot_id, self._step)
 
     def prune(self, keep_last: int, pinned: frozenset[str]) -> tuple[tuple[str, int], ...]:
         state = self._settled().state
@@ -323,9 +329,9 @@ class BtrfsBackend:
 
     def _settled(self) -> Known:
         """What is here, once a commit that was interrupted in this very process is finished or undone."""
-        if not self._on_btrfs():
-            raise Invalid("INVALID_FIELD", f"{self._layout.live.parent} is no directory on Btrfs", field="path")
         with disk_errors(self._layout.root):
+            if not self._on_btrfs():
+                raise Invalid("INVALID_FIELD", f"{self._layout.live.parent} is no directory on Btrfs", field="path")
             btrfs_commit.settle(self._tools)
             return self._finder.load()
 

@@ -107,9 +107,9 @@ class ImageBackend:
 
     def examine(self, *, compare_live: bool = True) -> Examined:
         layout = self._layout
-        if not layout.live.parent.is_dir():
-            return self._nowhere()
         with disk_errors(layout.live):
+            if not layout.live.parent.is_dir():
+                return self._nowhere()
             state = load_state(layout)
             live, problems = image_live.look(layout, state, self._copier, compare=compare_live)
             free, reserve = self._space()
@@ -148,22 +148,25 @@ class ImageBackend:
         )
 
     def save_record(self, record: VolumeRecord) -> None:
-        self._layout.make_root()
-        image_layout.save_record(self._layout, record)
+        with disk_errors(self._layout.root):
+            self._layout.make_root()
+            image_layout.save_record(self._layout, record)
 
     def save_grant(self, grant: Grant | None) -> None:
         if grant is None:
             remove_file(self._layout.root / "grant.json")
             return
-        self._layout.make_root()
-        image_layout.save_grant(self._layout, grant)
+        with disk_errors(self._layout.root):
+            self._layout.make_root()
+            image_layout.save_grant(self._layout, grant)
 
     def take_snapshot(self, new: NewSnapshot) -> Snapshot:
-        state = self._settled()
-        stat = image_live.check_live(self._layout.live)
-        need = stat.st_blocks * 512 if stat is not None and not self._copier.reflink else 0
-        self._check_free(need, "a consistency point")
-        return image_snapshot.take(self._layout, self._copier, state, new, self._step)
+        with disk_errors(self._layout.live):
+            state = self._settled()
+            stat = image_live.check_live(self._layout.live)
+            need = stat.st_blocks * 512 if stat is not None and not self._copier.reflink else 0
+            self._check_free(need, "a consistency point")
+            return image_snapshot.take(self._layout, self._copier, state, new, self._step)
 
     def delta_map(self, base: str, target: str) -> DeltaMap:
         layout = self._layout
@@ -215,10 +218,11 @@ class ImageBackend:
     def open_stage(self, base: str, target: str, size_bytes: int) -> Stage:
         for snapshot_id in filter(None, (base, target)):
             image_layout.check_id(snapshot_id)
-        self._settled()
-        self._check_free(0, "a stage")
-        self._layout.make_root()
-        return image_stage.open_stage(self._layout, self._copier, base, target, size_bytes)
+        with disk_errors(self._layout.root):
+            self._settled()
+            self._check_free(0, "a stage")
+            self._layout.make_root()
+            return image_stage.open_stage(self._layout, self._copier, base, target, size_bytes)
 
     def discard_stage(self) -> None:
         with disk_errors(self._layout.root):
@@ -231,15 +235,16 @@ class ImageBackend:
         return image_commit.commit(self._tools, stage, order)
 
     def drop(self, snapshot_id: str) -> int:
-        state = self._settled()
-        if snapshot_id in {copy.id for copy in image_layout.list_preserved(self._layout)}:
-            return image_keep.drop_preserved(self._layout, snapshot_id, self._step)
-        self._known(state, snapshot_id)
-        if snapshot_id == state.tip:
-            raise Refused("PINNED", f"{snapshot_id} is the newest snapshot here, which the live copy stands on")
-        if snapshot_id not in state.stored:
-            return 0
-        return image_keep.drop_snapshot(self._layout, self._copier, state, snapshot_id, self._step)
+        with disk_errors(self._layout.root):
+            state = self._settled()
+            if snapshot_id in {copy.id for copy in image_layout.list_preserved(self._layout)}:
+                return image_keep.drop_preserved(self._layout, snapshot_id, self._step)
+            self._known(state, snapshot_id)
+            if snapshot_id == state.tip:
+                raise Refused("PINNED", f"{snapshot_id} is the newest snapshot here, which the live copy stands on")
+            if snapshot_id not in state.stored:
+                return 0
+            return image_keep.drop_snapshot(self._layout, self._copier, state, snapshot_id, self._step)
 
     def prune(self, keep_last: int, pinned: frozenset[str]) -> tuple[tuple[str, int], ...]:
         state = self._settled()
@@ -261,11 +266,12 @@ class ImageBackend:
 
     def _find(self, snapshot_id: str) -> Path:
         """The data of a snapshot or a preserved copy."""
-        preserved = {copy.id: Path(copy.path) for copy in image_layout.list_preserved(self._layout)}
-        if snapshot_id in preserved:
-            return preserved[snapshot_id]
-        self._known(load_state(self._layout), snapshot_id)
-        return self._layout.data(snapshot_id)
+        with disk_errors(self._layout.root):
+            preserved = {copy.id: Path(copy.path) for copy in image_layout.list_preserved(self._layout)}
+            if snapshot_id in preserved:
+                return preserved[snapshot_id]
+            self._known(load_state(self._layout), snapshot_id)
+            return self._layout.data(snapshot_id)
 
     def _known(self, state: State, snapshot_id: str) -> None:
         if snapshot_id not in state.known:

@@ -25,6 +25,9 @@ from agent.disk.inuse import Lease
 from resilver.errors import Invalid, Refused
 
 NO_MAPS: Final = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL})
+_CANNOT_SHARE: Final = frozenset(
+    {*NO_MAPS, errno.EXDEV, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EISDIR, errno.ENOENT}
+)
 _UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.EACCES})
 
 
@@ -92,7 +95,7 @@ class Copier:
         place = self._layout.root if self._layout.root.is_dir() else self._layout.live.parent
         try:
             device = place.stat().st_dev
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
             return False
         if device not in self._probed:
             self._probed[device] = _can_share(place)
@@ -239,6 +242,8 @@ def _can_share(place: Path) -> bool:
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
             return ioctl.fs_magic(place) in {ioctl.XFS_MAGIC, ioctl.BTRFS_MAGIC}
+        if error.errno not in _CANNOT_SHARE:
+            raise  # a disk that fails has not answered, and the answer would stand as long as the agent runs
         return False
     return True
 

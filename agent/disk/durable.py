@@ -30,6 +30,8 @@ FORMAT: Final = 1
 FILE_MODE: Final = 0o600
 DIR_MODE: Final = 0o700
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+OF_THE_DISK: Final = _FULL | {errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.EUCLEAN}
+"""Errors that only a disk or its file system gives."""
 
 
 def disk_error(error: OSError, path: Path | str) -> ResilverError:
@@ -118,11 +120,14 @@ def append_log(path: Path, value: Json) -> None:
         try:
             end = _sound_length(fd, path)
             os.ftruncate(fd, end)
-            view = memoryview(line)
-            while view:
-                written = os.pwrite(fd, view, end)
-                view, end = view[written:], end + written
-            os.fsync(fd)
+            try:
+                _write_at(fd, end, line)
+                os.fsync(fd)
+            except OSError:
+                # What could not be synced counts as clean to the kernel: it must not be taken for a line to build on.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, end)
+                raise
         finally:
             os.close(fd)
         fsync_dir(path.parent)
@@ -136,6 +141,13 @@ def read_log(path: Path) -> list[Json]:
         except (FileNotFoundError, NotADirectoryError):
             return []
     return [value for value, _end in _lines(raw, path)]
+
+
+def _write_at(fd: int, offset: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def _lines(raw: bytes, path: Path) -> Iterator[tuple[Json, int]]:

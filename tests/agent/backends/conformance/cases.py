@@ -89,16 +89,20 @@ class Case:
         """Nothing is to be received: the target has the goal."""
         return self.base == self.goal.tip_id
 
-    def fill(self) -> None:
+    def fill(self, replica: Any = None) -> None:
         """A whole stage, and nobody who has it open."""
-        stage = open_stage(self.target, self.source, self.base, self.goal.tip)
-        if not self.restores:
-            transfer(self.source, self.target, stage)
+        replica = replica or self.target
+        stage = open_stage(replica, self.source, self.base, self.goal.tip)
+        if not self.restores and replica.lineage.tip_id != self.goal.tip_id:
+            transfer(self.source, replica, stage)
         stage.close()
 
     def commit(self, step: Any = None, **options: Any) -> tuple[PreservedCopy, ...]:
         """By an agent that was started since the stage was filled, or since it was killed."""
-        replica = self.target.again(**({} if step is None else {"step": step}))
+        return self.commit_by(self.target.again(**({} if step is None else {"step": step})), **options)
+
+    def commit_by(self, replica: Any, **options: Any) -> tuple[PreservedCopy, ...]:
+        """By an agent that may have lived through something."""
         stage = open_stage(replica, self.source, self.base, self.goal.tip)
         try:
             if not self.restores and replica.lineage.tip_id != self.goal.tip_id:

@@ -1,0 +1,138 @@
+"""What an agent makes of a disk that fails under it: it says so, it touches nothing more, and it goes on by itself.
+
+The calls of the volume's own thread fail for real (`tests/faults.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.backends.base import NewSnapshot
+from agent.backends.image import ImageBackend
+from agent.examiner import ReplicaSettings
+from agent.identity import Identity
+from agent.replica import Replica
+from agent.worker import Worker
+from resilver.errors import Damaged, Refused
+from resilver.lineage import ConsistencyPoint
+from resilver.volume import Grant, Order, Presence, VolumeRecord
+from tests import faults
+from tests.faults import Fault, Outcome, faulty
+
+pytestmark = pytest.mark.skipif(bool(faults.available()), reason=faults.available() or "-")
+ORDER = Order("test", "S", 1, "L", "vm1", volume_id="V", epoch=1, epoch_id="e1")
+
+
+class Scene:
+    """A primary's replica with one CP; what it is asked is done by a thread whose disk fails."""
+
+    def __init__(self, disk: Path, state: Path) -> None:
+        self.disk, self.state = disk, state
+        self.identity = Identity(state, "test", "a")
+        self.image, self.root = disk / "vm1.img", disk / ".resilver" / "vm1"
+        self.image.write_bytes(os.urandom(1 << 20))
+        backend = ImageBackend("vm1", self.image, self.root, reserve_min_bytes=0)
+        self.replica = Replica("vm1", "a", backend, self.identity, ReplicaSettings())
+        self.replica.recover()
+        backend.save_record(VolumeRecord("vm1", "V", 1, "e1", "a"))
+        backend.save_grant(Grant("V", 1, "e1"))
+        backend.take_snapshot(NewSnapshot("s1", "V", ConsistencyPoint(1, 1), "", "e1", 1))
+        self.replica.examine()
+
+    def take(self) -> None:
+        self.replica.take_snapshot(ORDER, "")
+
+    def taking(self, fault: Fault) -> Outcome:
+        return faulty(lambda _step: self.take(), self.disk, fault)
+
+    @property
+    def left_over(self) -> list[str]:
+        return [entry.name for entry in self.root.iterdir() if entry.name.startswith(".")]
+
+
+@pytest.fixture
+def scene(xfs: Path, tmp_path: Path) -> Iterator[Scene]:
+    disk = xfs / uuid.uuid4().hex
+    disk.mkdir()
+    made = Scene(disk, tmp_path / "state")
+    yield made
+    made.replica.close()
+    made.identity.close()
+    shutil.rmtree(disk)
+
+
+def test_a_disk_that_cannot_be_looked_at_is_lost_until_it_can(scene: Scene) -> None:
+    """Whichever call it is that fails, also the very first."""
+    tip = scene.replica.examine().lineage.tip_id
+    lost = 0
+    for skip in range(1000):
+        outcome = faulty(lambda _step: scene.replica.examine(), scene.disk, Fault("EIO", skip=skip, lasting=True))
+        assert outcome.reason == ""
+        if not outcome.failed:
+            break
+        report = scene.replica.last
+        assert report is not None
+        lost += report.presence is Presence.LOST
+        assert report.presence is Presence.PRESENT or any("IO_ERROR" in said for said in report.problems), outcome
+        again = scene.replica.examine()
+        assert (again.presence, again.lineage.tip_id) == (Presence.PRESENT, tip), outcome
+    assert lost > 5
+    assert scene.replica.examine().reflink, "what the file system can do is asked again when the disk answers"
+
+
+def test_a_cp_on_a_failing_disk_leaves_nothing_behind(scene: Scene) -> None:
+    """Its half is removed before the next look, whatever could not be removed at the time."""
+    seen_left = 0
+    for error, reason in (("EIO", "IO_ERROR"), ("ENOSPC", "NO_SPACE")):
+        for skip in range(0, 200, 3):
+            before = scene.replica.examine().lineage
+            outcome = scene.taking(Fault(error, skip=skip, lasting=True))
+            assert outcome.reason in {"", reason}, outcome
+            seen_left += bool(scene.left_over)
+            after = scene.replica.examine().lineage
+            assert scene.left_over == [], outcome
+            assert before.tip_id in after.ids()
+            if not outcome.failed:
+                break
+    assert seen_left, "there was something to remove"
+    scene.take()
+
+
+def test_a_state_dir_that_cannot_be_read_does_not_make_mirrored_data_lost(scene: Scene) -> None:
+    def look(_step: object) -> None:
+        scene.replica.examine()
+
+    outcome = faulty(look, scene.state, Fault("EIO", lasting=True))
+    assert outcome.failed
+    report = scene.replica.last
+    assert report is not None
+    assert report.presence is Presence.PRESENT
+    assert any(said.startswith("IO_ERROR: where the data was cannot be read") for said in report.problems)
+
+    # Of what is not there nothing is known then: it is not called empty.
+    shutil.rmtree(scene.root)
+    scene.image.unlink()
+    assert faulty(look, scene.state, Fault("EIO", lasting=True)).failed
+    report = scene.replica.last
+    assert report is not None
+    assert report.presence is Presence.LOST
+
+
+def test_whoever_waits_for_a_job_is_told_by_a_reason(tmp_path: Path) -> None:
+    worker = Worker("disk of vm1")
+    with pytest.raises(Damaged, match="Read-only") as caught:
+        worker.call(lambda: (_ for _ in ()).throw(OSError(30, os.strerror(30), str(tmp_path))))
+    assert caught.value.reason == "IO_ERROR"
+    with pytest.raises(Refused) as full:
+        worker.call(lambda: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
+    assert full.value.reason == "NO_SPACE"
+    assert "disk of vm1" in full.value.message
+    with pytest.raises(TimeoutError):
+        worker.call(lambda: (_ for _ in ()).throw(TimeoutError()))
+    worker.close()
