@@ -22,9 +22,12 @@ _PATTERNS = (
     r"backends/zfs/test_crash\.py::test_(?!killed_in_a_snapshot)",
     r"backends/btrfs/test_crash\.py::test_killed_in_a_commit",
     # A failing disk: each step on XFS, in the states that take all steps; every call is thorough.
-    r"conformance/test_disk_faults\.py::(?!test_a_fault_(in_a_commit\[image-xfs-(diverged-same|newcomer-new)|"
-    r"in_a_snapshot\[image-xfs-same|in_a_prune\[image-xfs-new|in_a_drop\[image-xfs-same|"
-    r"while_receiving\[image-xfs-diverged-.*-same|while_a_record_is_kept\[(image-xfs|btrfs)))",
+    r"conformance/test_disk_faults\.py::test_a_fault_of_every_call",
+    r"conformance/test_disk_faults\.py::test_a_fault_in_a_commit\[(?!image-xfs-(diverged-same|newcomer-new))",
+    r"conformance/test_disk_faults\.py::test_a_fault_in_a_(snapshot|drop)\[(?!image-xfs-same)",
+    r"conformance/test_disk_faults\.py::test_a_fault_in_a_prune\[(?!image-xfs-new)",
+    r"conformance/test_disk_faults\.py::test_a_fault_while_receiving\[(?!image-xfs-diverged-.*-same)",
+    r"conformance/test_disk_faults\.py::test_a_fault_while_a_record_is_kept\[(?!image-xfs|btrfs)",
     # Compacting beside everything: all on XFS.
     r"backends/test_compact\.py::.*\[btrfs",
     r"backends/test_trail\.py::.*(btrfs-compressed|ext4)",
