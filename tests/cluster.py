@@ -141,8 +141,22 @@ class Cluster:
     answering: str = ""
     """The coordinator that answered last: asked first, because another one may be stopped."""
 
+    def host(self, name: str) -> str:
+        """The address of what has that name; all are on this machine's loopback."""
+        del name
+        return "127.0.0.1"
+
+    def within(self, name: str, command: list[str]) -> list[str]:
+        """The command as it is started where `name` is; an operator's command has none."""
+        del name
+        return command
+
+    def console(self, name: str) -> str:
+        """Where this process asks a coordinator."""
+        return f"{self.host(name)}:{self.ports[name]}"
+
     def process(self, name: str, *command: str, **env: str) -> Process:
-        made = Process(name, list(command), self.directory / f"{name}.log", env)
+        made = Process(name, self.within(name, list(command)), self.directory / f"{name}.log", env)
         self.processes[name] = made
         made.start()
         return made
@@ -167,11 +181,15 @@ class Cluster:
             url = self.etcd_url
         config = self.directory / f"{name}.toml"
         config.write_text(
-            f'name = "{name}"\ncluster = "{self.name}"\nlisten = "127.0.0.1:{port}"\nstore = "{url}"\n'
+            f'name = "{name}"\ncluster = "{self.name}"\nlisten = "{self.host(name)}:{port}"\nstore = "{url}"\n'
             f'metrics_listen = "127.0.0.1:{self.ports.setdefault(name + "-metrics", free_port())}"\n'
             f'state_dir = "{self.directory}/{name}"\nlease_ttl_s = {self.lease_ttl_s}\n{extra}'
         )
         self.process(name, sys.executable, "-m", "coordinator.app", "--config", str(config))
+
+    @property
+    def coordinators(self) -> list[str]:
+        return [name for name in self.ports if name in ("c1", "c2")]
 
     def image(self, node: str, volume: str) -> Path:
         """The live copy of a volume on a node."""
@@ -196,12 +214,13 @@ class Cluster:
         backend: str = "image",
     ) -> Path:
         """Writes an agent's configuration and answers its path."""
-        coordinators = ", ".join(f'"127.0.0.1:{port}"' for name, port in self.ports.items() if name in ("c1", "c2"))
+        coordinators = ", ".join(f'"{self.host(name)}:{self.ports[name]}"' for name in self.coordinators)
         for what in ("", "-stream", "-metrics"):
             self.ports.setdefault(node + what, free_port())
         text = (
             f'node = "{node}"\ncluster = "{self.name}"\ncoordinators = [{coordinators}]\n'
-            f'listen = "127.0.0.1:{self.ports[node]}"\nstream_listen = "127.0.0.1:{self.ports[node + "-stream"]}"\n'
+            f'listen = "{self.host(node)}:{self.ports[node]}"\n'
+            f'stream_listen = "{self.host(node)}:{self.ports[node + "-stream"]}"\n'
             f'metrics_listen = "127.0.0.1:{self.ports[node + "-metrics"]}"\n'
             f'state_dir = "{self.directory}/{node}"\n{extra}\n'
         )
@@ -234,9 +253,9 @@ class Cluster:
     def cli(self, *arguments: str, timeout_s: float = 100.0) -> Ran:
         """Runs the operator's command; adds `-o json` unless an output is named."""
         words = list(arguments) if "-o" in arguments else [*arguments, "-o", "json"]
-        ports = ",".join(f"127.0.0.1:{port}" for name, port in self.ports.items() if name in ("c1", "c2"))
+        addresses = ",".join(f"{self.host(name)}:{self.ports[name]}" for name in self.coordinators)
         done = subprocess.run(
-            [sys.executable, "-m", "resilver.cli.main", "--coordinator", ports, *words],
+            self.within("", [sys.executable, "-m", "resilver.cli.main", "--coordinator", addresses, *words]),
             capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         assert "Traceback" not in done.stderr + done.stdout, done.stderr + done.stdout
@@ -257,20 +276,24 @@ class Cluster:
 
     def ask(self, method: str, request: Any) -> Any:
         """The leader's answer to one call; None while nobody leads, or if it is refused."""
-        for name in sorted({"c1", "c2"} & self.ports.keys(), key=lambda name: (name != self.answering, name)):
-            port = self.ports[name]
-            if port not in self.channels:
-                self.channels[port] = grpc.insecure_channel(
-                    f"127.0.0.1:{port}", [("grpc.max_reconnect_backoff_ms", 200), ("grpc.min_reconnect_backoff_ms", 50)]
-                )
-            stub: Any = coordinator_pb2_grpc.CoordinatorStub(self.channels[port])
+        for name in sorted(self.coordinators, key=lambda name: (name != self.answering, name)):
             try:
-                answer = getattr(stub, method)(request, timeout=5.0)
+                answer = self.ask_one(name, method, request)
             except grpc.RpcError:
                 continue
             self.answering = name
             return answer
         return None
+
+    def ask_one(self, name: str, method: str, request: Any) -> Any:
+        """One coordinator's answer, or the error of the call, raised."""
+        port = self.ports[name]
+        if port not in self.channels:
+            self.channels[port] = grpc.insecure_channel(
+                self.console(name), [("grpc.max_reconnect_backoff_ms", 200), ("grpc.min_reconnect_backoff_ms", 50)]
+            )
+        stub: Any = coordinator_pb2_grpc.CoordinatorStub(self.channels[port])
+        return getattr(stub, method)(request, timeout=5.0)
 
     def volume(self, volume: str) -> dict[str, Any]:
         """The volume as `status -o json` has it; empty while nobody knows it."""

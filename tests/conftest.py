@@ -47,11 +47,14 @@ _PATTERNS = (
     r"acceptance/test_adoption_zfs\.py::test_the_next_delta",
     # How long the store is away makes no difference, once it is longer than a lease.
     r"leaders/test_leaders\.py::.*\[a-minute",
+    # Partitions: the ordinary tests cut the primary's half off, and hang one of two sources.
+    r"partitions/test_partitions\.py::test_of_two_halves_one_acts\[c\]",
+    r"partitions/test_links\.py::test_the_only_source_hangs",
     # The larger models of the protocol.
     r"model/test_model\.py::.*-deeper",
 )
 THOROUGH = re.compile("|".join(_PATTERNS))
-LONG = ("vm/", "acceptance/", "leaders/", "model/", "simulation/", "campaign/", "agent/backends/")
+LONG = ("vm/", "acceptance/", "leaders/", "model/", "simulation/", "campaign/", "partitions/", "agent/backends/")
 """Where a file takes minutes: begun first, so that no worker is left alone with one at the end."""
 
 

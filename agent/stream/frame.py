@@ -17,11 +17,11 @@ bytes) of the sixty before it. Numbers are little-endian. The rules:
 * Nothing is allocated by a number that came from outside before it was compared with a bound.
 
 `DATA` answers one requested range, `ZERO` says that such a range reads as zero (a header only). The other kinds carry
-small bodies: JSON, or for `REQUEST` pairs of numbers.
+small bodies: JSON, or for `REQUEST` pairs of numbers. `WAIT` may come before any answer: it says that the source lives.
 
 Where a HELLO wishes for a file system's own stream, nothing is requested: `DATA` and `ZERO` come in the order of the
-stream, 1 MiB each but the last, `WAIT` while the source has nothing to send yet, and `END` with the length and the
-chain of all digests (`extend_chain`), by which two streams with one beginning know each other.
+stream, 1 MiB each but the last, and `END` with the length and the chain of all digests (`extend_chain`), by which two
+streams with one beginning know each other.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Kind(IntEnum):
     ZERO = 5  # server: a range that reads as zero
     ERROR = 6  # server: a reason and a sentence; the connection ends
     BYE = 7  # either: nothing more will come, and nothing is wrong
-    WAIT = 8  # server: the next piece of a stream is still being made
+    WAIT = 8  # server: what comes next is still being read, or made
     END = 9  # server: the stream is whole
 
 

@@ -87,8 +87,9 @@ class Link:
     def greet(self, hello: Hello) -> Welcome:
         """Says who asks, and waits for the answer."""
         self.send(frames.encode_hello(hello))
-        while (frame := self.next()) is None:
-            self.wait()
+        while (frame := self.next()) is None or frame.header.kind is Kind.WAIT:
+            if frame is None:
+                self.wait()
         if frame.header.kind is not Kind.WELCOME:
             raise self.unexpected(frame)
         try:

@@ -24,11 +24,11 @@ from blake3 import blake3
 from agent.backends.base import SendStream
 from agent.stream import frame as frames
 from agent.stream.frame import HEADER_BYTES, PAYLOAD_BYTES_MAX, Kind, StreamEnd, StreamWish
+from agent.stream.lifesign import WAIT_S
 from resilver.errors import Invalid, Refused
 from resilver.fields import check_text, check_texts
 
 PIECES_MAX: Final = 4
-WAIT_S: Final = 5.0
 STOP_LOOK_S: Final = 0.5
 ENDING_S: Final = 5.0
 FORMATS_MAX: Final = 16

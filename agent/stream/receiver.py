@@ -198,6 +198,8 @@ class _Run:
     def take_in(self, frame: Frame, in_flight: deque[Chunk], link: Link, source: SourceAddress) -> None:
         """Writes the answer to the oldest request, or puts the request back if the answer is damaged."""
         kind, _flags, offset, length, _stored, digest = frame.header
+        if kind is Kind.WAIT:
+            return
         if kind not in {Kind.DATA, Kind.ZERO} or not in_flight or in_flight[0][1:] != (offset, length):
             raise link.unexpected(frame)
         chunk = in_flight[0]

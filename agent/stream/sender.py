@@ -11,6 +11,7 @@ The rules:
   connection, with an ERROR frame if it still listens, and no other.
 * Connections beyond `connections_max` are told so and closed.
 * Whoever wishes for a file system's own stream requests nothing: `pump.py` sends it from its beginning to its end.
+* While the disk is read, WAIT says that this end lives (`lifesign.py`): whoever is silent is left soon.
 * `stop` lets each connection finish the buffer that it is sending, says BYE, and cuts what is left at its deadline.
 """
 
@@ -41,6 +42,7 @@ from agent.stream.frame import (
     Kind,
     Range,
 )
+from agent.stream.lifesign import WAIT_S, LifeSign
 from agent.stream.pump import Pump, check_wish
 from resilver.address import Address
 from resilver.errors import Damaged, Exhausted, Invalid, ResilverError, Unavailable
@@ -96,12 +98,14 @@ class BlockServer:
         connections_max: int = CONNECTIONS_MAX,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
         hello_timeout_s: float = HELLO_TIMEOUT_S,
+        wait_s: float = WAIT_S,
     ) -> None:
         self._listen = listen
         self._authorize = authorize
         self._connections_max = connections_max
         self._idle_timeout_s = idle_timeout_s
         self._hello_timeout_s = hello_timeout_s
+        self._wait_s = wait_s
         self._lock = threading.Lock()
         self._connections: set[_Connection] = set()
         self._stopping = threading.Event()
@@ -127,6 +131,7 @@ class BlockServer:
             target=self._accept, args=(self._listener,), name="stream-accept", daemon=True
         )
         self._acceptor.start()
+        threading.Thread(target=self._give_signs, name="stream-wait", daemon=True).start()
 
     def stop(self, deadline_s: float = 5.0) -> bool:
         """Returns when all connections have ended, at the latest after the deadline; False if a disk held one up."""
@@ -161,6 +166,13 @@ class BlockServer:
                 self._stopping.wait(ACCEPT_PAUSE_S)
                 continue
             self._admit(accepted, Address(str(peer[0]), int(peer[1])))
+
+    def _give_signs(self) -> None:
+        while not self._stopping.wait(self._wait_s / 4):
+            with self._lock:
+                connections = list(self._connections)
+            for connection in connections:
+                connection.life.tell(self._wait_s)
 
     def _admit(self, accepted: socket.socket, peer: Address) -> None:
         connection = _Connection(self, accepted, peer)
@@ -215,6 +227,7 @@ class _Connection:
         self._pending: deque[Range] = deque()
         self._readable = select.poll()
         self._readable.register(accepted, select.POLLIN)
+        self.life: Final = LifeSign(accepted)
         self.thread: Final = threading.Thread(target=self._run, name=f"stream-{peer}", daemon=True)
 
     def finish(self) -> None:
@@ -250,7 +263,8 @@ class _Connection:
     def _serve(self) -> None:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         hello = self._hello()
-        served = self._server.authorize(hello)
+        with self.life.at_disk():
+            served = self._server.authorize(hello)
         if isinstance(served, ServedStream):
             self._stream(served, hello)
             return
@@ -302,7 +316,8 @@ class _Connection:
                 self._take(self._frame(self._server.idle_timeout_s), served.reader.size_bytes, announcer)
             while (frame := self._frame_at_hand()) is not None:
                 self._take(frame, served.reader.size_bytes, announcer)
-            size = self._fill(view, served.reader, announcer)
+            with self.life.at_disk():
+                size = self._fill(view, served.reader, announcer)
             self._send(view[:size])
             served.on_sent(size)
         raise _Gone

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from agent.delta import DeltaMap, DeltaRange
+from agent.stream import lifesign
 from agent.stream.frame import HEADER_BYTES, Hello
 from agent.stream.receiver import Stopped
 from agent.stream.sender import BlockServer
@@ -147,6 +148,33 @@ def test_a_source_that_falls_silent_in_the_middle_is_left_for_another(transfer, 
         gate.set()
     assert [(problem.node, problem.reason) for problem in received.problems] == [("a", "DEADLINE")]
     assert all(share.wire_bytes for share in received.counters.sources)
+    assert transfer.stage.path.read_bytes() == source.read_bytes()
+
+
+def slow_disk(path, *, first_read_s, opened_s=0.0):
+    """A disk that takes so long to open and to give what is read first."""
+    pauses = [opened_s, first_read_s]
+
+    def make(image):
+        threading.Event().wait(pauses.pop(0))
+        return FileReader(image, lambda offset: threading.Event().wait(pauses.pop()) if pauses else None)
+
+    return serving(path, make, wait_s=0.1)
+
+
+def test_a_source_whose_disk_is_slow_is_not_silent(transfer, source):
+    with slow_disk(source, opened_s=2.0, first_read_s=2.0) as server, Proxy(server.port) as proxy:
+        received = transfer.run(at(proxy.port), silence=0.8)
+        assert proxy.connections == 1
+    assert not received.problems
+    assert transfer.stage.path.read_bytes() == source.read_bytes()
+
+
+def test_a_source_whose_disk_hangs_is_left_for_another(monkeypatch, transfer, source):
+    monkeypatch.setattr(lifesign, "DISK_MAX_S", 0.5)
+    with slow_disk(source, first_read_s=8.0) as hanging, serving(source) as server:
+        received = transfer.run(at(hanging.port, "slow"), at(server.port, "b"), silence=0.8)
+    assert [(problem.node, problem.reason) for problem in received.problems] == [("slow", "DEADLINE")]
     assert transfer.stage.path.read_bytes() == source.read_bytes()
 
 
