@@ -14,6 +14,7 @@ need mkfs.btrfs btrfs-progs
 need mkfs.ext4 e2fsprogs
 need setfacl acl
 need losetup mount
+need ip iproute2
 need rsync rsync
 compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
 need zfs-fuse zfs-fuse
