@@ -28,6 +28,7 @@ _PATTERNS = (
     r"conformance/test_disk_faults\.py::test_a_fault_in_a_prune\[(?!image-xfs-new)",
     r"conformance/test_disk_faults\.py::test_a_fault_while_receiving\[(?!image-xfs-diverged-.*-same)",
     r"conformance/test_disk_faults\.py::test_a_fault_while_a_record_is_kept\[(?!image-xfs|btrfs)",
+    r"backends/test_compact\.py::test_a_fault_at_every_step\[(?!EIO-IO_ERROR-lasting-xfs)",
     # Compacting beside everything: all on XFS.
     r"backends/test_compact\.py::.*\[btrfs",
     r"backends/test_trail\.py::.*(btrfs-compressed|ext4)",

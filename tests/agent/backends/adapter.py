@@ -93,6 +93,10 @@ class Kind(ABC):
     """A snapshot needs no live copy: else one goes with the live copy it is of, and a preserved copy pins its base."""
     full_size_bytes: int = 320 << 20
     """The size of a ground that a test fills up."""
+    by_calls: bool = True
+    """What the backend does to the disk is done by calls of its own or of its commands, under `Replica.directory`: not
+    by a service that is shared with others.
+    """
     slow: bool = False
     """Making a replica takes seconds: a test that kills at every step goes on with the one that it has recovered."""
 
@@ -147,6 +151,8 @@ class Replica(ABC):
     volume_id: str
     root: Path
     """Where its records stand."""
+    directory: Path
+    """What has all of it, if its kind is `by_calls`."""
     backend: Any
     """The backend under test. Its type is `Backend`, but tests use what their shape has."""
 

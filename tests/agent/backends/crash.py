@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from resilver.errors import ResilverError
 from resilver.volume import LiveState
-from tests.agent.backends.adapter import Replica
+from tests.agent.backends.adapter import Kind, Replica
 
 Step = Callable[[str], None]
 Work = Callable[[Step], object]
@@ -60,6 +60,13 @@ def killed(work: Work, at: At | str) -> bool:
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"failed before {at}"
     return os.WIFSIGNALED(status)
+
+
+def deciding(kind: Kind, what: str, steps: list[At]) -> int | None:
+    """Which of the steps is the first from which on the new state is there; None where that cannot be told."""
+    named = kind.decides.get(what, ())
+    names = {named} if isinstance(named, str) else set(named)
+    return next((number for number, at in enumerate(steps) if at.step in names), None)
 
 
 def whole(replica: Replica) -> None:

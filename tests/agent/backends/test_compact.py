@@ -19,8 +19,10 @@ from agent.delta import DeltaRange
 from agent.disk import ioctl
 from agent.disk.places import places, seams_by_part
 from resilver.volume import LiveState
+from tests import faults
 from tests.agent.backends.crash import killed, reason_of, whole
 from tests.agent.backends.replica import BLOCK, Replica, blocks_of, digest, noise
+from tests.faults import Fault, faulty
 from tests.loopfs import fill, run
 
 SIZE = 2 * PART_BYTES + 3 * BLOCK + 1000
@@ -359,6 +361,29 @@ def test_written_to_and_snapshotted_before_the_next_start(place, step):
     ids = [record.id for record in again.lineage]
     assert blocks_of(list(again.backend.delta_map(ids[1], ids[0]))) == {10}
     assert blocks_of(delta(again.data(ids[0]), again.path)) == {20}
+
+
+@pytest.mark.skipif(bool(faults.available()), reason=faults.available() or "-")
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
+@pytest.mark.parametrize(("error", "reason"), [("EIO", "IO_ERROR"), ("ENOSPC", "NO_SPACE")])
+def test_a_fault_at_every_step(place, error, reason, lasting):
+    """The next call fails, or all from there on: not a byte of any file changes, and a new start puts all together."""
+    for number, step in enumerate(image_compact.STEPS):
+        replica = torn(place / f"{number}")
+        before = Picture(replica)
+        fault = Fault(error, step, lasting=lasting)
+        outcome = faulty(lambda at, of=replica: compact(made(of.directory, step=at)), replica.directory, fault)
+        assert outcome.reason in {"", reason}, outcome
+        assert {path: digest(path) for path in files(replica)} == before.digests
+        again = made(replica.directory)
+        again.backend.recover()
+        check_same(again, before)
+        whole(again)
+        compact(again)
+        check_same(again, before)
+        assert seams(replica.path) <= SEAMS_MAX // 2
+        assert not (replica.root / "compact.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])

@@ -1,7 +1,8 @@
 """Each test once for every kind of backend, in a place of its own on file systems that are made once.
 
-A module may say `SHAPE = "blocks"` or `"stream"` if it is about one shape, and `DISTINCT = True` if kinds that differ
-only in how contents are compared need not both run. A test that asks for `use` runs once for each way of use.
+A module may say `SHAPE = "blocks"` or `"stream"` if it is about one shape, `DISTINCT = True` if kinds that differ only
+in how contents are compared need not both run, and `BY_CALLS = True` if it makes a backend's calls fail. A test that
+asks for `use` runs once for each way of use.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     module: Any = metafunc.module
     kinds = [kind for kind in KINDS if getattr(module, "SHAPE", kind.shape) == kind.shape]
+    if getattr(module, "BY_CALLS", False):
+        kinds = [kind for kind in kinds if kind.by_calls]
     if getattr(module, "DISTINCT", False):
         kinds = [kind for kind in kinds if not kind.alike]
     if "use" in metafunc.fixturenames:

@@ -19,7 +19,7 @@ import pytest
 from resilver.volume import LiveState, VolumeRecord
 from tests.agent.backends.adapter import VOLUME_ID, Kind, Place
 from tests.agent.backends.conformance.cases import SCENARIOS, Case
-from tests.agent.backends.crash import At, Step, Steps, killed, reason_of, whole
+from tests.agent.backends.crash import At, Step, Steps, deciding, killed, reason_of, whole
 from tests.agent.backends.transfer import close_stages, open_stage, transfer
 
 DISTINCT = True
@@ -35,13 +35,6 @@ def steps_of(kind: Kind, work: Callable[[Step], object], prefix: str = "") -> li
     work(recorder)
     SEEN[kind.name] |= {at.step for at in recorder.called}
     return [at for at in recorder.called if at.step.startswith(prefix)]
-
-
-def deciding(kind: Kind, what: str, steps: list[At]) -> int | None:
-    """Which of the steps is the first from which on the new state is there; None where that cannot be told."""
-    named = kind.decides.get(what, ())
-    names = {named} if isinstance(named, str) else set(named)
-    return next((number for number, at in enumerate(steps) if at.step in names), None)
 
 
 # Taking a snapshot.

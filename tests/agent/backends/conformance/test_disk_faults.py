@@ -15,11 +15,12 @@ from resilver.volume import LiveState, VolumeRecord
 from tests import faults
 from tests.agent.backends.adapter import VOLUME_ID, Kind, Place, Replica
 from tests.agent.backends.conformance.cases import SCENARIOS, Case
-from tests.agent.backends.crash import At, Steps, whole
+from tests.agent.backends.crash import At, Steps, deciding, whole
 from tests.agent.backends.transfer import close_stages
 from tests.faults import Fault, Outcome, faulty
 
 DISTINCT = True
+BY_CALLS = True
 pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(faults.available()), reason=faults.available() or "-"),
@@ -92,12 +93,15 @@ def test_a_fault_in_a_commit(place: Place, kind: Kind, scenario: str, then: str)
         agent = Agent(case.target)
         outcome = agent.on_faulty_disk(case.commit_by, fault)
         hits += bool(outcome.failed)
-        check_commit(case, agent, outcome, fault, then)
+        shown = check_commit(case, agent, outcome, fault, then)
+        decided = deciding(kind, "commit", steps)
+        if outcome.reason and decided is not None:
+            assert shown is (steps.index(At(fault.step, fault.nth)) >= decided), f"{fault}: {outcome}"
     assert hits > len(steps), "most of the faults met something"
 
 
-def check_commit(case: Case, agent: Agent, outcome: Outcome, fault: Fault, then: str) -> None:
-    """What holds after a commit on a failing disk, whatever became of it."""
+def check_commit(case: Case, agent: Agent, outcome: Outcome, fault: Fault, then: str) -> bool:
+    """What holds after a commit on a failing disk, whatever became of it. Whether the new state was there at once."""
     check_reason(outcome, fault)
     shown = case.check_one_whole()
     assert shown or outcome.reason, f"{fault}: done, and not there: {outcome}"
@@ -109,6 +113,7 @@ def check_commit(case: Case, agent: Agent, outcome: Outcome, fault: Fault, then:
     case.commit_by(agent.replica)
     agent.replica.backend.discard_stage()
     case.check_done()
+    return shown
 
 
 @THEN
@@ -165,7 +170,9 @@ def test_a_fault_in_a_snapshot(replica: Replica, kind: Kind, then: str) -> None:
     replica.create()
     first = replica.snapshot()
     replica.edit(100)
-    for number, fault in enumerate(faults_at(steps_in(lambda each: each.snapshot(), replica))):
+    steps = steps_in(lambda each: each.snapshot(), replica)
+    decided = deciding(kind, "snapshot", steps)
+    for number, fault in enumerate(faults_at(steps)):
         replica.edit(number)
         live, before, agent = replica.contents(), replica.lineage, Agent(replica)
         outcome = agent.on_faulty_disk(lambda each: each.snapshot(), fault)
@@ -173,6 +180,8 @@ def test_a_fault_in_a_snapshot(replica: Replica, kind: Kind, then: str) -> None:
         assert replica.contents() == live
         seen = replica.again().lineage.tip_id != before.tip_id
         assert seen or outcome.reason, f"{fault}: done, and not there: {outcome}"
+        if outcome.reason and decided is not None:
+            assert seen is (steps.index(At(fault.step, fault.nth)) >= decided), f"{fault}: {outcome}"
         if then == "new-process":
             agent = Agent(replica)
         agent.clear()

@@ -172,6 +172,7 @@ class LvmKind(Kind):
     steps = STEPS
     decides: ClassVar[dict[str, str]] = {"snapshot": "snapshot.renamed", "commit": "commit.exchanged"}
     may_be_absent = True
+    by_calls = False
     slow = True
     odd_name = "Büro №1, data"
     full_size_bytes = 160 << 20

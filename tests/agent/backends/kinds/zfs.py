@@ -222,6 +222,7 @@ class ZfsKind(Kind):
     name = "zfs"
     shape = "stream"
     steps = STEPS
+    by_calls = False
     decides: ClassVar[dict[str, str]] = {"snapshot": "snapshot.recorded"}
     odd_name = "vm 1_a:b-c.d"
     may_be_absent = True
