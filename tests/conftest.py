@@ -23,11 +23,12 @@ _PATTERNS = (
     r"backends/btrfs/test_crash\.py::test_killed_in_a_commit",
     # A failing disk: each step on XFS, in the states that take all steps; every call is thorough.
     r"conformance/test_disk_faults\.py::test_a_fault_of_every_call",
-    r"conformance/test_disk_faults\.py::test_a_fault_in_a_commit\[(?!image-xfs-(diverged-same|newcomer-new))",
+    r"conformance/test_disk_faults\.py::test_a_fault_in_a_commit\[(?!image-xfs-diverged-new)",
     r"conformance/test_disk_faults\.py::test_a_fault_in_a_(snapshot|drop)\[(?!image-xfs-same)",
     r"conformance/test_disk_faults\.py::test_a_fault_in_a_prune\[(?!image-xfs-new)",
     r"conformance/test_disk_faults\.py::test_a_fault_while_receiving\[(?!image-xfs-diverged-.*-same)",
     r"conformance/test_disk_faults\.py::test_a_fault_while_a_record_is_kept\[(?!image-xfs|btrfs)",
+    r"agent/test_failing_disk\.py::test_a_run_on_a_failing_disk.*\[ENOSPC",
     r"backends/test_compact\.py::test_a_fault_at_every_step\[(?!EIO-IO_ERROR-lasting-xfs)",
     # Compacting beside everything: all on XFS.
     r"backends/test_compact\.py::.*\[btrfs",

@@ -5,24 +5,31 @@ The calls of the volume's own thread fail for real (`tests/faults.py`).
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from agent.backends import image_commit
 from agent.backends.base import NewSnapshot
 from agent.backends.image import ImageBackend
 from agent.examiner import ReplicaSettings
 from agent.identity import Identity
+from agent.peers import Peers
 from agent.replica import Replica
+from agent.runfile import RunOrder
+from agent.runs import Runs
+from agent.tickets import Tickets
 from agent.worker import Worker
 from resilver.errors import Damaged, Refused
 from resilver.lineage import ConsistencyPoint
-from resilver.volume import Grant, Order, Presence, VolumeRecord
+from resilver.volume import Grant, Order, Presence, Progress, ResyncState, VolumeRecord
 from tests import faults
+from tests.agent.agents import until
 from tests.faults import Fault, Outcome, faulty
 
 pytestmark = pytest.mark.skipif(bool(faults.available()), reason=faults.available() or "-")
@@ -90,7 +97,7 @@ def test_a_cp_on_a_failing_disk_leaves_nothing_behind(scene: Scene) -> None:
     """Its half is removed before the next look, whatever could not be removed at the time."""
     seen_left = 0
     for error, reason in (("EIO", "IO_ERROR"), ("ENOSPC", "NO_SPACE")):
-        for skip in range(0, 200, 3):
+        for skip in range(0, 200, 6):
             before = scene.replica.examine().lineage
             outcome = scene.taking(Fault(error, skip=skip, lasting=True))
             assert outcome.reason in {"", reason}, outcome
@@ -136,3 +143,78 @@ def test_whoever_waits_for_a_job_is_told_by_a_reason(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError):
         worker.call(lambda: (_ for _ in ()).throw(TimeoutError()))
     worker.close()
+
+
+class Target:
+    """A secondary whose live copy was written to, and the run that sets it right again: it needs no source."""
+
+    def __init__(self, directory: Path, disk: Path) -> None:
+        self.directory, self.disk = directory, disk
+        self.image, self.root = disk / "vm1.img", disk / ".resilver" / "vm1"
+        backend = ImageBackend("vm1", self.image, self.root, reserve_min_bytes=0)
+        self.image.write_bytes(os.urandom(1 << 20))
+        self.mirrored = self.image.read_bytes()
+        backend.save_record(VolumeRecord("vm1", "V", 1, "e1", "a"))
+        backend.take_snapshot(NewSnapshot("s1", "V", ConsistencyPoint(1, 1), "", "e1", 1))
+        with self.image.open("r+b") as file:
+            file.write(b"written here")
+        self.written = self.image.read_bytes()
+        self.ended: list[tuple[Progress, list[str]]] = []
+
+    def run_twice(self, step: Callable[[str], None]) -> None:
+        """An agent that lives through a fault of its first run, if there is one, and is given another."""
+        loop = asyncio.new_event_loop()
+        identity = Identity(self.directory / "state", "test", "b")
+        backend = ImageBackend("vm1", self.image, self.root, reserve_min_bytes=0, step=step)
+        replica = Replica("vm1", "b", backend, identity, ReplicaSettings())
+        tickets = Tickets(self.directory / "tickets.json")
+        runs = Runs(
+            self.directory / "runs",
+            {"vm1": replica},
+            Peers(loop),
+            tickets,
+            receive_max_count=1,
+            spool_max_bytes=0,
+            on_progress=lambda _progress: None,
+        )
+        try:
+            for resync_id in ("r1", "r2"):
+                order = Order("test", "S", 1, "L", "vm1", "V", 1, "e1")
+                runs.receive(RunOrder(order, resync_id, "s1", "s1", "", (), replace_own_data=True))
+                until(lambda: not runs.active_count, "the run ends")
+                replica.worker.call(lambda: None)
+                left = [
+                    entry.name for entry in self.root.iterdir() if entry.name.startswith((".keep", ".new", ".live"))
+                ]
+                left += [name for name in ("stage", "commit.json") if (self.root / name).exists()]
+                self.ended.append((runs.progresses()[0], left))
+        finally:
+            replica.close()
+            identity.close()
+            loop.close()
+
+
+@pytest.mark.parametrize(("error", "reason"), [("EIO", "IO_ERROR"), ("ENOSPC", "NO_SPACE")])
+def test_a_run_on_a_failing_disk_ends_and_the_next_succeeds(xfs: Path, tmp_path: Path, error: str, reason: str) -> None:
+    """At each step of its commit one call fails: nothing is left of it, in the same process, and nothing is lost."""
+    failed = 0
+    for number, step in enumerate(image_commit.STEPS):
+        disk, directory = xfs / uuid.uuid4().hex, tmp_path / f"{number}"
+        disk.mkdir()
+        directory.mkdir()
+        target = Target(directory, disk)
+        outcome = faulty(target.run_twice, disk, Fault(error, step))
+        assert outcome.reason == ""
+        (first, left), (second, _) = target.ended
+        assert left == [], f"{step}: {first}"
+        if first.state is ResyncState.FAILED:
+            failed += 1
+            assert first.reason == reason, f"{step}: {first}"
+        else:
+            assert first.state is ResyncState.SUCCEEDED, f"{step}: {first}"
+        assert second.state is ResyncState.SUCCEEDED, f"{step}: {second}"
+        assert target.image.read_bytes() == target.mirrored
+        (kept,) = (target.root / "preserved").glob("*/data")
+        assert kept.read_bytes() == target.written
+        shutil.rmtree(disk)
+    assert failed > len(image_commit.STEPS) // 2
