@@ -22,7 +22,7 @@ from agent.memory import bound_arenas
 from agent.node import AgentNode
 from resilver.config import load_agent_config, reload_of
 from resilver.errors import Invalid, ResilverError
-from resilver.telemetry import configure_logs, set_level, start_metrics
+from resilver.telemetry import configure_logs, marked, set_level, start_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +61,7 @@ def _run(path: str, *, only_check: bool) -> int:
         config = load_agent_config(path)
         if only_check:
             return check(config, sys.stdout)
+        marked(node=config.node)
         configure_logs(config.log_level, config.log_format)
         bound_arenas()
         # Not asyncio.run: at its end it waits for the threads of its executor, and those may wait for a disk.

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from agent.disk.durable import disk_error, disk_errors, make_dir, read_json, write_json
 from resilver.errors import Forbidden, Invalid, Refused, Superseded
+from resilver.telemetry import marked
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,6 +64,7 @@ class Identity:
         self._lock_fd = _locked(state_dir)
         try:
             self._pin = self._load(cluster, node)
+            marked(term=self._pin.term or None)
         except BaseException:
             self.close()
             raise
@@ -153,6 +155,7 @@ class Identity:
             },
         )
         self._pin = pin
+        marked(term=pin.term or None)
 
     def _load(self, cluster: str, node: str) -> Pin:
         self._node = node

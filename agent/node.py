@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from agent import metrics
 from agent.backends.kinds import make_backend
@@ -154,7 +155,7 @@ class AgentNode:
         )
         jobs = (reporter.run(), reporter.look(), self._sweep(), *map(_compact, self._replicas.values()))
         self._tasks = [asyncio.create_task(job) for job in jobs]
-        _log.info("serving", node=config.node, port=self._port, stream_port=self._blocks.port, boot=self._identity.boot)
+        _log.info("serving", port=self._port, stream_port=self._blocks.port, boot=self._identity.boot)
 
     async def _refuse_mistakes(self, looked: list[asyncio.Future[None]]) -> None:
         """A path that can never be served is told at once, unless its disk does not answer."""
@@ -210,7 +211,8 @@ class AgentNode:
         self._outbox.put_progress(progress)
 
     def _authorize(self, hello: Hello) -> ServedSnapshot | ServedStream:
-        """Called by the block server, from the thread of a connection."""
+        """Called by the block server, from the thread of a connection, which is about nothing else from here on."""
+        bind_contextvars(volume=hello.volume, resync=hello.resync_id, target_node=hello.target_node)
         replica = self._replicas.get(hello.volume)
         if replica is None:
             raise Refused("TARGET_GONE", f"{self._config.node} has no volume {hello.volume!r}")

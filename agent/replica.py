@@ -83,8 +83,8 @@ class Replica:
         self.volume: Final = volume
         self.node: Final = node
         self.backend: Final = backend
-        self.worker: Final = Worker(f"disk of {volume}")
-        self.reader: Final = Worker(f"reads of {volume}")
+        self.worker: Final = Worker(f"disk of {volume}", volume=volume)
+        self.reader: Final = Worker(f"reads of {volume}", volume=volume)
         self.transfers: Transfers | None = None
         self.on_report: Callable[[ReplicaReport], None] = lambda _report: None
         self._examiner = Examiner(volume, node, backend, identity, settings)

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 BACKOFF_MAX_S: Final = 5.0
 
 BLOCKING: Final = frozenset({"IN_USE", "KEEPS_BEING_WRITTEN", "PRESERVED_FULL"})
+WELL: Final = frozenset(ResyncState) - {ResyncState.FAILED, ResyncState.BLOCKED}
 COSTS_THE_STAGE: Final = frozenset({"NO_SPACE", "IO_ERROR", "READBACK_MISMATCH", "BASE_MISMATCH"})
 
 _log = structlog.get_logger(__name__)
@@ -261,8 +262,21 @@ class Run:
         )
 
     def tell(self, **changes: object) -> None:
+        before = self.progress.state
         self.progress = replace(self.progress, **changes)  # type: ignore[arg-type]  # fields of Progress by name
+        if self.progress.state is not before:
+            self._log_step()
         self._told(self)
+
+    def _log_step(self) -> None:
+        """Each step once. The volume, the resync and the term are bound to the run's thread."""
+        now, wanted = self.progress, self.wanted
+        about: dict[str, object] = {"base": wanted.base, "target": wanted.target}
+        about |= {"reason": now.reason, "message": now.message}
+        if now.state.final:
+            about |= {"done_bytes": now.done_bytes, "wire_bytes": now.wire_bytes, "resent_bytes": now.resent_bytes}
+        log = _log.info if now.state in WELL else _log.warning
+        log(f"resync {now.state.value}", **{name: value for name, value in about.items() if value != ""})
 
     def _fail(self, error: Exception) -> None:
         if self.stop.is_set():
@@ -270,10 +284,10 @@ class Run:
                 return  # the agent is stopping: the run goes on from what is on the disk at the next start
             error = self._stopping
         if self.progress.state is ResyncState.SUCCEEDED:
-            _log.error("what follows a commit failed", resync=self.wanted.resync_id, exc_info=error)
+            _log.error("what follows a commit failed", exc_info=error)
             return
         if not isinstance(error, ResilverError):
-            _log.error("run failed for an unforeseen reason", resync=self.wanted.resync_id, exc_info=error)
+            _log.error("run failed for an unforeseen reason", exc_info=error)
             error = ResilverError("INTERNAL", f"unforeseen: {type(error).__name__}; this node's log says more")
         if error.reason in COSTS_THE_STAGE:
             self._clear()

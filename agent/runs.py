@@ -24,6 +24,7 @@ from agent.run import Run
 from agent.runfile import SavedRun, run_from_json, run_to_json
 from agent.slots import Slots
 from resilver.errors import NotFound, ResilverError, Superseded
+from resilver.telemetry import bound
 from resilver.volume import Progress, ResyncState
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class Runs:
             self._saved[volume] = saved
             if saved.progress.state.final:
                 continue
-            _log.info("run resumed", volume=volume, resync=saved.wanted.resync_id)
+            _log.info("run resumed", volume=volume, resync=saved.wanted.resync_id, term=saved.wanted.order.term)
             progress = replace(saved.progress, state=ResyncState.QUEUED)
             run = self._made(saved.wanted, replica, place=saved.place, progress=progress)
             with self._mutex:
@@ -205,9 +206,12 @@ class Runs:
 
     def _work(self, run: Run, before: Run | None) -> None:
         """The stage has one owner: the run before must have let go of it."""
-        if before is not None:
-            before.ended.wait()
-        run.work(self.slots)
+        wanted = run.wanted
+        about = {"volume": wanted.order.volume, "resync": wanted.resync_id}
+        with bound(**about, term=wanted.order.term, epoch=wanted.order.epoch):
+            if before is not None:
+                before.ended.wait()
+            run.work(self.slots)
 
     def _told(self, run: Run) -> None:
         with self._mutex:
@@ -217,7 +221,7 @@ class Runs:
                 except ResilverError as error:
                     # The order is on the disk, and that is enough: a restart begins the run again and finds how far
                     # the replica and the stage are.
-                    _log.warning("progress not saved", resync=run.wanted.resync_id, message=error.message)
+                    _log.warning("progress not saved", reason=error.reason, message=error.message)
         self._on_progress(run.progress)
 
     def _save(self, run: Run) -> None:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from agent import metrics
 from agent.basecheck import digest_ranges
 from agent.delta import DeltaRange
 from agent.deltas import Deltas
+from agent.ordered import ordered
 from agent.peers import Source
 from agent.runfile import RunOrder
 from agent.taking import all_or_why, on_all_threads, take_job
@@ -88,20 +88,6 @@ class Node:
         return found
 
 
-def counted(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
-    """Counts an order that is refused."""
-
-    @functools.wraps(method)
-    async def counting(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return await method(*args, **kwargs)
-        except ResilverError as error:
-            metrics.ORDERS_REFUSED.labels(error.reason).inc()
-            raise
-
-    return counting
-
-
 class AgentService(agent_pb2_grpc.AgentServicer):
     """Orders, and reading calls."""
 
@@ -134,7 +120,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         first = report_pages(report, node=self._node.name)[0]
         return agent_pb2.ExamineReplicaResponse(replica=first.replica, records=first.records, truncated=not first.last)
 
-    @counted
+    @ordered
     async def OpenEpoch(  # noqa: N802
         self, request: agent_pb2.OpenEpochRequest, context: Context
     ) -> agent_pb2.OpenEpochResponse:
@@ -144,7 +130,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         await replica.worker.run(partial(replica.open_epoch, order, record, grant=request.grant))
         return agent_pb2.OpenEpochResponse()
 
-    @counted
+    @ordered
     async def TakeSnapshot(  # noqa: N802
         self, request: agent_pb2.TakeSnapshotRequest, context: Context
     ) -> agent_pb2.TakeSnapshotResponse:
@@ -154,7 +140,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             snapshot, taken = await replica.worker.run(take_job(replica, order, request))
         return agent_pb2.TakeSnapshotResponse(snapshot=snapshot_to_proto(snapshot), taken=taken)
 
-    @counted
+    @ordered
     async def TakeSnapshots(  # noqa: N802
         self, request: agent_pb2.TakeSnapshotsRequest, context: Context
     ) -> agent_pb2.TakeSnapshotsResponse:
@@ -184,7 +170,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             ended = await asyncio.shield(on_all_threads(takes, together))
         return agent_pb2.TakeSnapshotsResponse(snapshots=all_or_why([one.volume for _, one in admitted], ended))
 
-    @counted
+    @ordered
     async def PrepareSend(  # noqa: N802
         self, request: agent_pb2.PrepareSendRequest, context: Context
     ) -> agent_pb2.PrepareSendResponse:
@@ -207,7 +193,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             delta_bytes=size.delta_bytes, range_count=size.range_count, capacity_bytes=size.capacity_bytes
         )
 
-    @counted
+    @ordered
     async def Receive(self, request: agent_pb2.ReceiveRequest, context: Context) -> agent_pb2.ReceiveResponse:  # noqa: N802
         del context
         order, replica = await self._admitted(request.header)
@@ -226,7 +212,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         progress = await replica.worker.run(partial(self._node.runs.receive, wanted))
         return agent_pb2.ReceiveResponse(progress=progress_to_proto(progress))
 
-    @counted
+    @ordered
     async def StopTransfer(  # noqa: N802
         self, request: agent_pb2.StopTransferRequest, context: Context
     ) -> agent_pb2.StopTransferResponse:
@@ -238,7 +224,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         progress = await asyncio.to_thread(stop)
         return agent_pb2.StopTransferResponse(progress=progress_to_proto(progress))
 
-    @counted
+    @ordered
     async def DropSnapshot(  # noqa: N802
         self, request: agent_pb2.DropSnapshotRequest, context: Context
     ) -> agent_pb2.DropSnapshotResponse:
@@ -247,7 +233,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         freed = await replica.worker.run(partial(replica.drop, order, check_id(request.id, "id")))
         return agent_pb2.DropSnapshotResponse(freed_bytes=freed)
 
-    @counted
+    @ordered
     async def CloneSnapshot(  # noqa: N802
         self, request: agent_pb2.CloneSnapshotRequest, context: Context
     ) -> agent_pb2.CloneSnapshotResponse:

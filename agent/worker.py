@@ -4,18 +4,22 @@ Jobs run one after another in the order they came. A disk that hangs holds its o
 is bounded, and a job that cannot be taken is refused with how long the disk has been silent. The thread is a daemon,
 because no one can end a thread that the kernel does not let go, and a process must be able to leave.
 
-Whatever a disk's failing call was, whoever waits for the job is told by a reason.
+Whatever a disk's failing call was, whoever waits for the job is told by a reason. What a job logs carries
+what its caller had bound, and what the worker is about.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
+
+from structlog.contextvars import bind_contextvars
 
 from agent.disk.durable import OF_THE_DISK, disk_error
 from resilver.errors import Unavailable
@@ -24,14 +28,15 @@ T = TypeVar("T")
 
 JOBS_MAX: Final = 64
 
-_Job = tuple[Callable[[], Any], "Future[Any]"]
+_Job = tuple[Callable[[], Any], "Future[Any]", contextvars.Context]
 
 
 class Worker:
     """A queue and the thread that works it off."""
 
-    def __init__(self, name: str, *, jobs_max: int = JOBS_MAX) -> None:
+    def __init__(self, name: str, *, jobs_max: int = JOBS_MAX, **about: str) -> None:
         self._name = name
+        self._about = about
         self._jobs: queue.Queue[_Job | None] = queue.Queue(jobs_max)
         self._since: float | None = None
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -51,8 +56,10 @@ class Worker:
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Puts a job in the queue; `Unavailable("DEADLINE")` if it is full."""
         future: Future[T] = Future()
+        context = contextvars.copy_context()
+        context.run(bind_contextvars, **self._about)
         try:
-            self._jobs.put_nowait((job, future))
+            self._jobs.put_nowait((job, future, context))
         except queue.Full as error:
             raise Unavailable(
                 "DEADLINE",
@@ -80,19 +87,19 @@ class Worker:
 
     def _work(self) -> None:
         while (taken := self._jobs.get()) is not None:
-            job, future = taken
+            job, future, context = taken
             if not future.set_running_or_notify_cancel():
                 continue
             self._since = time.monotonic()
             try:
-                result = job()
+                result = context.run(job)
             except BaseException as error:  # noqa: BLE001 - whatever it was belongs to whoever waits for the job
                 future.set_exception(_typed(error, self._name))
             else:
                 future.set_result(result)
             finally:
                 self._since = None
-            del taken, job, future
+            del taken, job, future, context
 
 
 def _typed(error: BaseException, name: str) -> BaseException:

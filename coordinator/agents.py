@@ -44,6 +44,7 @@ from coordinator.core.events import (
 from resilver.errors import Exhausted, ResilverError, Unavailable
 from resilver.fields import check_number, check_optional, check_text, invalid
 from resilver.rpc import to_error
+from resilver.telemetry import bound
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from resilver.wire import order_to_proto, progress_from_proto, record_to_proto, snapshot_from_proto
 
@@ -92,13 +93,18 @@ class Agents:
 
     async def carry(self, given: GiveOrder) -> OrderAnswered:
         """Gives the order and answers what became of it; raises nothing but cancellation."""
-        try:
-            answer: OrderResult | ResilverError = await self.give(given.node, given.address, given.order)
-        except ResilverError as error:
-            answer = error
-        except Exception as error:  # noqa: BLE001 - the engine waits for an answer: a bug here must be one too
-            _log.exception("an order could not be given", node=given.node, order=type(given.order).__name__)
-            answer = ResilverError("INTERNAL", f"the order to {given.node} could not be given: {error!r}")
+        with bound(**_about(given)):
+            try:
+                answer: OrderResult | ResilverError = await self.give(given.node, given.address, given.order)
+                _log.debug("order obeyed")
+            except ResilverError as error:
+                # One that is not reached is told every few seconds, and that it is away is known.
+                log = _log.debug if isinstance(error, Unavailable) else _log.warning
+                log("order not obeyed", reason=error.reason, message=error.message)
+                answer = error
+            except Exception as error:  # noqa: BLE001 - the engine waits for an answer: a bug here must be one too
+                _log.exception("an order could not be given")
+                answer = ResilverError("INTERNAL", f"the order to {given.node} could not be given: {error!r}")
         return OrderAnswered(given.order_id, answer)
 
     async def give(self, node: str, address: str, order: AnyOrder) -> OrderResult:
@@ -150,6 +156,20 @@ class Agents:
                 del self._lines[address]
                 taken.append(line.channel)
         return taken
+
+
+def _about(given: GiveOrder) -> dict[str, object]:
+    """What stands on each line that is about an order."""
+    header, order = given.order.order, given.order
+    found: dict[str, object] = {
+        "order": type(order).__name__, "node": given.node, "volume": header.volume,
+        "term": header.term, "epoch": header.epoch,
+    }  # fmt: skip
+    if isinstance(order, TakeSnapshots):
+        del found["volume"]
+        found["volumes"] = [one.order.volume for one in order.orders]
+    resync = getattr(order, "resync_id", "")
+    return found | {"resync": resync} if resync else found
 
 
 async def _call(  # noqa: PLR0911 - one return for each kind of order

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import structlog
 from grpc_health.v1 import health, health_pb2
@@ -23,6 +24,7 @@ from grpc_health.v1 import health, health_pb2
 from coordinator.agents import Agents
 from coordinator.api import Coordinator as CoordinatorService
 from coordinator.core.context import Settings
+from coordinator.counters import Leaders
 from coordinator.front import Front
 from coordinator.leadership import Leadership
 from coordinator.metrics import register
@@ -30,6 +32,7 @@ from coordinator.reign import CurrentReign
 from coordinator.reports import Reports
 from coordinator.store import open_store
 from coordinator.store.base import Leader, Reign, Store
+from coordinator.store.measured import MeasuredStore
 from resilver import rpc, telemetry
 from resilver.config import CoordinatorConfig, load_coordinator_config, reload_of
 from resilver.errors import Conflict, ResilverError
@@ -40,6 +43,8 @@ log = structlog.get_logger(__name__)
 COORDINATOR_SERVICE: Final = "resilver.v1.Coordinator"
 REPORTS_SERVICE: Final = "resilver.v1.Reports"
 GRACE_S: Final = 3.0
+STOP_MAX_S: Final = 6.0
+"""After the reign was resigned, which has a bound of its own: SIGTERM ends the process within ten seconds."""
 OPEN_AGAIN_S: Final = 2.0
 VERSION: Final = metadata.version("resilver")
 
@@ -52,13 +57,14 @@ class App:
         self._path = path
         self._term_wanted = 0
         self._store_id = ""
+        self._leaders = Leaders()
 
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT. Raises a ResilverError for what an operator must mend first."""
         config = self._config
         server = rpc.make_server()
         address = str(config.advertised(rpc.bind(server, config.listen)))
-        store = open_store(config)
+        store = MeasuredStore(open_store(config))
         front = Front(config.cluster, config.name, address, config.insecure, VERSION, store)
         coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(front), server)
         agent_pb2_grpc.add_ReportsServicer_to_server(Reports(front, node_timeout_s=config.node_timeout_s), server)
@@ -73,11 +79,14 @@ class App:
         try:
             await self._until_stopped(self._campaign(front, store, agents, servicer, address))
         finally:
-            await rpc.stop(server, servicer, GRACE_S)
-            await agents.close()
-            await store.close()
-            if metrics is not None:
-                metrics.stop()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STOP_MAX_S):
+                    await rpc.stop(server, servicer, GRACE_S)
+                    await agents.close()
+                    if metrics is not None:
+                        await asyncio.to_thread(metrics.stop)  # it may be waiting for an answer of this very loop
+                    await store.close()
+            log.info("stopped")
 
     async def _until_stopped(self, work: asyncio.Future[None]) -> None:
         stopping = asyncio.Event()
@@ -104,6 +113,8 @@ class App:
 
         def on_leader(leader: Leader | None) -> None:
             front.known_leader = leader
+            if leader is not None:
+                self._leaders.saw(leader.leader_id)
 
         leadership = Leadership(
             store,
@@ -151,6 +162,8 @@ class App:
         )
         await current.load()
         front.reign = current
+        telemetry.marked(term=reign.leader.term)
+        self._leaders.saw(reign.leader.leader_id)
         state = health_pb2.HealthCheckResponse
         ended: ResilverError = Conflict("LEADERSHIP_LOST", "the coordinator has stopped leading")
         try:
@@ -162,6 +175,7 @@ class App:
             raise
         finally:
             front.reign = None
+            telemetry.marked(term=None)
             self._term_wanted = max(self._term_wanted, current.term_wanted)
             current.end(ended)
             for name in (COORDINATOR_SERVICE, REPORTS_SERVICE):
@@ -199,22 +213,40 @@ async def check(config: CoordinatorConfig) -> None:
     sys.stdout.write(f"ok: {health_of.kind} store {store_id}, {answering}\n")
 
 
-def main() -> None:
-    """`resilver-coordinator --config FILE [--check]`."""
+def main() -> NoReturn:
+    """`resilver-coordinator --config FILE [--check]`. Leaves by `os._exit`: a store that hangs must not hold it."""
     parser = argparse.ArgumentParser(prog="resilver-coordinator", description="Coordinates mirrored volumes.")
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the TOML file")
     parser.add_argument("--check", action="store_true", help="parse, resolve and probe, then exit 0 or 2")
     parser.add_argument("--version", action="version", version=f"resilver {VERSION}")
     arguments = parser.parse_args()
+    code = _run(arguments.config, only_check=arguments.check)
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(path: Path, *, only_check: bool) -> int:
     try:
-        config = load_coordinator_config(arguments.config)
+        config = load_coordinator_config(path)
+        telemetry.marked(coordinator=config.name)
         telemetry.configure_logs(config.log_level, config.log_format)
-        asyncio.run(check(config) if arguments.check else App(config, arguments.config).run())
+        if only_check:
+            asyncio.run(check(config))
+        else:
+            # Not asyncio.run: at its end it waits for threads, and those may wait for a disk.
+            asyncio.new_event_loop().run_until_complete(App(config, path).run())
     except ResilverError as error:
         sys.stderr.write(f"resilver-coordinator: {error.reason}: {error.message}\n")
-        raise SystemExit(2 if arguments.check else error.exit_code) from None
+        return 2 if only_check else error.exit_code
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        return 130
+    except Exception as error:
+        log.critical("the coordinator broke", exc_info=error)
+        sys.stderr.write(f"resilver-coordinator: a fault of its own ended it ({type(error).__name__}); see the log\n")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import structlog
 from coordinator.store.base import Leader, Reign, Store
 from coordinator.store.encoding import boottime_s
 from resilver.errors import Conflict, ResilverError, Unavailable
+from resilver.telemetry import bound
 
 log = structlog.get_logger(__name__)
 
@@ -93,6 +94,10 @@ class Leadership:
             pause_s = min(CAMPAIGN_AFTER_FAULT_MAX_S, max(CAMPAIGN_AFTER_REIGN_S, again_s))
 
     async def _one_reign(self, reign: Reign) -> None:
+        with bound(term=reign.leader.term):
+            await self._led(reign)
+
+    async def _led(self, reign: Reign) -> None:
         self._reign = reign
         leader_id = reign.leader.leader_id
 
@@ -100,7 +105,7 @@ class Leadership:
             now = self.current()
             return now is not None and now.leader.leader_id == leader_id
 
-        log.info("leading", term=reign.leader.term, leader_id=leader_id)
+        log.info("leading", leader_id=leader_id)
         tasks = [
             asyncio.ensure_future(work) for work in (self._lead(reign, leading), self._renew(), self._watch(leading))
         ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Final
 
 from prometheus_client.core import REGISTRY, GaugeMetricFamily, InfoMetricFamily
@@ -51,7 +50,6 @@ class ClusterCollector(Collector):
         return iter(asyncio.run_coroutine_threadsafe(read(), self._loop).result(READ_MAX_S))
 
     def _read(self) -> Iterator[Metric]:
-        yield InfoMetricFamily("resilver_build", "This program.", value={"version": metadata.version("resilver")})
         try:
             engine = self._front.engine()
         except ResilverError:
@@ -63,10 +61,10 @@ class ClusterCollector(Collector):
         views = [engine.view(name) for name in engine.volume_names()]
         yield from _volumes(views, self._front.now_ms())
         yield from _replicas(engine, views, self._front.now_ms())
-        resyncs = GaugeMetricFamily("resilver_resyncs", "Resyncs that are kept.", labels=["state"])
+        resyncs = GaugeMetricFamily("resilver_resyncs", "Resyncs that are kept, by where they stand.", labels=["state"])
         for state in ResyncState:
             count = sum(one.state is state for one in engine.resyncs().values())
-            resyncs.add_metric([state.value], count)
+            resyncs.add_metric([state.name], count)
         yield resyncs
 
 

@@ -21,7 +21,7 @@ from typing import Any, Final, Self
 
 import structlog
 
-from coordinator import records
+from coordinator import counters, records
 from coordinator.agents import Agents
 from coordinator.core.cluster import ClusterEvent
 from coordinator.core.context import Identity, Settings
@@ -286,6 +286,7 @@ class CurrentReign:
         if len(writes) > WRITES_MAX:
             raise Exhausted("TOO_LARGE", f"{len(writes)} records in one transaction; at most {WRITES_MAX}")
         revision = await self._store.commit(self._reign, tuple(writes.values()))
+        counters.stored(action.records)
         for key, write in writes.items():
             if write.value is None:
                 self._revisions.pop(key, None)
@@ -305,7 +306,7 @@ class CurrentReign:
         self._history.append(event)
         names = ("volume", "node", "resync", "reason", "principal")
         about = {name: value for name in names if (value := getattr(event, name))}
-        log.info(event.message, event_type=event.type, term=self.engine.identity.term, **about)
+        log.info(event.message, event_type=event.type, sequence=event.sequence, **about)
         for watcher in self._watchers:
             watcher.add(Changed())
 

@@ -265,6 +265,7 @@ class _Connection:
         hello = self._hello()
         with self.life.at_disk():
             served = self._server.authorize(hello)
+        log.info("stream.connection_opened", peer=str(self._peer))
         if isinstance(served, ServedStream):
             self._stream(served, hello)
             return

@@ -34,6 +34,13 @@ class Relay:
     def release(self) -> None:
         self._released.set()
 
+    def hold(self, after: int) -> None:
+        """Again, once so many more bytes have gone by."""
+        with self._mutex:
+            self._left = after
+            self.held.clear()
+            self._released.clear()
+
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:

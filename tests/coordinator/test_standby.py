@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 
 import grpc
 import pytest
@@ -18,9 +19,15 @@ from tests.coordinator.small_agent import SmallAgent, written
 pytestmark = pytest.mark.skipif(shutil.which("etcd") is None, reason="two coordinators need etcd, which is not here")
 
 
+LEASE_TTL_S = 90
+"""Longer than anybody here waits: who takes over has not waited for it."""
+STOP_MAX_S = 15.0
+"""Ten seconds are promised; the rest is for a machine that has other things to do."""
+
+
 @pytest.fixture
 def two(tmp_path):
-    cluster = Cluster(tmp_path, "etcd")
+    cluster = Cluster(tmp_path, "etcd", lease_ttl_s=LEASE_TTL_S)
     cluster.start_coordinator("c1")
     try:
         yield cluster
@@ -33,6 +40,21 @@ async def asked(call):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return to_error(caught.value)
+
+
+def stopped(cluster: Cluster, name: str) -> None:
+    """SIGTERM: it ends well, and soon."""
+    process = cluster.processes[name].running
+    assert process is not None
+    process.terminate()
+    assert process.wait(STOP_MAX_S) == 0, cluster.log(name)[-2000:]
+    assert "Traceback" not in cluster.log(name)
+
+
+async def test_a_leader_that_is_stopped_ends_although_its_store_hangs(two):
+    async with client(f"127.0.0.1:{two.ports['c1']}"):
+        two.processes["etcd"].send(signal.SIGSTOP)
+        stopped(two, "c1")
 
 
 async def test_a_standby_names_the_leader_and_takes_over_from_it(two):
@@ -58,7 +80,7 @@ async def test_a_standby_names_the_leader_and_takes_over_from_it(two):
             assert answer.not_leader.address == leading
             assert await stream.read() is grpc.aio.EOF
 
-    two.processes["c1"].stop()
+    stopped(two, "c1")
     async with client(standby) as stub, agent.running(standby):
         cluster = await stub.GetCluster(api.GetClusterRequest())
         assert (cluster.leader, cluster.term) == ("c2", 2)
