@@ -72,12 +72,8 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
         assert re.search(rf"^{target}:", text, re.MULTILINE)
 
 
-def test_every_metric_and_reloadable_key_is_documented() -> None:
+def test_every_reloadable_key_is_documented() -> None:
     text = (ROOT / "docs" / "reference" / "configuration.md").read_text()
-    sources = [(ROOT / side / "metrics.py").read_text() for side in ("agent", "coordinator")]
-    metrics = {name for source in sources for name in re.findall(r'"(resilver_[a-z_]+)"', source)}
-    assert len(metrics) > 20
-    assert not {name for name in metrics if f"`{name}" not in text}
     keys = {key.split(".")[-1] for key in RELOADABLE_AGENT | RELOADABLE_COORDINATOR if not key.startswith("space.")}
     assert not {key for key in keys if key not in text}
 
