@@ -7,7 +7,7 @@ import pytest
 
 from resilver.cli.main import main
 from resilver.cli.session import Session
-from resilver.errors import error_for
+from resilver.errors import ResilverError, error_for
 from resilver.v1 import coordinator_pb2 as api
 from resilver.v1 import volume_pb2 as pb
 from tests.cli import sample
@@ -178,6 +178,32 @@ def test_events(run, coordinator, table):
     assert types == ["ELECTED", "ELECTED", "RESYNCED"], "each of them once"
     asked = coordinator.answers.of("WatchEvents")
     assert [(one.from_oldest, one.after_sequence) for one in asked[:2]] == [(True, 0), (False, 5)]
+
+
+class LostHistory(ResilverError):
+    """What gRPC itself has a code for."""
+
+    status = "OUT_OF_RANGE"
+
+
+def test_a_follower_of_a_store_that_was_put_back_shows_what_is_new_and_nothing_twice(run, table):
+    old = [pb.Event(sequence=n, type=f"TOLD{n}", create_time=sample.at(n)) for n in (1, 2, 3)]
+    new = [pb.Event(sequence=3, type="ANEW3", create_time=sample.at(30)), pb.Event(sequence=4, type="ANEW4")]
+    begun = []
+
+    def watch(request):
+        if not request.from_oldest:
+            return LostHistory("OUT_OF_RANGE", "put back")
+        begun.append(request)
+        events = old if len(begun) == 1 else [*old[:2], *new]
+        return [api.WatchEventsResponse(events=events, up_to_sequence=events[-1].sequence)]
+
+    table["WatchEvents"] = watch
+    code, out, err = run("events", "--follow", "--timeout", "4s")
+    assert code == 130
+    types = [word for word in out.split() if word[:4] in ("TOLD", "ANEW")]
+    assert types == ["TOLD1", "TOLD2", "TOLD3", "ANEW3", "ANEW4"]
+    assert "some events were lost: put back" in err
 
 
 def test_inspect_hands_on_what_the_reader_prints_and_ends_with(tmp_path, capfd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,13 +20,15 @@ from resilver.errors import ResilverError
 from resilver.v1 import coordinator_pb2 as api
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from resilver.cli.client import Client
     from resilver.v1 import volume_pb2 as pb
 
 LOST_HISTORY = "OUT_OF_RANGE"
 """gRPC's own code, which has no reason of ours beside it."""
+SHOWN_MAX = 20_000
+"""Twice what a coordinator keeps."""
 
 
 @click.command(cls=Verb)
@@ -110,7 +113,18 @@ async def _follow(
     """Shows all that is kept, and what comes, until the caller stops. When a leader goes away it goes on, with the
     next one, after the last one seen: each event is shown once.
     """
-    seen = shown = 0
+    seen = 0
+    shown: dict[tuple[int, int], None] = {}
+    """By number and time, because a store that was put back to an older copy gives numbers again."""
+
+    def new(events: Iterable[pb.Event]) -> Iterator[pb.Event]:
+        for event in events:
+            key = (event.sequence, event.create_time.ToNanoseconds())
+            if key not in shown:
+                shown[key] = None
+                yield event
+        for old in list(itertools.islice(shown, max(0, len(shown) - SHOWN_MAX))):
+            del shown[old]
 
     def onward() -> api.WatchEventsRequest:
         return api.WatchEventsRequest(after_sequence=seen, from_oldest=not seen, volume=volume, node=node)
@@ -118,9 +132,8 @@ async def _follow(
     while True:
         try:
             async for answer in steady(client, lambda s: s.WatchEvents, onward, lost):
-                show(event for event in answer.events if event.sequence > shown)
+                show(new(answer.events))
                 seen = max(seen, answer.up_to_sequence)
-                shown = max([shown, *(event.sequence for event in answer.events)])
         except ResilverError as error:
             if error.reason != LOST_HISTORY:
                 raise
