@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal
 
+import numpy as np
+
 from agent.backends import (
     image_layout,
     lvm_commit,
@@ -298,7 +300,7 @@ def _export(lv: Lv, ranges: DeltaMap, path: Path, *, writable: bool) -> int:
                     for at in range(row.offset, row.offset + row.length, _WINDOW_BYTES):
                         view = buffer[: min(_WINDOW_BYTES, row.offset + row.length - at)]
                         reader.read_into(at, view)
-                        if any(view):
+                        if np.frombuffer(view, np.uint8).any():
                             contents.write_all(fd, at, view)
                 os.fsync(fd)
             finally:
