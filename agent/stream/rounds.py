@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import structlog
+
 from agent.stream.counters import Counters, Meter
 from agent.stream.link import SourceAddress, SourceFailed, Verdict
 from agent.stream.work import Stopped
@@ -28,6 +30,8 @@ PROGRESS_S: Final = 0.25
 IDLE_TIMEOUT_S: Final = 600.0
 SILENCE_TIMEOUT_S: Final = 6.0
 """A source that lives says something every two seconds, also while its disk is slow."""
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,10 @@ class Rounds:
                 error = Damaged(
                     "SOURCE_DAMAGED", f"{DAMAGED_FRAMES_MAX} frames of {source.node} came damaged", node=source.node
                 )
-        self.problems[source.node] = SourceProblem(source.node, error.reason, error.message)
+        problem = SourceProblem(source.node, error.reason, error.message)
+        if self.problems.get(source.node) != problem:
+            log.warning("stream.source_left", source=source.node, reason=error.reason, why=error.message, for_good=gone)
+        self.problems[source.node] = problem
         if gone:
             self.alive.remove(source)
 

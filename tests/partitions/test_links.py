@@ -82,6 +82,7 @@ def test_the_only_source_hangs_and_wakes(made: Scattered, tell) -> None:
         )  # fmt: skip
         tell(f"a target let go of its only source, which hung, after {time.monotonic() - began:.1f} s")
         assert transfer.shown()["state"] == "TRANSFERRING"
+        assert made.said("b", "stream.source_left")[-1]["source"] == "a"
     finally:
         made.processes["a"].send(signal.SIGCONT)
     run = transfer.succeeds()

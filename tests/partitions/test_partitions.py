@@ -162,6 +162,7 @@ def test_a_transfer_waits_for_its_only_source(made: Scattered, tell) -> None:
     done = transfer.done_bytes()
     assert 0 < done < transfer.shown()["total_bytes"]
     assert transfer.shown()["state"] == "TRANSFERRING"
+    assert made.said("b", "stream.source_left")[-1]["source"] == "a"
     made.net.heal()
     made.net.slow("b", SLOW_BYTES_S)
     run = transfer.succeeds()
