@@ -15,6 +15,7 @@ need mkfs.ext4 e2fsprogs
 need setfacl acl
 need losetup mount
 need ip iproute2
+need nft nftables
 need rsync rsync
 compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
 need zfs-fuse zfs-fuse
