@@ -69,7 +69,7 @@ def to_json(kept: Kept) -> Json | None:
         case NodeView():
             return _plain(kept)
         case ClusterEvent():
-            return {name: value for name, value in _plain(kept).items() if value}
+            return {name: value for name, value in _plain(kept).items() if value != ""}
 
 
 def load(stored: Mapping[str, Stored]) -> Loaded:

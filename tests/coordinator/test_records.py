@@ -205,7 +205,7 @@ def test_an_event_is_read_as_it_was_written_and_its_key_sorts_by_number() -> Non
     events = [
         ClusterEvent(9, 5, "TOLD", message="first"),
         ClusterEvent((7 << 32) + 1, 6, "ELECTED", "vm1", "a", "", "PRIMARY_AWAY", "words", "ops", previous=9),
-        ClusterEvent((1 << 40) + 3, 7, "TOLD", resync="r1", previous=(7 << 32) + 1),
+        ClusterEvent((1 << 40) + 3, 0, "TOLD", resync="r1", previous=(7 << 32) + 1),
     ]
     rows = {key_of(event): Stored(json.loads(json.dumps(to_json(event))), 1) for event in reversed(events)}
     assert load(rows).events == tuple(events)

@@ -42,7 +42,7 @@ class Crash(BaseException):
 class Inline:
     """A `Worker` without a thread."""
 
-    def __init__(self, _name: str) -> None:
+    def __init__(self, _name: str, **_about: str) -> None:
         return
 
     def call(self, job: Callable[[], Any]) -> Any:
