@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Final, TypeVar
@@ -36,6 +37,21 @@ KEEPALIVE_S: Final = 10.0
 PUSH_INTERVAL_S: Final = 0.2
 
 M = TypeVar("M")
+
+
+class KeepAlive:
+    """Something is said at once, and then every ten seconds, also where much happens and nothing of what is wanted."""
+
+    def __init__(self) -> None:
+        self._said_s = -math.inf
+
+    def at_least(self, parts: list[list[M]]) -> list[list[M]]:
+        """What is to be sent now: these, an empty one if it is time for it, or nothing."""
+        now_s = time.monotonic()
+        if not parts and now_s - self._said_s < KEEPALIVE_S:
+            return []
+        self._said_s = now_s
+        return parts or [[]]
 
 
 async def watch_volumes(
@@ -66,20 +82,17 @@ async def watch_volumes(
             del sent[name]
         return left
 
+    due = KeepAlive()
     with office.watch() as watch:
-        first = True
         names: Iterable[str] = office.engine().volume_names()
         while True:
             removed = gone()
             now_time = time_to_proto(office.now_ms())
-            parts = list(chunks(fresh(names))) or ([[]] if first or removed else [])
-            for at, part in enumerate(parts):
+            parts = list(chunks(fresh(names))) or ([[]] if removed else [])
+            for at, part in enumerate(due.at_least(parts)):
                 yield api.WatchVolumesResponse(volumes=part, removed=removed if at == 0 else (), now_time=now_time)
-            first = False
             await asyncio.sleep(PUSH_INTERVAL_S)
             changed = await watch.next(KEEPALIVE_S)
-            if changed is None:
-                yield api.WatchVolumesResponse(now_time=time_to_proto(office.now_ms()))
             names = changed.volumes if changed is not None else ()
 
 
@@ -90,21 +103,19 @@ async def watch_resyncs(
     watched = _watched(office.engine(), request)
     # Kept as last seen, because a finished resync may be forgotten before a slow client was told its end.
     last: dict[str, Resync] = {}
+    due = KeepAlive()
     with office.watch() as watch:
-        first = True
         while True:
             known = office.engine().resyncs()
             changed = [known[one] for one in watched if one in known and known[one] != last.get(one)]
             last.update((one.id, one) for one in changed)
             now_time = time_to_proto(office.now_ms())
-            for part in list(chunks(map(resync_to_proto, changed))) or ([[]] if first else []):
+            for part in due.at_least(list(chunks(map(resync_to_proto, changed)))):
                 yield api.WatchResyncsResponse(resyncs=part, now_time=now_time)
-            first = False
             if all(one not in known or known[one].state.final for one in watched):
                 return
             await asyncio.sleep(PUSH_INTERVAL_S)
-            if await watch.next(KEEPALIVE_S) is None:
-                yield api.WatchResyncsResponse(now_time=time_to_proto(office.now_ms()))
+            await watch.next(KEEPALIVE_S)
             if not request.ids:
                 watched |= _watched(office.engine(), request)
 
@@ -147,7 +158,7 @@ async def watch_events(
             f"this store has never had an event {after}, its newest one is {span.newest}: it was put back to an older "
             "copy. List what there is, or watch from 0 for what comes",
         )
-    sent_s = -KEEPALIVE_S
+    due = KeepAlive()
     with office.watch() as watch:
         while True:
             gone = office.events_span().gone
@@ -158,16 +169,12 @@ async def watch_events(
                     "from 0 for what comes",
                 )
             events = office.events_after(after)
-            parts = list(chunks(event_to_proto(event) for event in events if wanted(event)))
+            parts = due.at_least(list(chunks(event_to_proto(event) for event in events if wanted(event))))
             after = events[-1].sequence if events else after
-            if not parts and time.monotonic() - sent_s >= KEEPALIVE_S:
-                parts = [[]]  # also where much happens, and nothing of what is wanted
+            now_time = time_to_proto(office.now_ms())
             for at, part in enumerate(parts):
                 up_to = after if at == len(parts) - 1 else part[-1].sequence
-                yield api.WatchEventsResponse(
-                    events=part, now_time=time_to_proto(office.now_ms()), up_to_sequence=up_to
-                )
-                sent_s = time.monotonic()
+                yield api.WatchEventsResponse(events=part, now_time=now_time, up_to_sequence=up_to)
             await asyncio.sleep(PUSH_INTERVAL_S)
             await watch.next(KEEPALIVE_S)
 
