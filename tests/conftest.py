@@ -20,7 +20,6 @@ _PATTERNS = (
     r"conformance/test_crash\.py::.*\[image-(btrfs|ext4)",
     r"conformance/test_crash\.py::test_(?!killed_in_a_commit|killed_in_a_snapshot).*\[btrfs",
     r"backends/zfs/test_crash\.py::test_(?!killed_in_a_snapshot)",
-    r"backends/btrfs/test_crash\.py::test_killed_in_a_commit",
     # A failing disk: each step on XFS, in the states that take all steps; every call is thorough.
     r"conformance/test_disk_faults\.py::test_a_fault_of_every_call",
     r"conformance/test_disk_faults\.py::test_a_fault_in_a_commit\[(?!image-xfs-diverged-new)",
@@ -75,9 +74,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(
         key=lambda item: next((at for at, place in enumerate(LONG) if f"tests/{place}" in item.nodeid), len(LONG))
     )
-    if os.environ.get("RESILVER_THOROUGH") or any("::" in argument for argument in config.args):
-        return
-    left_out = [item for item in items if THOROUGH.search(item.nodeid)]
+    thorough = os.environ.get("RESILVER_THOROUGH") or any("::" in argument for argument in config.args)
+    left_out = [item for item in items if not thorough and THOROUGH.search(item.nodeid)]
+    if not os.environ.get("RESILVER_TEST_OPENZFS"):
+        left_out += [item for item in items if "backends/zfs/test_openzfs.py" in item.nodeid]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]

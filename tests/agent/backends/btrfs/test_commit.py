@@ -50,88 +50,12 @@ def test_a_live_copy_that_was_written_to_is_preserved(node, other):
     (Path(kept[0].path) / "own").write_bytes(b"a late writer's")
 
 
-def test_own_snapshots_leave_only_if_that_was_said(node, other):
-    base = pair(node, other)
-    other.write("own", b"1")
-    mine = other.snapshot(epoch=2)
-    other.write("own", b"2")
-    error = refused(lambda: other.receive(node, base))
-    assert error.reason == "TARGET_CHANGED"
-    assert other.lineage.tip_id == mine.id
-    assert (other.path / "own").read_bytes() == b"2"
-    kept = other.receive(node, base, replace_own_data=True)
-    assert {copy.live for copy in kept} == {True, False}
-    for copy in kept:
-        assert (Path(copy.path) / "own").read_bytes() == (b"2" if copy.live else b"1")
-    assert not other.data(mine.id).exists()
-    same(node.path, other.path)
-    assert other.backend.drop(next(copy.id for copy in kept if not copy.live)) >= 0
-    assert len(other.backend.examine().preserved) == 1
-
-
-def test_what_shares_nothing_is_replaced_only_if_that_was_said(node, other):
-    node.create()
-    node.snapshot()
-    other.create()
-    assert refused(lambda: other.receive(node)).reason == "REPLICA_UNRELATED"
-    kept = other.receive(node, replace_unrelated=True)
-    assert [copy.live for copy in kept] == [True]
-    same(node.path, other.path)
-
-
-def test_another_tip_than_was_expected(node, other):
-    base = pair(node, other)
-    error = refused(lambda: other.receive(node, base, expected_tip="x"))
-    assert error.reason == "TARGET_CHANGED"
-    assert error.metadata["tip"] == base
-
-
-def test_again_after_it_is_done(node, other):
-    base = pair(node, other)
-    stage = other.stage_from(node, base)
-    order = other.order(node.lineage)
-    other.write("own", b"1")
-    kept = other.backend.commit(stage, order)
-    again = other.backend.open_stream_stage(base, node.lineage.tip_id, node.origin(base, node.lineage.tip_id))
-    assert other.backend.commit(again, order) == kept
-
-
-def test_only_the_live_copy_is_set_right(node):
-    """Base and target are one: nothing is received."""
-    node.create()
-    made = node.snapshot()
-    node.write("a", b"not wanted")
-    origin = node.origin(made.id, made.id)
-    stage = node.backend.open_stream_stage(made.id, made.id, origin)
-    lineage = node.lineage
-    kept = node.backend.commit(stage, node.order(lineage))
-    # The tip is what was expected, and is the target: the live copy was modified, and is preserved.
-    assert node.lineage == lineage
-    same(node.path, node.data(made.id))
-    assert (Path(kept[0].path) / "a").read_bytes() == b"not wanted"
-
-
 def test_nothing_that_was_not_received_is_committed(node, other):
     base = pair(node, other)
     target = node.lineage.tip_id
     stage = other.backend.open_stream_stage(base, target, node.origin(base, target))
     assert refused(lambda: other.backend.commit(stage, other.order(node.lineage))).reason == "IO_ERROR"
     assert other.lineage.tip_id == base
-
-
-def test_preserved_copies_are_bounded(node, places):
-    other = Node(places[1] / "b", preserved_max_count=1)
-    base = pair(node, other)
-    other.write("own", b"1")
-    other.receive(node, base)
-    base = node.lineage.tip_id
-    node.write("b", b"2")
-    node.snapshot()
-    other.write("own", b"3")
-    assert refused(lambda: other.receive(node, base)).reason == "PRESERVED_FULL"
-    assert (other.path / "own").read_bytes() == b"3"
-    assert other.lineage.tip_id == base
-    assert not (other.root / "commit.json").exists()
 
 
 # In use.
@@ -469,14 +393,6 @@ def test_export_elsewhere(node, kind):
         assert [entry.name for entry in point.iterdir() if entry.name != "lost+found"] == ["exported"]
         if kind == "btrfs":
             assert btrfs.info(path).read_only
-
-
-def test_export_of_a_preserved_copy(node, other):
-    base = pair(node, other)
-    other.write("own", b"1")
-    kept = other.receive(node, base)
-    other.backend.export(kept[0].id, other.directory / "out", writable=True)
-    assert (other.directory / "out" / "own").read_bytes() == b"1"
 
 
 # A full disk.

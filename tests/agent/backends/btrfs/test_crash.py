@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.backends import btrfs_commit, btrfs_snapshot
+from agent.backends import btrfs_commit
 from agent.disk import btrfs
 from resilver.volume import LiveState
 from tests.agent.backends.btrfs.nodes import Node, same
@@ -31,24 +31,6 @@ def whole(node: Node) -> None:
     assert debris(node) == []
     for record in found.lineage:
         assert record.present == node.data(record.id).exists()
-
-
-@pytest.mark.parametrize("step", btrfs_snapshot.STEPS)
-def test_killed_in_a_snapshot(node, step):
-    node.create()
-    first = node.snapshot()
-    node.write("a", b"second")
-    assert killed(lambda at: Node(node.directory, step=at).snapshot(), step)
-    came = node.lineage.tip_id != first.id
-    assert came is (step in {"snapshot.renamed", "snapshot.synced"})
-    again = Node(node.directory)
-    again.backend.recover()
-    assert (again.lineage.tip_id != first.id) is came
-    if not came:
-        assert again.backend.examine().live.state is LiveState.MODIFIED
-        again.snapshot()
-    whole(again)
-    same(again.path, again.data(again.lineage.tip_id))
 
 
 class Case:
@@ -122,24 +104,6 @@ class Case:
         assert len(kept) == len(self.own)
 
 
-@pytest.mark.parametrize("scenario", ["stale", "diverged", "newcomer"])
-def test_killed_in_a_commit(places, scenario):
-    """Each step in turn, on one target: what was not finished is undone by the next start, and is tried again."""
-    case = Case(places, scenario)
-    for step in btrfs_commit.STEPS:
-        if (step, scenario) == ("commit.swapped", "newcomer"):
-            continue  # there is nothing to change places with
-        assert killed(case.commit, step), step
-        came = case.check_one_whole()
-        assert came is (btrfs_commit.STEPS.index(step) >= btrfs_commit.STEPS.index("commit.swapped")), step
-        if came:
-            case.check_after(came=True)
-            break
-        Node(case.target.directory).backend.recover()
-        assert debris(case.target) == [], step
-        assert not case.check_one_whole(), step
-
-
 LATE = btrfs_commit.STEPS[btrfs_commit.STEPS.index("commit.synced") :]
 
 
@@ -149,23 +113,6 @@ def test_killed_after_the_exchange(places, step):
     assert killed(case.commit, step)
     assert case.check_one_whole()
     case.check_after(came=True)
-
-
-@pytest.mark.parametrize("step", ["prune.logged", "prune.renamed", "prune.removed"])
-def test_killed_in_a_prune(node, step):
-    node.create()
-    made = []
-    for turn in (b"1", b"2", b"3"):
-        node.write("a", turn)
-        made.append(node.snapshot().id)
-    lineage = node.lineage
-    assert killed(lambda at: Node(node.directory, step=at).backend.prune(1, frozenset()), step)
-    again = Node(node.directory)
-    again.backend.recover()
-    assert again.lineage.ids() == lineage.ids()
-    again.backend.prune(1, frozenset())
-    assert [record.id for record in again.lineage if record.present] == made[2:]
-    whole(again)
 
 
 def test_killed_while_receiving(places):

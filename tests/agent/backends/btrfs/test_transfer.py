@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 
 import pytest
 
@@ -137,18 +136,6 @@ def change(node: Node) -> None:
     (path / "empty").unlink()
 
 
-def test_delta_bytes_are_about_what_travels(node, other):
-    node.create()
-    base = node.snapshot()
-    node.write("new", os.urandom(3 << 20))
-    node.write("d/b", os.urandom(300_000))
-    target = node.snapshot()
-    told = node.backend.delta_bytes(base.id, target.id)
-    sent = pour(node, base.id, target.id, "btrfs-1", lambda _data: None)
-    assert 0.9 * sent < told < 1.1 * sent
-    assert node.backend.delta_bytes("", target.id) > told
-
-
 def test_access_times_are_no_change_and_anything_else_is(node):
     node.create()
     run("mount", "-o", "remount,strictatime", mount_of(node))
@@ -167,31 +154,6 @@ def test_access_times_are_no_change_and_anything_else_is(node):
 
 def mount_of(node: Node):
     return btrfs.place_of(node.path)[0].point
-
-
-@pytest.mark.parametrize("how", ["append", "mode", "xattr", "unlink", "mkdir", "mtime", "rename"])
-def test_each_change_is_seen(node, how):
-    node.create()
-    node.snapshot()
-    path = node.path / "a"
-    if how == "append":
-        with path.open("ab") as file:
-            file.write(b"x")
-    elif how == "mode":
-        path.chmod(0o600)
-    elif how == "xattr":
-        os.setxattr(path, "user.x", b"1")
-    elif how == "unlink":
-        path.unlink()
-    elif how == "mkdir":
-        (node.path / "new").mkdir()
-    elif how == "mtime":
-        os.utime(path, ns=(path.stat().st_atime_ns, 5))
-    else:
-        path.rename(node.path / "c")
-    found = node.backend.examine().live
-    assert found.state is LiveState.MODIFIED
-    assert found.modified_bytes is not None
 
 
 def test_modified_bytes(node):
@@ -337,19 +299,6 @@ def test_verify_finds_a_block_that_is_not_what_came(node, other):
         verify(data, other.root / "stage", never())
     assert caught.value.reason == "READBACK_MISMATCH"
     assert "d/b" in caught.value.message
-    stage.close()
-
-
-def test_verify_stops(node, other):
-    from agent.stream.work import Stopped
-
-    node.create()
-    node.snapshot()
-    stage = other.stage_from(node, "")
-    stop = threading.Event()
-    stop.set()
-    with pytest.raises(Stopped):
-        stage.verify(stop)
     stage.close()
 
 

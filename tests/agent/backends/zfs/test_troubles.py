@@ -11,12 +11,10 @@ import pytest
 
 from agent.backends.base import StreamOrigin
 from agent.backends.zfs import ZfsBackend
-from agent.backends.zfs_stage import ZfsStage
-from agent.stream.work import Stopped
 from resilver.errors import Damaged, Invalid, NotFound, Refused, ResilverError, Unauthenticated
 from resilver.volume import LiveState, Presence, VolumeRecord
 from tests import zfsfs
-from tests.agent.backends.zfs.replica import Replica, differences, equal, frames
+from tests.agent.backends.zfs.replica import Replica, differences, equal
 from tests.zfsfs import zfs
 
 SMALL_BYTES = 160 << 20
@@ -34,95 +32,6 @@ def stale(replica, other):
 def clean(replica: Replica) -> None:
     names = replica.traces()
     assert not [name for name in names if "/stage" in name or "look" in name or "incoming" in name], names
-
-
-def test_a_broken_transfer_goes_on_from_what_was_kept(stale):
-    """The agent dies with the stream half in: what the spool has is fed again, and the rest follows."""
-    source, target, base, tip = stale
-    sent = list(frames(source, base, tip, 4096))
-    assert b"".join(sent) == b"".join(frames(source, base, tip, 4096)), "made anew, it is the same stream"
-    stage = target.open_stage(source, base, tip)
-    stage.start("zfs")
-    (stage.directory / "spool").write_bytes(b"".join(sent[: len(sent) // 2]))
-    for frame in sent[: len(sent) // 2]:
-        stage.feed(memoryview(frame))
-    stage.close()
-    clean(target)
-
-    again = target.again()
-    again.backend.recover()
-    stage = again.open_stage(source, base, tip)
-    assert stage.resumed
-    assert stage.resume_token() == "", "zfs-fuse has none"
-    stage.start("zfs")
-    stage.feed(memoryview((stage.directory / "spool").read_bytes()))
-    for frame in sent[len(sent) // 2 :]:
-        stage.feed(memoryview(frame))
-    assert again.state is LiveState.UNMODIFIED
-    assert again.tip.id == base
-    stage.finish()
-    stage.verify(threading.Event())
-    stage.finish()
-    assert again.backend.commit(stage, again.order(source.lineage)) == ()
-    assert equal(source, again)
-    clean(again)
-
-
-def test_a_stream_that_is_cut_changed_or_another_becomes_nothing(stale):
-    source, target, base, tip = stale
-    sent = b"".join(frames(source, base, tip))
-    for data, reasons in (
-        (sent[:-400], {"SOURCE_DAMAGED"}),
-        (sent[:100], {"SOURCE_DAMAGED"}),
-        (sent[:-3000] + b"XXXX" + sent[-2996:], {"SOURCE_DAMAGED", "IO_ERROR"}),
-        (b"".join(frames(source, "", tip)), {"SOURCE_DAMAGED"}),
-        (b"".join(frames(source, "", base)), {"SOURCE_DAMAGED"}),
-        (bytes(5000), {"SOURCE_DAMAGED"}),
-    ):
-        stage = target.open_stage(source, base, tip)
-        stage.start("zfs")
-        with pytest.raises(ResilverError) as error:
-            feed_all(stage, data)
-        assert error.value.reason in reasons
-        stage.close()
-        assert target.state is LiveState.UNMODIFIED
-        assert target.tip.id == base
-        clean(target)
-    assert target.receive(source, base) == ()
-    assert equal(source, target)
-
-
-def feed_all(stage: ZfsStage, data: bytes) -> None:
-    for at in range(0, len(data), 100_000):
-        stage.feed(memoryview(data)[at : at + 100_000])
-    stage.finish()
-
-
-def test_closing_ends_a_stage_that_waits(stale):
-    """From another thread, in the middle of a call."""
-    source, target, base, tip = stale
-    stage = target.open_stage(source, base, tip)
-    stage.start("zfs")
-    sent = b"".join(frames(source, base, tip))
-    stage.feed(memoryview(sent)[:50_000])
-    stage.close()
-    stage.close()
-    stage = target.open_stage(source, base, tip)
-    stop = threading.Event()
-    stop.set()
-    stage.start("zfs")
-    stage.feed(memoryview(sent))
-    stage.finish()
-    with pytest.raises(Stopped):
-        stage.verify(stop)
-    stage.close()
-    stream = source.backend.open_send("", tip, "zfs")
-    stream.read_into(memoryview(bytearray(1000)))
-    stream.close()
-    stream.close()
-    with pytest.raises(Damaged):
-        stream.read_into(memoryview(bytearray(1000)))
-    source.backend.drop(base)  # no hold is left of what was being sent
 
 
 def test_what_reads_back_otherwise_is_not_committed(stale):
@@ -187,44 +96,6 @@ def test_wrong_bases_and_targets(stale):
         backend.drop("unknown")
 
 
-def test_a_base_that_is_not_the_tip(replica, other):
-    """The source has pruned what they had in common since."""
-    replica.create()
-    taken = []
-    for turn in range(4):
-        replica.write(turn)
-        taken.append(replica.snapshot())
-        other.receive(replica, taken[-2].id if turn else "")
-    replica.write(9)
-    replica.snapshot()
-    for gone in taken[2:]:
-        replica.backend.drop(gone.id)
-    assert other.receive(replica, taken[1].id) == ()
-    assert equal(replica, other)
-    assert other.lineage.ids() == replica.lineage.ids()
-    assert other.state is LiveState.UNMODIFIED
-    clean(other)
-
-
-def test_a_live_copy_is_set_right(stale):
-    """Nothing is to be received: the live copy becomes its tip again, and what it was is kept."""
-    source, target, base, _tip = stale
-    assert target.restore() == ()
-    target.write(5)
-    with target.walked() as path:
-        names = sorted(entry.name for entry in path.iterdir())
-    assert target.state is LiveState.MODIFIED
-    (kept,) = target.restore()
-    assert kept.live
-    assert kept.based_on == base
-    assert target.state is LiveState.UNMODIFIED
-    assert target.tip.id == base
-    with target.walked(kept.path) as path:
-        assert sorted(entry.name for entry in path.iterdir()) == names
-    assert target.receive(source, base) == ()
-    assert equal(source, target)
-
-
 def test_what_shares_nothing_is_replaced_by_name_only(replica, other):
     replica.create(1)
     replica.snapshot()
@@ -271,29 +142,6 @@ def test_exports(replica, tmp_path):
         replica.backend.export("unknown", tmp_path / "x", writable=True)
     assert {entry.name for entry in tmp_path.iterdir()} == {"by hand", "Büro №1", replica.pool}
     assert not [name for name in replica.traces() if "export" in name or "look" in name]
-
-
-def test_too_many_preserved_copies(node):
-    replica = node()
-    other = node().again(preserved_max_count=1)
-    replica.create()
-    base = replica.snapshot()
-    other.receive(replica)
-    for turn in range(2):
-        other.write(turn)
-        replica.write(turn + 10)
-        taken = replica.snapshot()
-        before = other.traces()
-        if turn == 0:
-            other.receive(replica, base.id)
-            base = taken
-            continue
-        stage = other.fill(replica, base.id, taken.id)
-        with pytest.raises(Refused) as refused:
-            other.backend.commit(stage, other.order(replica.lineage))
-        assert refused.value.reason == "PRESERVED_FULL"
-        other.backend.discard_stage()
-        assert other.traces() == before
 
 
 def test_pruning_passes_over_what_is_needed(replica, other):
@@ -425,19 +273,3 @@ def test_datasets_below_the_live_copy_hinder_its_replacing(stale):
     zfs("destroy", f"{target.dataset}/below")
     (_kept,) = target.receive(source, base)
     assert target.tip.id == tip
-
-
-def test_names_with_blanks(node):
-    source, target = node("vm 1.img_a:b"), node("vm 1.img_a:b")
-    source.create()
-    base = source.snapshot(note="Büro № 1\n'quoted' \"twice\" - $HOME; *" + "long " * 300)
-    target.receive(source)
-    assert target.tip.note == source.tip.note
-    source.write(1)
-    source.snapshot()
-    target.write(2)
-    (_kept,) = target.receive(source, base.id)
-    assert equal(source, target)
-    again = target.again()
-    again.backend.recover()
-    assert again.lineage == target.lineage
