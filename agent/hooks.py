@@ -29,7 +29,7 @@ import structlog
 
 from agent import hookwatch
 from agent.disk import quiesce
-from agent.disk.durable import Json, make_dir, read_json, write_json
+from agent.disk.durable import Json, disk_errors, make_dir, read_json, write_json
 from resilver.config import Hooks
 from resilver.errors import Refused, ResilverError
 
@@ -66,7 +66,8 @@ class HookWatch:
         """Runs each `before`, in this order. HOOK_FAILED if one of them fails: then every `after` has run."""
         deadline_s = min(each.hooks.timeout_s for each in those)
         spec = _spec(directory / f"{uuid.uuid4()}.json", node, group, those)
-        make_dir(directory)
+        with disk_errors(directory):
+            make_dir(directory)
         write_json(Path(spec["record"]), spec)
         watch = cls._started({**spec, "deadline_s": deadline_s, "recover": False})
         answer = watch.next(deadline_s + ANSWER_MAX_S)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from agent.disk.durable import make_dir, read_json, write_json
+from agent.disk.durable import disk_errors, make_dir, read_json, write_json
 from agent.examiner import now_ms
 from agent.rights import check_tip
 from agent.run import Run
@@ -68,7 +68,8 @@ class Runs:
         self._saved: dict[str, SavedRun] = {}
         self._saved_at: dict[str, float] = {}
         self.slots: Final = Slots(receive_max_count)
-        make_dir(directory)
+        with disk_errors(directory):
+            make_dir(directory)
 
     # Asked by the services.
 

@@ -36,6 +36,17 @@ class Scene:
     def term(self) -> int:
         return self.agent.call("GetAgent", agent_pb2.GetAgentRequest()).highest_term
 
+    def last_word(self) -> str:
+        """What an agent says that cannot start."""
+        self.agent.launch()
+        assert self.agent.process is not None
+        assert self.agent.process.running is not None
+        assert self.agent.process.running.wait(DEADLINE_S) == 1
+        log = self.agent.log()
+        assert "Traceback" not in log
+        assert str(self.agent.directory) in log.splitlines()[-1]
+        return log.splitlines()[-1]
+
     def refused(self, order: Callable[[], object]) -> str:
         with pytest.raises(ResilverError) as caught:
             order()
@@ -125,20 +136,16 @@ def test_a_state_dir_that_may_not_be_written_to(scene: Scene) -> None:
     assert scene.term == 2
 
 
-def test_a_state_dir_that_is_read_only_at_the_start(scene: Scene) -> None:
+def test_a_state_dir_that_takes_nothing_at_the_start(scene: Scene) -> None:
+    """Read-only, or full before what every agent needs is there: it says why in a sentence, and ends."""
     agent = scene.agent
     agent.kill()
     run("mount", "-o", "remount,ro", scene.disk)
-    try:
-        agent.launch()
-        assert agent.process is not None
-        assert agent.process.running is not None
-        assert agent.process.running.wait(DEADLINE_S) == 1
-        last = agent.log().splitlines()[-1]
-        assert str(agent.directory) in last
-        assert "Read-only file system" in last
-        assert "Traceback" not in agent.log()
-    finally:
-        run("mount", "-o", "remount,rw", scene.disk)
+    assert "Read-only file system" in scene.last_word()
+    run("mount", "-o", "remount,rw", scene.disk)
+    (scene.disk / "runs").rmdir()
+    loopfs.fill(scene.disk)
+    assert "no space left on device" in scene.last_word()
+    loopfs.make_room(scene.disk)
     agent.start()
     assert scene.term == 1
