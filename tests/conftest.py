@@ -28,6 +28,7 @@ _PATTERNS = (
     r"conformance/test_disk_faults\.py::test_a_fault_while_receiving\[(?!image-xfs-diverged-.*-same)",
     r"conformance/test_disk_faults\.py::test_a_fault_while_a_record_is_kept\[(?!image-xfs|btrfs)",
     r"agent/test_failing_disk\.py::test_a_run_on_a_failing_disk.*\[ENOSPC",
+    r"agent/test_failing_disk\.py::test_a_mount_is_never_left_frozen\[EIO",
     r"backends/test_compact\.py::test_a_fault_at_every_step\[(?!EIO-IO_ERROR-lasting-xfs)",
     # Compacting beside everything: all on XFS.
     r"backends/test_compact\.py::.*\[btrfs",

@@ -33,7 +33,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -88,6 +88,7 @@ CALLS: Final[dict[str, tuple[int, tuple[tuple[str, int], ...]]]] = {
     "statx": (332, ((AT, 0),)),
 }
 _NAMES: Final = {number: name for name, (number, _about) in CALLS.items()}
+_READING: Final = frozenset({"read", "pread64", "getdents64", "newfstatat", "statx"})
 _MAKING: Final = frozenset({"mkdir", "mkdirat", "openat"})
 _GROWING: Final = frozenset(
     {
@@ -199,17 +200,16 @@ def killed(work: Work, under: Path, fault: Fault) -> Outcome | None:
     return Outcome("", "", calls)
 
 
-def changes(calls: tuple[Call, ...]) -> int:
-    """How many of them change what is on the disk."""
-    return sum(call.name in _CHANGING for call in calls)
-
-
 # On the side of the work.
 
 _STEP: Final = "step:"
 _LOAD: Final = 0x20
 _EQUAL: Final = 0x15
+_ANY_BIT: Final = 0x45
 _RETURN: Final = 0x06
+_NUMBER: Final = 0  # where it stands in what a filter is given; so the next two
+_ARCHITECTURE: Final = 4
+_FLAGS: Final = 16 + 8 * 2  # of openat
 _ALLOW: Final = 0x7FFF0000
 _NOTIFY: Final = 0x7FC00000
 _X86_64: Final = 0xC000003E
@@ -225,12 +225,20 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.POINTER(_Instruction)))
 
 
-def _filter() -> int:
-    """Puts the filter on this thread, for good; the descriptor on which its calls are told."""
-    numbers = sorted(_NAMES)
-    rows = [(_LOAD, 0, 0, 4), (_EQUAL, 0, len(numbers) + 1, _X86_64), (_LOAD, 0, 0, 0)]
-    rows += [(_EQUAL, len(numbers) - at, 0, number) for at, number in enumerate(numbers)]
-    rows += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _NOTIFY)]
+def _filter(names: Iterable[str], *, creating: bool) -> int:
+    """Puts the filter on this thread, for good; the descriptor on which its calls are told.
+
+    With `creating`, a file that is opened is told of only if it may be made.
+    """
+    numbers = sorted(CALLS[name][0] for name in names)
+    opening = CALLS["openat"][0]
+    # Behind the numbers: go on; look at the flags of an openat; tell.
+    rows = [(_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 0, len(numbers) + 1, _X86_64), (_LOAD, 0, 0, _NUMBER)]
+    for at, number in enumerate(numbers):
+        behind = len(numbers) - at - 1
+        rows.append((_EQUAL, behind + (1 if number == opening and creating else 3), 0, number))
+    rows += [(_RETURN, 0, 0, _ALLOW), (_LOAD, 0, 0, _FLAGS), (_ANY_BIT, 0, 1, os.O_CREAT)]
+    rows += [(_RETURN, 0, 0, _NOTIFY), (_RETURN, 0, 0, _ALLOW)]
     program = (_Instruction * len(rows))(*[_Instruction(*row) for row in rows])
     libc = ctypes.CDLL(None, use_errno=True)
     made: int = libc.syscall(_SYS_SECCOMP, 1, _NEW_LISTENER, ctypes.byref(_Program(len(rows), program)))
@@ -260,7 +268,8 @@ def _second() -> socket.socket:
 def _watched(under: Path, fault: Fault | None) -> None:
     second = _second()
     order = json.dumps({"under": str(under.resolve()), "fault": None if fault is None else asdict(fault)}).encode()
-    listener = _filter()
+    changing = fault is not None and (fault.kill or fault.error == "ENOSPC")
+    listener = _filter(CALLS.keys() - _READING if changing else CALLS, creating=changing)
     socket.send_fds(second, [order], [listener])
     os.close(listener)
 

@@ -6,6 +6,7 @@ The calls of the volume's own thread fail for real (`tests/faults.py`).
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import uuid
@@ -17,6 +18,7 @@ import pytest
 from agent.backends import image_commit
 from agent.backends.base import NewSnapshot
 from agent.backends.image import ImageBackend
+from agent.disk import freeze
 from agent.examiner import ReplicaSettings
 from agent.identity import Identity
 from agent.peers import Peers
@@ -31,6 +33,7 @@ from resilver.volume import Grant, Order, Presence, Progress, ResyncState, Volum
 from tests import faults
 from tests.agent.agents import until
 from tests.faults import Fault, Outcome, faulty
+from tests.loopfs import mounted_image, run
 
 pytestmark = pytest.mark.skipif(bool(faults.available()), reason=faults.available() or "-")
 ORDER = Order("test", "S", 1, "L", "vm1", volume_id="V", epoch=1, epoch_id="e1")
@@ -109,6 +112,32 @@ def test_a_cp_on_a_failing_disk_leaves_nothing_behind(scene: Scene) -> None:
                 break
     assert seen_left, "there was something to remove"
     scene.take()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("error", "reason"), [("EIO", "IO_ERROR"), ("ENOSPC", "NO_SPACE")])
+def test_a_mount_is_never_left_frozen(scene: Scene, tmp_path: Path, error: str, reason: str) -> None:
+    """Whatever fails while a CP is taken of an image that is mounted."""
+    with scene.image.open("r+b") as file:
+        file.truncate(16 << 20)
+    run("mkfs.ext4", "-q", "-F", scene.image)
+    frozen = 0
+    with mounted_image(scene.image, tmp_path / "guest"):
+        for skip in range(0, 400, 6):
+            outcome = scene.taking(Fault(error, skip=skip, lasting=bool(skip % 2)))
+            assert outcome.reason in {"", reason}, outcome
+            frozen += any(call.path.endswith("frozen.json") and not call.failed for call in outcome.calls)
+            fd = os.open(tmp_path / "guest", os.O_RDONLY)
+            try:
+                with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+                    freeze.thaw(fd)
+            finally:
+                os.close(fd)
+            scene.replica.examine()
+            assert scene.left_over == [], outcome
+            if not outcome.failed:
+                break
+    assert frozen
 
 
 def test_a_state_dir_that_cannot_be_read_does_not_make_mirrored_data_lost(scene: Scene) -> None:
