@@ -34,6 +34,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -151,6 +152,11 @@ def available() -> str:
         return "only root can hold its own system calls"
     if platform.machine() != "x86_64":
         return "the numbers of the system calls are known for x86-64 only"
+    with ThreadPoolExecutor(1) as once:
+        try:
+            os.close(once.submit(_filter, (), creating=False).result())
+        except OSError as error:
+            return f"system calls cannot be held here: {error.strerror}"
     return ""
 
 
