@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ MIB = 1 << 20
 BLOCK = 4096
 IMAGE_BYTES = 1 << 30
 JOURNAL_RECORD_BYTES = 48
+GROUP = "vg"
+POOL_MIB = 2300
+_THIN = "lv_tags,thin_id"
 
 
 class Ground(Protocol):
@@ -264,6 +268,95 @@ class Zfs:
         return self._work / f"{node}-records"
 
 
+class Lvm:
+    """Thin volumes, each node's in a pool of its own, with an ext4 that is mounted where somebody works on it.
+
+    Only where there is a volume group `GROUP` for it: in the machine of tests/vm.
+    """
+
+    backend = "lvm-thin"
+    still = False
+    small_files = 300
+    again_bytes_max = 32 * MIB
+    features = frozenset({"xattr", "acl"})
+
+    def __init__(self, stack: contextlib.ExitStack, volume: str = "files") -> None:
+        self._stack = stack
+        self._volume = volume
+        self._work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="thin-", dir="/mnt")))
+        self._work.chmod(0o755)
+        self._pools: set[str] = set()
+        stack.callback(self._unmount)
+
+    def volume(self, node: str) -> Path:
+        if node not in self._pools:
+            run("lvcreate", "-L", f"{POOL_MIB}m", "-c", "64k", "-T", f"{GROUP}/pool-{node}")
+            self._pools.add(node)
+        return Path(GROUP) / f"pool-{node}" / self._lv(node)
+
+    def _lv(self, node: str) -> str:
+        return f"{self._volume}-{node}"
+
+    def _device(self, node: str) -> Path:
+        return Path(f"/dev/{GROUP}/{self._lv(node)}")
+
+    def config(self, node: str) -> str:
+        return f'snapshot_dir = "{self._records(node)}"'
+
+    def create(self, node: str) -> Path:
+        self.volume(node)
+        run("lvcreate", "-V", f"{IMAGE_BYTES}b", "-n", self._lv(node), "--thinpool", f"pool-{node}", GROUP)
+        run("mkfs.ext4", "-q", "-F", self._device(node))
+        return self.writable(node)
+
+    def live(self, node: str) -> Path:
+        return self._work / f"{node}-live"
+
+    def writable(self, node: str) -> Path:
+        return self._mount(self._device(node), self.live(node), "rw")
+
+    def leave(self, node: str, name: str) -> Path:
+        run("umount", self.live(node))
+        run("cp", "--sparse=always", self._device(node), self.outside(node, name))
+        return self.view(self.outside(node, name), writable=False)
+
+    def view(self, exported: Path, *, writable: bool) -> Path:
+        point = exported.with_name(f"{exported.name}.mnt")
+        return self._mount(exported, point, "loop" if writable else "loop,ro,noload")
+
+    def outside(self, node: str, name: str) -> Path:
+        return self._work / f"{node}-{name}"
+
+    def own_send_bytes(self, cluster: Cluster, node: str, base: str, target: str) -> int:
+        rows = [line.split("|") for line in run("lvs", "--noheadings", "--separator", "|", "-o", _THIN, GROUP).split()]
+        ids = {key: number for tags, number in rows for key in (base, target) if key in tags}
+        pool = f"{GROUP}-pool--{node}"
+        run("dmsetup", "message", f"{pool}-tpool", "0", "reserve_metadata_snap")
+        try:
+            words = ["--snap1", ids[base], "--snap2", ids[target]] if base else ["--snap1", ids[target]]
+            told = run("thin_delta", "-m", *words, f"/dev/mapper/{pool}_tmeta")
+        finally:
+            run("dmsetup", "message", f"{pool}-tpool", "0", "release_metadata_snap")
+        found = re.findall(r"<(?:different|right_only)[^>]* length=\"(\d+)\"", told)
+        return sum(int(length) for length in found) * (64 << 10)
+
+    def received_bytes(self, cluster: Cluster, node: str) -> int:
+        return _size(self._records(node) / "stage" / "journal.bin") // JOURNAL_RECORD_BYTES * MIB
+
+    def _records(self, node: str) -> Path:
+        return self._work / f"{node}-records"
+
+    def _mount(self, what: Path, point: Path, options: str) -> Path:
+        point.mkdir(exist_ok=True)
+        run("mount", "-o", options, what, point)
+        return point
+
+    def _unmount(self) -> None:
+        for point in self._work.iterdir():
+            while point.is_mount():
+                run("umount", "--lazy", point)
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -297,4 +390,4 @@ def piped_bytes(*command: str) -> int:
 @contextlib.contextmanager
 def ground(backend: str) -> Iterator[Ground]:
     with contextlib.ExitStack() as stack:
-        yield {"btrfs": Btrfs, "image": Image, "zfs": Zfs}[backend](stack)
+        yield {"btrfs": Btrfs, "image": Image, "lvm-thin": Lvm, "zfs": Zfs}[backend](stack)

@@ -6,6 +6,7 @@ tree, small ones, holes, links, attributes, and a PostgreSQL that goes on to wor
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -64,8 +65,15 @@ class Field:
 
 @pytest.fixture(scope="module", params=["btrfs", "image", "zfs"])
 def there(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
-    with ground(request.param) as place, cluster(tmp_path_factory.mktemp("trees"), "sqlite") as made:
-        made.start_coordinator()
+    with begun(request.param, tmp_path_factory.mktemp("trees")) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def begun(backend: str, directory: Path, extra: str = "") -> Iterator[Field]:
+    """A source tree and a database on `a`, and three nodes that report; `extra` is for the coordinator."""
+    with ground(backend) as place, cluster(directory, "sqlite") as made:
+        made.start_coordinator(extra=extra)
         live = place.create("a")
         features = trees.make(live, small_files=place.small_files)
         postgres.initialise(live / "pg")

@@ -29,7 +29,7 @@ TOOLS: Final = (
 MEMORY: Final = Path("/dev/shm")
 """Where its disks are: they need not outlive it, and waiting for a real disk would double its time."""
 MEMORY_MIB: Final = 1536
-DISK_BYTES: Final = 2 << 30
+DISK_BYTES: Final = 8 << 30
 
 LVM_CONF: Final = """\
 devices { obtain_device_list_from_udev=0 external_device_info_source="none" use_devicesfile=0 scan_lvs=0
