@@ -29,11 +29,12 @@ from coordinator.core.events import Dropped, Exported, Planned, Pruned, Request,
 from coordinator.idempotency import Answered
 from coordinator.office import Engine, Office
 from coordinator.paging import MESSAGE_BYTES_MAX, PAGE_BYTES_MAX, chunks
+from coordinator.plans import Plans
 from coordinator.reports import peer_host
 from coordinator.requests import Names, check_request_id
+from coordinator.shown import Shown
 from coordinator.wire import (
     election_to_proto,
-    plan_to_proto,
     pruned_to_proto,
     resync_to_proto,
     volume_refusal_to_proto,
@@ -60,6 +61,8 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
     def __init__(self, office: Office) -> None:
         self._office = office
         self._answered = Answered(office.now_ms)
+        self._shown = Shown()
+        self._plans = Plans(office.now_ms)
 
     # ------------------------------------------------------------ reading
 
@@ -73,7 +76,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
         return queries.get_node(self._office.engine(), request, self._office.now_ms())
 
     async def ListVolumes(self, request: api.ListVolumesRequest, context: Context) -> api.ListVolumesResponse:
-        return queries.list_volumes(self._office.engine(), request, self._office.now_ms())
+        return queries.list_volumes(self._office.engine(), self._shown, request, self._office.now_ms())
 
     async def GetVolume(self, request: api.GetVolumeRequest, context: Context) -> api.GetVolumeResponse:
         return queries.get_volume(self._office.engine(), request, self._office.now_ms())
@@ -126,8 +129,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def PlanResync(self, request: api.PlanResyncRequest, context: Context) -> api.PlanResyncResponse:
         asked = requests.plan(request, self._names(), principal_of(context))
-        planned = await self._ask(asked, Planned)
-        return bounded(api.PlanResyncResponse(plan=plan_to_proto(planned)))
+        return bounded(await self._plans.answer(request, lambda: self._ask(asked, Planned)))
 
     async def StartResync(self, request: api.StartResyncRequest, context: Context) -> api.StartResyncResponse:
         asked = requests.resync(request, self._names(), principal_of(context))

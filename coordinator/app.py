@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -46,6 +47,7 @@ GRACE_S: Final = 3.0
 STOP_MAX_S: Final = 6.0
 """After the reign was resigned, which has a bound of its own: SIGTERM ends the process within ten seconds."""
 OPEN_AGAIN_S: Final = 2.0
+COLLECT_AFTER: Final = (10_000, 20, 100)
 VERSION: Final = metadata.version("resilver")
 
 
@@ -220,6 +222,8 @@ def main() -> NoReturn:
     parser.add_argument("--check", action="store_true", help="parse, resolve and probe, then exit 0 or 2")
     parser.add_argument("--version", action="version", version=f"resilver {VERSION}")
     arguments = parser.parse_args()
+    # What is reported stays: looking through all of it for cycles again and again would stop everything for a second.
+    gc.set_threshold(*COLLECT_AFTER)
     code = _run(arguments.config, only_check=arguments.check)
     with suppress(OSError):
         sys.stdout.flush()

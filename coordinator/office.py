@@ -45,6 +45,9 @@ class Engine(Protocol):
     def volume_names(self) -> tuple[str, ...]:
         """Every volume that is in the store or reported, in order."""
 
+    def node_names(self) -> frozenset[str]:
+        """Every node that is known, or has a replica of any volume."""
+
     def view(self, volume: str) -> VolumeView:
         """One volume, where fresh means connected. Raises `NotFound("VOLUME_NOT_FOUND")` with the nearest name."""
 

@@ -44,7 +44,7 @@ class Page(Generic[M]):
 def page(request: Message, items: Iterable[T], key: Callable[[T], str], convert: Callable[[T], M]) -> Page[M]:
     """The page that the request asks for, of items ordered by `key`, which no two of them share."""
     size_max = _page_size(request)
-    bound = _digest(request)
+    bound = digest_of(request)
     after = _after(request, bound)
     ordered = sorted(((key(item), item) for item in items), key=lambda pair: pair[0])
     rest = [pair for pair in ordered if after is None or pair[0] > after]
@@ -83,7 +83,7 @@ def _page_size(request: Message) -> int:
     return size or PAGE_SIZE_DEFAULT
 
 
-def _digest(request: Message) -> str:
+def digest_of(request: Message) -> str:
     """Of everything in the request but where in the list it asks."""
     asked = type(request)()
     asked.CopyFrom(request)
@@ -112,6 +112,13 @@ def _after(request: Message, bound: str) -> str | None:
     if mine != bound or not isinstance(last, str):
         raise _bad_token()
     return last
+
+
+def token_gone() -> Invalid:
+    """For a token of an answer that is not kept any longer."""
+    return Invalid(
+        "PAGE_TOKEN_INVALID", "page_token is of an answer that is not kept any more: ask anew", field="page_token"
+    )
 
 
 def _bad_token() -> Invalid:

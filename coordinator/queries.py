@@ -12,6 +12,7 @@ from coordinator.explain import explain
 from coordinator.office import Engine, Office
 from coordinator.paging import page
 from coordinator.requests import Names, check_origins
+from coordinator.shown import Shown
 from coordinator.wire import (
     election_to_proto,
     event_to_proto,
@@ -83,10 +84,13 @@ def get_volume(engine: Engine, request: api.GetVolumeRequest, now_ms: int) -> ap
     return api.GetVolumeResponse(volume=volume(engine, name, now_ms, full=_full(request.view)))
 
 
-def list_volumes(engine: Engine, request: api.ListVolumesRequest, now_ms: int) -> api.ListVolumesResponse:
-    wanted = Names.of(engine).some_volumes(request.volumes) or engine.volume_names()
-    full = _full(request.view)
-    found = page(request, wanted, str, lambda name: volume(engine, name, now_ms, full=full))
+def list_volumes(engine: Engine, shown: Shown, request: api.ListVolumesRequest, now_ms: int) -> api.ListVolumesResponse:
+    wanted = Names.of(engine).some_volumes(request.volumes) if request.volumes else engine.volume_names()
+
+    def whole(name: str) -> volume_pb2.Volume:
+        return volume(engine, name, now_ms, full=True) if _full(request.view) else shown.volume(engine, name, now_ms)
+
+    found = page(request, wanted, str, whole)
     return api.ListVolumesResponse(volumes=found.messages, next_page_token=found.next_page_token)
 
 
@@ -99,6 +103,8 @@ def _full(view: int) -> bool:
 
 def _wanted(engine: Engine, volume_name: str, node: str) -> Iterable[str]:
     """The volume named, or all; both names are checked."""
+    if not volume_name and not node:
+        return engine.volume_names()
     names = Names.of(engine)
     if node:
         names.node(node)

@@ -4,6 +4,10 @@ The loop takes an event, steps the engine, and runs the actions in order. A Pers
 unknown, ends the reign: the engine is dropped with everything that it believed, and the next reign reads the store.
 No order leaves once the leadership's own clock says that the lease can have ended. An event is shown once it is stored:
 what a reader has seen, the next leader knows too.
+
+A commit takes a while, and events go on coming: those that wait when something is to be stored are stepped as well, and
+all that they store is committed together, before anything that any of them does. So what is stored before what acts on
+it stays so, and a thousand agents that report at once cost some hundred commits, not ten thousand.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import json
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -43,15 +47,18 @@ from coordinator.core.events import (
     Ticked,
 )
 from coordinator.core.history import EVENTS_MAX
-from coordinator.store.base import ABSENT, Reign, Store, Write
+from coordinator.store.base import ABSENT, WRITES_MAX, Json, Reign, Store, Write
 from resilver.errors import Conflict, Exhausted, ResilverError, Unavailable
 
 log = structlog.get_logger()
 
 QUEUE_MAX: Final = 20_000
 OUTBOX_MAX: Final = 10_000
-WRITES_MAX: Final = 64
+STEPS_AT_ONCE_MAX: Final = 64
+COMMIT_CHARS_MAX: Final = 256 << 10
+"""How much goes into one commit of many: far below what the store takes, however the characters are written."""
 TICK_S: Final = 1.0
+SERVE_EVERY_S: Final = 0.005
 
 
 def now_ms() -> int:
@@ -111,35 +118,49 @@ class Outbox:
     """What is to be sent to one agent's stream."""
 
     def __init__(self) -> None:
-        self._queue: asyncio.Queue[SendExamine | SendRecord | RefuseAgent] = asyncio.Queue(OUTBOX_MAX)
+        self._queue: deque[SendExamine | SendRecord | RefuseAgent] = deque()
         self._ended: ResilverError | None = None
-        self._end = asyncio.Event()
+        self._woken = asyncio.Event()
 
     def put(self, message: SendExamine | SendRecord | RefuseAgent) -> None:
-        try:
-            self._queue.put_nowait(message)
-        except asyncio.QueueFull:
+        if len(self._queue) < OUTBOX_MAX:
+            self._queue.append(message)
+            self._woken.set()
+        else:
             self.end(Exhausted("TOO_LARGE", "the agent does not take what is sent to it"))
 
     def end(self, error: ResilverError) -> None:
         self._ended = error
-        self._end.set()
+        self._woken.set()
 
     async def get(self) -> SendExamine | SendRecord | RefuseAgent:
         """The next message; raises what ended the stream, once everything before it was taken."""
-        if not self._queue.empty():
-            return self._queue.get_nowait()
-        taking = asyncio.ensure_future(self._queue.get())
-        ending = asyncio.ensure_future(self._end.wait())
-        try:
-            await asyncio.wait({taking, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if taking.done():
-                return taking.result()
-        finally:
-            taking.cancel()
-            ending.cancel()
-        assert self._ended is not None
-        raise self._ended
+        while not self._queue:
+            if self._ended is not None:
+                raise self._ended
+            self._woken.clear()
+            await self._woken.wait()
+        return self._queue.popleft()
+
+
+def in_commits(persists: Iterable[Persist]) -> Iterator[dict[str, Json | None]]:
+    """What to write in each commit, in order: as many Persists as go into one, and each of them whole.
+
+    Of a record that is written several times only the last is. One that is too large for a commit by itself is still
+    given out: the store says so.
+    """
+    together: dict[str, Json | None] = {}
+    chars = 0
+    for persist in persists:
+        values = {records.key_of(kept): records.to_json(kept) for kept in persist.records}
+        more = sum(len(repr(value)) for value in values.values())
+        if together and (len(together.keys() | values.keys()) > WRITES_MAX or chars + more > COMMIT_CHARS_MAX):
+            yield together
+            together, chars = {}, 0
+        together.update(values)
+        chars += more
+    if together:
+        yield together
 
 
 class CurrentReign:
@@ -177,19 +198,44 @@ class CurrentReign:
     async def run(self, still_leading: Callable[[], bool]) -> None:
         """The one loop."""
         ticking = asyncio.create_task(self._tick())
+        loop = asyncio.get_running_loop()
+        served_at = loop.time()
         try:
             while True:
                 event = await self._events.get()
                 # A queue that is never empty must not keep gRPC from being served.
-                await asyncio.sleep(0)
-                for action in self.engine.step(event, now_ms()):
-                    if not still_leading():
-                        raise Conflict("LEADERSHIP_LOST", "the lease of the leadership may have ended")
-                    await self._do(action)
+                if loop.time() - served_at > SERVE_EVERY_S:
+                    await asyncio.sleep(0)
+                    served_at = loop.time()
+                actions = self._step(event)
+                for together in in_commits(action for action in actions if isinstance(action, Persist)):
+                    self._check_leading(still_leading)
+                    await self._commit(together)
+                for action in actions:
+                    self._check_leading(still_leading)
+                    self._do(action)
                 if self.term_wanted:
                     raise Conflict("LEADERSHIP_LOST", f"an agent has obeyed term {self.term_wanted} already")
         finally:
             ticking.cancel()
+
+    def _step(self, event: Event) -> list[Action]:
+        """The actions of an event; where something is to be stored, also those of the events that wait behind it."""
+        actions = self.engine.step(event, now_ms())
+        newest, stores = actions, False
+        for _ in range(STEPS_AT_ONCE_MAX):
+            stores = stores or any(isinstance(action, Persist) for action in newest)
+            # After a term that is to be raised nothing more is decided.
+            if not stores or self._events.empty() or any(isinstance(action, RaiseTerm) for action in newest):
+                break
+            newest = self.engine.step(self._events.get_nowait(), now_ms())
+            actions = actions + newest
+        return actions
+
+    @staticmethod
+    def _check_leading(still_leading: Callable[[], bool]) -> None:
+        if not still_leading():
+            raise Conflict("LEADERSHIP_LOST", "the lease of the leadership may have ended")
 
     def end(self, error: ResilverError) -> None:
         """Tells everybody who waits for this reign that it is over."""
@@ -258,10 +304,10 @@ class CurrentReign:
 
     # ------------------------------------------------------------ actions
 
-    async def _do(self, action: Action) -> None:
+    def _do(self, action: Action) -> None:
         match action:
             case Persist():
-                await self._persist(action)
+                counters.stored(action.records)  # before any of them was carried out
             case GiveOrder():
                 self._spawn(self._give(action))
             case SendExamine() | SendRecord() | RefuseAgent():
@@ -278,17 +324,11 @@ class CurrentReign:
             case RaiseTerm():
                 self.term_wanted = max(self.term_wanted, action.above)
 
-    async def _persist(self, action: Persist) -> None:
-        writes: dict[str, Write] = {}
-        for kept in action.records:
-            key = records.key_of(kept)
-            writes[key] = Write(key, records.to_json(kept), self._revisions.get(key, ABSENT))
-        if len(writes) > WRITES_MAX:
-            raise Exhausted("TOO_LARGE", f"{len(writes)} records in one transaction; at most {WRITES_MAX}")
-        revision = await self._store.commit(self._reign, tuple(writes.values()))
-        counters.stored(action.records)
-        for key, write in writes.items():
-            if write.value is None:
+    async def _commit(self, values: Mapping[str, Json | None]) -> None:
+        writes = [Write(key, value, self._revisions.get(key, ABSENT)) for key, value in values.items()]
+        revision = await self._store.commit(self._reign, writes)
+        for key, value in values.items():
+            if value is None:
                 self._revisions.pop(key, None)
             else:
                 self._revisions[key] = revision

@@ -14,7 +14,7 @@ The rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
 from urllib.parse import unquote
@@ -36,13 +36,14 @@ from coordinator.core.events import (
     SendRecord,
 )
 from coordinator.office import Identity, Office, StreamOut
+from coordinator.pace import Pace, Silence, first_of
 from resilver.address import Address, parse_address
 from resilver.errors import Conflict, Exhausted, ResilverError, Superseded, Unavailable
 from resilver.fields import check_count, check_id, check_name, check_number, check_text, invalid
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from resilver.wire import ReportAssembler, progress_from_proto, record_to_proto
 
-STREAMS_MAX: Final = 1000
+STREAMS_MAX: Final = 2000
 VOLUMES_MAX: Final = 1000
 VERSION_CHARS_MAX: Final = 64
 MESSAGES_PER_SECOND_MAX: Final = 500.0
@@ -77,7 +78,7 @@ class Reports(agent_pb2_grpc.ReportsServicer):
             self._streams -= 1
 
     async def _serve(self, messages: Messages, peer: str) -> AsyncGenerator[agent_pb2.ReportResponse, None]:
-        opening = await _next(messages, self._node_timeout_s, "a hello")
+        opening = await first_of(messages, self._node_timeout_s, "a hello")
         if opening is None:
             return
         try:
@@ -108,8 +109,10 @@ class _Session:
         self._hello = hello
         self._node_timeout_s = node_timeout_s
         self._assembler = ReportAssembler()
-        self._acked_seq = seq
-        self._heard = asyncio.Event()
+        self._heard_seq = self._acked_seq = seq
+        self._woken = asyncio.Event()
+        self._action: SendExamine | SendRecord | RefuseAgent | None = None
+        self._room = asyncio.Event()
         self._connected = False
 
     async def run(self, messages: Messages, identity: Identity) -> AsyncGenerator[agent_pb2.ReportResponse, None]:
@@ -121,6 +124,7 @@ class _Session:
             task = asyncio.get_running_loop().create_task(coroutine)
             tasks.add(task)
             task.add_done_callback(tasks.discard)
+            task.add_done_callback(lambda _: self._woken.set())
             return task
 
         try:
@@ -130,22 +134,8 @@ class _Session:
                 yield self._down(identity, await self._refusal(outbox))
                 return
             yield self._ack(identity)
-            reading, sending, hearing = begin(self._read(messages)), begin(outbox.get()), begin(self._heard.wait())
-            while True:
-                await asyncio.wait({reading, sending, hearing}, return_when=asyncio.FIRST_COMPLETED)
-                if sending.done():
-                    action = sending.result()
-                    yield self._down(identity, action)
-                    if isinstance(action, RefuseAgent):
-                        return
-                    sending = begin(outbox.get())
-                if hearing.done():
-                    self._heard.clear()
-                    yield self._ack(identity)
-                    hearing = begin(self._heard.wait())
-                if reading.done():
-                    reading.result()
-                    return
+            async for response in self._answers(identity, begin(self._read(messages)), begin(self._take(outbox))):
+                yield response
         except (Superseded, Conflict) as error:
             yield _not_leader(error)
         finally:
@@ -153,6 +143,27 @@ class _Session:
             self._office.close_stream(self._hello.stream)
             for task in tuple(tasks):
                 task.cancel()
+
+    async def _answers(
+        self, identity: Identity, reading: asyncio.Task[Any], taking: asyncio.Task[Any]
+    ) -> AsyncGenerator[agent_pb2.ReportResponse, None]:
+        """What is to be sent, and an acknowledgement where nothing else tells what was heard."""
+        while True:
+            await self._woken.wait()
+            self._woken.clear()
+            action, self._action = self._action, None
+            if action is not None:
+                yield self._down(identity, action)
+                self._room.set()
+            elif self._acked_seq < self._heard_seq:
+                yield self._ack(identity)
+            if isinstance(action, RefuseAgent):
+                return
+            if taking.done():
+                taking.result()
+            if reading.done():
+                reading.result()
+                return
 
     def _belongs(self, identity: Identity) -> bool:
         """Whether this is the agent's own cluster and store: an acknowledgement from another one would be taken for
@@ -168,26 +179,40 @@ class _Session:
         except TimeoutError as error:
             raise Unavailable("DEADLINE", "this coordinator is behind with what it is told; try again") from error
 
+    async def _take(self, outbox: StreamOut) -> None:
+        """Hands on what is to be sent, one at a time: the rest waits in the outbox, which has a bound."""
+        while True:
+            self._action = await outbox.get()
+            self._woken.set()
+            await self._room.wait()
+            self._room.clear()
+
     async def _read(self, messages: Messages) -> None:
         """Posts what the agent says until it stops, or says something that no agent says."""
         pace = Pace(MESSAGES_PER_SECOND_MAX, MESSAGES_BURST_MAX, asyncio.get_running_loop().time)
         try:
-            while (message := await _next(messages, self._node_timeout_s, "a heartbeat")) is not None:
-                await asyncio.sleep(pace.wait_s())
-                if message.boot != self._hello.node.boot:
-                    raise invalid("boot", f"is {message.boot[:80]!r} in a stream of {self._hello.node.boot}")
-                if message.seq <= self._acked_seq:
-                    continue
-                event = self._read_event(message)
-                await self._post(event)
-                self._acked_seq = message.seq
-                self._heard.set()
+            async with Silence(self._node_timeout_s) as silence:
+                async for message in messages:
+                    silence.heard()
+                    await self._hear(message, pace)
+                    silence.listen()
         except ResilverError as error:
             _log.warning("an agent's stream was ended", node=self._hello.node.name, reason=error.message)
             raise
         finally:
             # At once, also while the other side still waits for an agent that does not read.
             self._disconnect()
+
+    async def _hear(self, message: agent_pb2.ReportRequest, pace: Pace) -> None:
+        wait_s = pace.wait_s()
+        if wait_s:
+            await asyncio.sleep(wait_s)
+        if message.boot != self._hello.node.boot:
+            raise invalid("boot", f"is {message.boot[:80]!r} in a stream of {self._hello.node.boot}")
+        if message.seq > self._heard_seq:
+            await self._post(self._read_event(message))
+            self._heard_seq = message.seq
+            self._woken.set()
 
     def _read_event(self, message: agent_pb2.ReportRequest) -> Event:
         stream = self._hello.stream
@@ -243,6 +268,7 @@ class _Session:
             return
 
     def _ack(self, identity: Identity) -> agent_pb2.ReportResponse:
+        self._acked_seq = self._heard_seq
         return agent_pb2.ReportResponse(
             acked_seq=self._acked_seq,
             term=identity.term,
@@ -263,24 +289,6 @@ class _Session:
                 response.refusal.message = action.message
                 response.adopt_store = action.adopt
         return response
-
-
-class Pace:
-    """Lets a burst through, and then so many messages a second: the rest waits in the agent, by flow control."""
-
-    def __init__(self, per_second: float, burst: float, clock: Callable[[], float]) -> None:
-        self._per_second = per_second
-        self._burst = burst
-        self._clock = clock
-        self._left = burst
-        self._at = clock()
-
-    def wait_s(self) -> float:
-        """Takes one, and answers how long to wait before it is used."""
-        now = self._clock()
-        self._left = min(self._left + (now - self._at) * self._per_second, self._burst) - 1.0
-        self._at = now
-        return max(-self._left / self._per_second, 0.0)
 
 
 def read_hello(message: agent_pb2.ReportRequest, peer: str, stream: str, now_ms: int) -> AgentConnected:
@@ -334,15 +342,6 @@ def peer_host(peer: str) -> str:
     host = rest.rpartition(":")[0].strip("[]")
     # An IPv4 caller of a socket that serves both appears mapped into IPv6.
     return host.removeprefix("::ffff:") if "." in host else host
-
-
-async def _next(messages: Messages, timeout_s: float, what: str) -> agent_pb2.ReportRequest | None:
-    """The next message, None at the end of the stream."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await anext(messages, None)
-    except TimeoutError as error:
-        raise Unavailable("DEADLINE", f"{what} was awaited for {timeout_s:g} s and did not come") from error
 
 
 def _not_leader(error: ResilverError) -> agent_pb2.ReportResponse:

@@ -68,10 +68,9 @@ class Names:
     @classmethod
     def of(cls, engine: Engine) -> Names:
         volumes = engine.volume_names()
-        members = {node for volume in volumes for node in engine.view(volume).replicas}
         wrong_store = [one for one in engine.refused().values() if one.problem.reason == "WRONG_STORE"]
         elsewhere = {volume: one.problem for one in wrong_store for volume in one.node.volumes}
-        return cls(volumes, frozenset({*engine.nodes(), *members}), elsewhere)
+        return cls(volumes, engine.node_names(), elsewhere)
 
     def volume(self, name: str, field: str = "volume") -> str:
         if check_name(name, field) not in self.volumes:

@@ -124,12 +124,18 @@ def replica_to_proto(engine: Engine, view: VolumeView, node: str, now_ms: int, *
 
 def behind_duration_ms(view: VolumeView, node: str, status: Status, now_ms: int) -> int | None:
     """How long ago the primary took the first CP that the replica lacks; None if it lacks none, or all."""
-    if status.fork is None or node == view.record.primary:
+    since_ms = behind_since_ms(view, node, status)
+    return None if since_ms is None else max(now_ms - since_ms, 0)
+
+
+def behind_since_ms(view: VolumeView, node: str, status: Status) -> int | None:
+    """When the primary took the first CP that the replica lacks; None if it lacks none, or all."""
+    if status.fork is None or not status.behind_cps or node == view.record.primary:
         return None
     lacking = reference_lineage(view).after(status.fork.id)
     if not lacking or not lacking[-1].create_time_ms:
         return None
-    return max(now_ms - lacking[-1].create_time_ms, 0)
+    return lacking[-1].create_time_ms
 
 
 def out_of_sync(engine: Engine, view: VolumeView, node: str, status: Status) -> Size | None:

@@ -193,6 +193,8 @@ class Relation(Enum):
 
 def newest_shared(mine: Lineage, theirs: Lineage) -> Snapshot | None:
     """The newest record that stands in both lineages, present or not: where they fork."""
+    if mine.records and mine.tip_id == theirs.tip_id:
+        return theirs.tip
     ids = mine.ids()
     return next((record for record in theirs if record.id in ids), None)
 
@@ -247,6 +249,8 @@ def newest_in_common(mine: Lineage, theirs: Lineage) -> Snapshot | NothingInComm
     shared = newest_shared(mine, theirs)
     if shared is None:
         return NothingInCommon(mine, theirs)
+    if shared is theirs.tip and shared.present and mine.tip == shared:
+        return shared
     here = {record.id for record in mine if record.present}
     for record in theirs:
         if record.present and record.id in here:

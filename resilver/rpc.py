@@ -50,7 +50,7 @@ __all__ = [
 MESSAGE_BYTES_MAX: Final = 1 << 20
 RECEIVE_BYTES_MAX: Final = 2 << 20
 CALL_TIMEOUT_MAX_S: Final = 60.0
-CONCURRENT_CALLS_MAX: Final = 1024
+CONCURRENT_CALLS_MAX: Final = 4096
 NO_DEADLINE_S: Final = 365 * 24 * 3600.0
 """gRPC tells a call without a deadline by a time that is centuries away."""
 

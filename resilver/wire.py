@@ -13,6 +13,7 @@ The rules:
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 
 PAGE_RECORDS_MAX: Final = 500
 PAGE_BYTES_MAX: Final = 512 << 10
+REPORTS_KNOWN_MAX: Final = 1000
 LINEAGE_RECORDS_MAX: Final = 20_000
 PRESERVED_MAX: Final = 256
 PRESERVED_BYTES_MAX: Final = 256 << 10
@@ -355,16 +357,23 @@ def report_pages(report: ReplicaReport, *, node: str = "") -> list[agent_pb2.Rep
 
 
 class ReportAssembler:
-    """Puts the pages of one sender together again. One report at a time; a first page begins anew."""
+    """Puts the pages of one sender together again. One report at a time; a first page begins anew.
+
+    A report that came in one page is remembered by its digest. Most say again what was said before, with another time
+    and another amount of free space: of those only these two are read.
+    """
 
     def __init__(self) -> None:
         self._report: ReplicaReport | None = None
         self._records: list[Snapshot] = []
+        self._known: dict[str, tuple[bytes, ReplicaReport]] = {}
 
     def add(self, page: agent_pb2.ReplicaPage) -> ReplicaReport | None:
         """The whole report with its last page, None before; after an error only a first page is taken."""
         report, records = self._report, self._records
         self._report, self._records = None, []
+        if page.last and page.replica.presence != volume_pb2.PRESENCE_UNSPECIFIED:
+            return self._whole(page)
         if page.replica.presence != volume_pb2.PRESENCE_UNSPECIFIED:
             report, records = report_from_proto(page.replica), []
         elif report is None:
@@ -381,6 +390,33 @@ class ReportAssembler:
             raise invalid("records", "are missing in a page that is not the last")
         self._report, self._records = report, records
         return None
+
+    def _whole(self, page: agent_pb2.ReplicaPage) -> ReplicaReport:
+        """A report of one page."""
+        replica = page.replica
+        free_bytes = check_number(replica.free_bytes, "replica.free_bytes")
+        examine_time_ms = time_from_proto(replica.examine_time, "replica.examine_time")
+        digest = _digest_of_the_rest(page)
+        known = self._known.pop(replica.volume, None)
+        if known is None or known[0] != digest:
+            check_count(page.records, "records", PAGE_RECORDS_MAX)
+            records = [snapshot_from_proto(record, f"records[{at}]") for at, record in enumerate(page.records)]
+            known = digest, report_from_proto(replica, lineage_of(records))
+        while len(self._known) >= REPORTS_KNOWN_MAX:
+            del self._known[next(iter(self._known))]
+        self._known[replica.volume] = known
+        return replace(known[1], free_bytes=free_bytes, examine_time_ms=examine_time_ms)
+
+
+def _digest_of_the_rest(page: agent_pb2.ReplicaPage) -> bytes:
+    """Of everything in a page but what each report has anew, which is taken out and put back."""
+    replica = page.replica
+    free_bytes, time = replica.free_bytes, replica.examine_time
+    seconds, nanos = time.seconds, time.nanos
+    replica.free_bytes = time.seconds = time.nanos = 0
+    digest = hashlib.sha256(page.SerializeToString(deterministic=True)).digest()
+    replica.free_bytes, time.seconds, time.nanos = free_bytes, seconds, nanos
+    return digest
 
 
 # Runs and orders.

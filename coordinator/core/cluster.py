@@ -131,11 +131,15 @@ class ReplicaView:
 
 @dataclass(frozen=True, slots=True)
 class VolumeView:
-    """One volume: what the store says, and every replica that reports or is a member. `entry` None: first sight."""
+    """One volume: what the store says, and every replica that reports or is a member. `entry` None: first sight.
+
+    `compared` is for `status_of` alone: what it has worked out of this view already.
+    """
 
     name: str
     entry: VolumeEntry | None = None
     replicas: Mapping[str, ReplicaView] = field(default_factory=dict)
+    compared: dict[str, Status] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def record(self) -> VolumeRecord:

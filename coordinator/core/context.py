@@ -27,11 +27,13 @@ from coordinator.core.events import (
     Kept,
     OrderResult,
     Persist,
+    SendExamine,
     SendRecord,
     Tell,
     Volume,
 )
 from coordinator.core.history import History
+from coordinator.core.rolls import Nodes, Resyncs, Streams
 from coordinator.core.tasks import Flow, Tasks, Wait
 from resilver.errors import NotFound, ResilverError, Unavailable
 from resilver.volume import Order, ReplicaReport, VolumeRecord
@@ -115,44 +117,76 @@ class Context:
     tasks: Tasks = field(default_factory=Tasks)
     actions: list[Action] = field(default_factory=list)
     entries: dict[str, VolumeEntry] = field(default_factory=dict)
-    nodes: dict[str, NodeView] = field(default_factory=dict)
-    streams: dict[str, NodeView] = field(default_factory=dict)
+    nodes: Nodes = field(default_factory=Nodes)
+    streams: Streams = field(default_factory=Streams)
     refused: dict[str, RefusedAgent] = field(default_factory=dict)
     heard: dict[str, dict[str, Heard]] = field(default_factory=dict)
     examines: dict[str, Examine] = field(default_factory=dict)
     orders: dict[str, OrderSlot] = field(default_factory=dict)
     locks: set[str] = field(default_factory=set)
     elections: dict[str, deque[ElectionRecord]] = field(default_factory=dict)
-    resyncs: dict[str, Resync] = field(default_factory=dict)
+    resyncs: Resyncs = field(default_factory=Resyncs)
     sizes: dict[tuple[str, str, str], Size] = field(default_factory=dict)
     busy: dict[str, int] = field(default_factory=dict)
     adopting: bool = False
+    asking: list[tuple[str, frozenset[str]]] = field(default_factory=list)
+    examine_id: str = ""
+    _names: tuple[tuple[int, int], tuple[str, ...]] = ((-1, -1), ())
+    _renamed: int = 0
+    _views: dict[str, VolumeView] = field(default_factory=dict)
+    _viewed: dict[str, set[str]] = field(default_factory=dict)
 
     # ------------------------------------------------------------ reading
 
     def names(self) -> tuple[str, ...]:
-        """Every volume that is stored or reported."""
-        offered = {volume for node in self.nodes.values() for volume in node.volumes if node.connected}
-        return tuple(sorted({*self.entries, *self.heard, *offered}))
+        """Every volume that is stored or reported, in order; worked out when that has changed."""
+        changes = (self.nodes.changes, self._renamed)
+        if self._names[0] != changes:
+            offered = {volume for node in self.nodes.values() for volume in node.volumes if node.connected}
+            self._names = changes, tuple(sorted({*self.entries, *self.heard, *offered}))
+        return self._names[1]
+
+    def node_names(self) -> frozenset[str]:
+        """Every node that is known, or has a replica of any volume."""
+        members = {node for entry in self.entries.values() for node in entry.record.members}
+        return frozenset(members.union(self.nodes, *self.heard.values()))
 
     def require(self, volume: str) -> None:
         """Raises NotFound with the nearest name for a volume that nobody knows."""
-        known = self.names()
-        if volume not in known:
+        if volume in self.entries or volume in self.heard:
+            return
+        if not any(node.connected for node in self.nodes.offering(volume)):
+            known = self.names()
             raise NotFound("VOLUME_NOT_FOUND", f"no volume is named {volume!r}{nearest(volume, known)}", volume=volume)
 
     def view(self, volume: str, fresh: Iterable[str] | None = None) -> VolumeView:
-        """One volume as decisions see it. `fresh` None: a report counts if its node is connected."""
+        """One volume as decisions see it. `fresh` None: a report counts if its node is connected.
+
+        That one is kept until something that it, or a screen of it, shows has changed: as long as it is the same
+        object, nothing has.
+        """
+        kept = self._views.get(volume)
+        if kept is None:
+            kept = self._views[volume] = self._look_at(volume)
+            for node in kept.replicas:
+                self._viewed.setdefault(node, set()).add(volume)
+        if fresh is None:
+            return kept
+        wanted = frozenset(fresh)
+        replicas = {
+            name: one if one.report is None or one.fresh == (name in wanted) else replace(one, fresh=name in wanted)
+            for name, one in kept.replicas.items()
+        }
+        return kept if replicas == kept.replicas else VolumeView(volume, kept.entry, replicas)
+
+    def _look_at(self, volume: str) -> VolumeView:
         entry = self.entries.get(volume)
         heard = self.heard.get(volume, {})
         removed = set(entry.removed) if entry else set()
         # Before the first epoch whoever once offered the volume may have its newest data, also after a restart here.
         silent_too = entry is None or not entry.record.epoch
-        offering = {
-            name for name, node in self.nodes.items() if (node.connected or silent_too) and volume in node.volumes
-        }
+        offering = {node.name for node in self.nodes.offering(volume) if node.connected or silent_too}
         names = ({*heard} - removed) | offering | set(entry.record.members if entry else ())
-        wanted = None if fresh is None else frozenset(fresh)
         replicas: dict[str, ReplicaView] = {}
         for name in sorted(names):
             one = heard.get(name)
@@ -160,8 +194,7 @@ class Context:
             if one is None:
                 replicas[name] = ReplicaView(name, duplicate=duplicate)
                 continue
-            is_fresh = self.current(name, one) if wanted is None else name in wanted
-            replicas[name] = ReplicaView(name, one.report, one.time_ms, is_fresh, duplicate)
+            replicas[name] = ReplicaView(name, one.report, one.time_ms, self.current(name, one), duplicate)
         return VolumeView(volume, entry, replicas)
 
     def current(self, node: str, heard: Heard) -> bool:
@@ -178,13 +211,59 @@ class Context:
 
     def stream_of(self, node: str) -> str:
         """The node's newest stream, empty if it has none: an older one may be dead, and nobody has noticed yet."""
-        return next((stream for stream, one in reversed(self.streams.items()) if one.name == node), "")
+        return next(reversed(self.streams.of(node)), "")
 
     def active_resync(self, volume: str, node: str) -> Resync | None:
-        return next(
-            (one for one in self.resyncs.values() if one.volume == volume and one.node == node and not one.state.final),
-            None,
-        )
+        return next((one for one in self.resyncs.of(volume) if one.node == node and not one.state.final), None)
+
+    # ------------------------------------------------------------ taking on
+
+    def put_node(self, node: NodeView) -> None:
+        old = self.nodes.get(node.name)
+        self.nodes.put(node)
+        if old is None or replace(old, last_heard_ms=node.last_heard_ms) != node:
+            self._node_changed(node.name, *node.volumes, *(old.volumes if old is not None else ()))
+
+    def drop_node(self, name: str) -> None:
+        self.nodes.drop(name)
+        self._node_changed(name)
+
+    def open_stream(self, stream: str, node: NodeView) -> None:
+        self.streams.put(stream, node)
+        self._node_changed(node.name)
+
+    def close_stream(self, stream: str) -> NodeView | None:
+        """Who it was of; None if it is not known."""
+        node = self.streams.drop(stream)
+        if node is not None:
+            self._node_changed(node.name)
+        return node
+
+    def hear(self, volume: str, node: str, heard: Heard, *, changed: bool) -> None:
+        """Takes on a report. Not `changed`: nothing that anything is compared by is otherwise than before."""
+        if volume not in self.heard:
+            self._renamed += 1
+        self.heard.setdefault(volume, {})[node] = heard
+        kept = self._views.pop(volume, None)
+        was = kept.replicas.get(node) if kept is not None else None
+        if changed or kept is None or was is None:
+            return
+        again = ReplicaView(node, heard.report, heard.time_ms, was.fresh, was.duplicate)
+        view = self._views[volume] = VolumeView(volume, kept.entry, {**kept.replicas, node: again})
+        view.compared.update(kept.compared)
+
+    def unhear(self, volume: str, node: str = "") -> None:
+        """Forgets what was heard of a replica, or of the whole volume."""
+        if node:
+            self.heard.get(volume, {}).pop(node, None)
+        else:
+            self.heard.pop(volume, None)
+            self._renamed += 1
+        self._views.pop(volume, None)
+
+    def _node_changed(self, name: str, *volumes: str) -> None:
+        for volume in {*volumes, *self._viewed.pop(name, ())}:
+            self._views.pop(volume, None)
 
     # ------------------------------------------------------------ acting
 
@@ -195,6 +274,8 @@ class Context:
         """Remembers in the store, before any later action, and in the view."""
         for record in records:
             if isinstance(record, Volume):
+                if record.entry is None or record.name not in self.entries:
+                    self._renamed += 1
                 if record.entry is None:
                     self.entries.pop(record.name, None)
                 else:
@@ -203,7 +284,7 @@ class Context:
             elif isinstance(record, ElectionRecord):
                 records = (*records, *self._keep_election(record))
             elif isinstance(record, Resync):
-                self.resyncs[record.id] = record
+                self.resyncs.put(record)
                 self.changed(record.volume, record.id)
         self.emit(Persist(records))
 
@@ -225,6 +306,7 @@ class Context:
                 self.emit(SendRecord(stream, record))
 
     def changed(self, volume: str, *resyncs: str) -> None:
+        self._views.pop(volume, None)
         self.tasks.touch(f"volume:{volume}", *(f"resync:{one}" for one in resyncs))
         self.emit(Changed(frozenset({volume}), frozenset(resyncs)))
 
@@ -249,6 +331,23 @@ class Context:
         """The same of what is found again and again: nothing, if it was the last word on this within the hour."""
         if not self.history.says(self.now_ms, kind, message, **about):
             self.tell(kind, message, **about)
+
+    def ask(self, volume: str, nodes: Iterable[str]) -> str:
+        """Has the nodes examine a volume once the step is done; answers the examine's id, which all of a step share."""
+        if not self.asking:
+            self.examine_id = self.new_id()
+        self.asking.append((volume, frozenset(nodes)))
+        return self.examine_id
+
+    def send_examines(self) -> None:
+        """One message for each node that is asked."""
+        of: dict[str, list[str]] = {}
+        for volume, nodes in self.asking:
+            for node in sorted(nodes):
+                of.setdefault(node, []).append(volume)
+        for node, volumes in of.items():
+            self.emit(SendExamine(self.stream_of(node), self.examine_id, tuple(volumes)))
+        self.asking.clear()
 
     def header(self, volume: str, expected_tip: str | None = None) -> Order:
         entry = self.entries.get(volume)

@@ -23,7 +23,7 @@ from coordinator.core.cluster import (
 )
 from coordinator.core.context import Context, Examine
 from coordinator.core.election import elect
-from coordinator.core.events import ElectRequest, OpenEpoch, SendExamine, TakeSnapshot, Volume
+from coordinator.core.events import ElectRequest, OpenEpoch, TakeSnapshot, Volume
 from coordinator.core.tasks import Flow, Wait
 from resilver.errors import Conflict, Refused, ResilverError
 from resilver.lineage import NO_CP
@@ -43,19 +43,18 @@ class Examined:
 def examine(context: Context, volume: str) -> Flow[Examined]:
     """Asks every connected member, and waits until all have answered or gone, or for the examine timeout.
 
-    One at a time for a volume: a caller that comes while one runs joins it.
+    One at a time for a volume: a caller that comes while one runs joins it. Of all that begin in one step each node is
+    asked at once, by one id.
     """
     running = context.examines.get(volume)
     if running is None:
         view = context.view(volume)
         asked = {node for node in view.replicas if context.reachable(node)}
-        running = Examine(context.new_id(), asked, set())
+        running = Examine(context.ask(volume, asked), asked, set())
         context.examines[volume] = running
-        for node in sorted(asked):
-            context.emit(SendExamine(context.stream_of(node), running.id, (volume,)))
     mine = running
     yield Wait(
-        frozenset({f"examine:{mine.id}"}),
+        frozenset({f"examine:{volume}"}),
         lambda: not mine.waiting,
         context.now_ms + context.settings.examine_timeout_ms,
     )

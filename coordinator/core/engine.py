@@ -75,10 +75,10 @@ class Engine:
         context = self._context
         context.entries.update(loaded.volumes)
         context.elections.update({name: deque(records) for name, records in loaded.elections.items()})
-        context.resyncs.update(loaded.resyncs)
-        context.nodes.update(
-            {name: replace(node, connected=False, duplicate=False) for name, node in loaded.nodes.items()}
-        )
+        for resync in loaded.resyncs.values():
+            context.resyncs.put(resync)
+        for node in loaded.nodes.values():
+            context.nodes.put(replace(node, connected=False, duplicate=False))
         for resync in loaded.resyncs.values():
             if not resync.state.final:
                 context.tasks.spawn(resyncs.lead(context, resync.id))
@@ -91,6 +91,10 @@ class Engine:
 
     def volume_names(self) -> tuple[str, ...]:
         return self._context.names()
+
+    def node_names(self) -> frozenset[str]:
+        """Every node that is known, or has a replica of any volume."""
+        return self._context.node_names()
 
     def view(self, volume: str) -> VolumeView:
         """The volume as it is now: a report counts while its node is connected. Raises NotFound."""
@@ -153,6 +157,7 @@ class Engine:
             case Ticked():
                 hearing.tick(context)
         context.tasks.settle(now_ms, deadlines=isinstance(event, Ticked))
+        context.send_examines()
         return context.actions
 
     # ------------------------------------------------------------ requests

@@ -6,7 +6,8 @@ end of a resync, an opening that goes on, a prune, a blocked commit) follows at 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from operator import attrgetter
 from typing import Final
 
 from coordinator.core import decide, prepare, resyncs, upkeep
@@ -35,6 +36,11 @@ STAGE_LIFE_MS: Final = 24 * 3600 * 1000
 REFUSED_MAX: Final = 100
 REFUSED_SHOWN_MS: Final = 30_000
 
+_LASTING: Final = attrgetter(
+    *(one.name for one in fields(ReplicaReport) if one.name not in ("examine_time_ms", "free_bytes"))
+)
+"""What makes a report another one than the last."""
+
 
 # ------------------------------------------------------------ agents come and go
 
@@ -51,12 +57,12 @@ def connected(context: Context, event: AgentConnected) -> None:
     if event.highest_term > mine.term or same:
         _store_forgot(context, event)
         context.emit(RaiseTerm(event.highest_term))
-    context.streams[event.stream] = node
-    boots = {one.boot for one in context.streams.values() if one.name == node.name}
+    context.open_stream(event.stream, node)
+    boots = {one.boot for one in context.streams.of(node.name).values()}
     known = context.nodes.get(node.name)
     if len(boots) > 1:
         duplicate = replace(known or node, connected=True, duplicate=True, last_heard_ms=context.now_ms)
-        context.nodes[node.name] = duplicate
+        context.put_node(duplicate)
         message = f"two agents call themselves {node.name}: {(known or node).address} and {node.address}"
         context.tell_once("DUPLICATE_NODE", message, node=node.name, reason="DUPLICATE_NODE")
     else:
@@ -117,30 +123,31 @@ def _introduce(context: Context, known: NodeView | None, node: NodeView) -> None
     lasting = replace(made, boot="", last_heard_ms=0, connected=False)
     if known is None or replace(known, boot="", last_heard_ms=0, connected=False, duplicate=False) != lasting:
         context.persist(lasting)
-    context.nodes[node.name] = made
-    for volume, entry in context.entries.items():
-        if node.name in entry.removed and volume in node.volumes:
+    context.put_node(made)
+    for volume in node.volumes:
+        entry = context.entries.get(volume)
+        if entry is not None and node.name in entry.removed:
             removed = tuple(one for one in entry.removed if one != node.name)
             context.persist(Volume(volume, replace(entry, removed=removed)))
 
 
 def disconnected(context: Context, stream: str) -> None:
-    gone = context.streams.pop(stream, None)
+    gone = context.close_stream(stream)
     name = gone.name if gone is not None else ""
     known = context.nodes.get(name)
     if known is None:
         return
-    left = {one.boot: one for one in context.streams.values() if one.name == name}
-    context.nodes[name] = replace(known, connected=bool(left), duplicate=len(left) > 1)
+    left = {one.boot: one for one in context.streams.of(name).values()}
+    context.put_node(replace(known, connected=bool(left), duplicate=len(left) > 1))
     if len(left) == 1 and known.duplicate:
         # The one that is left was not believed while there were two: it is itself again, and asked anew.
         last = next(iter(left.values()))
         _introduce(context, context.nodes[name], last)
         context.emit(SendExamine(context.stream_of(name), context.new_id(), last.volumes))
-    for examine in context.examines.values():
+    for volume, examine in context.examines.items():
         if name in examine.waiting and not left:
             examine.waiting.discard(name)
-            context.tasks.touch(f"examine:{examine.id}")
+            context.tasks.touch(f"examine:{volume}")
     context.tasks.touch(f"node:{name}")
     for volume in known.volumes:
         context.changed(volume)
@@ -148,8 +155,8 @@ def disconnected(context: Context, stream: str) -> None:
 
 def heard_from(context: Context, stream: str) -> None:
     known = context.nodes.get(context.speaker(stream).name)
-    if known is not None:
-        context.nodes[known.name] = replace(known, last_heard_ms=context.now_ms)
+    if known is not None and known.last_heard_ms != context.now_ms:
+        context.nodes.put(replace(known, last_heard_ms=context.now_ms))
 
 
 # ------------------------------------------------------------ reports
@@ -162,17 +169,17 @@ def reported(context: Context, event: ReplicaReported) -> None:
     if not name:
         return
     volume = event.report.volume
-    heard = context.heard.setdefault(volume, {})
-    old = heard.get(name)
+    old = context.heard.get(volume, {}).get(name)
     if old is not None and old.boot == speaker.boot and event.seq <= old.seq:
         return  # also from a stream that was left for a newer one, and is read to its end only now
     changed = old is None or not _same(old.report, event.report)
-    heard[name] = Heard(event.report, event.stream, speaker.boot, event.seq, context.now_ms)
+    heard = Heard(event.report, event.stream, speaker.boot, event.seq, context.now_ms)
+    context.hear(volume, name, heard, changed=changed or old is None or old.stream != event.stream)
     examine = context.examines.get(volume)
     if examine is not None and event.examine_id == examine.id and context.reachable(name):
         examine.answered.add(name)
         examine.waiting.discard(name)
-        context.tasks.touch(f"examine:{examine.id}")
+        context.tasks.touch(f"examine:{volume}")
     if not context.reachable(name):
         return
     if changed:
@@ -242,13 +249,13 @@ def _close(context: Context, volume: str, node: str, report: ReplicaReport) -> N
 
 def _forget_old_resyncs(context: Context, volume: str) -> None:
     ended = sorted(
-        (one for one in context.resyncs.values() if one.volume == volume and one.state.final),
+        (one for one in context.resyncs.of(volume) if one.state.final),
         key=lambda one: one.end_time_ms,
     )
     # One that ended just now may still have an order on its way, whose flow looks it up.
     old = [one for one in ended if context.now_ms - one.end_time_ms > context.settings.order_timeout_ms]
     for resync in old[: max(0, len(ended) - RESYNCS_KEPT_MAX)]:
-        del context.resyncs[resync.id]
+        context.resyncs.drop(resync.id)
         context.persist(Forgotten(resync))
 
 
@@ -276,8 +283,11 @@ def _go_on(context: Context, volume: str, node: str, report: ReplicaReport) -> N
         return
     if entry.opening and node == entry.record.primary and volume not in context.locks:
         _spawn_once(context, f"opening {volume}", decide.finish_opening(context, volume))
-    present = sum(record.present and record.origin is not Origin.ADOPTED for record in report.lineage)
-    if present > report.keep_last and volume not in context.locks:
+    lineage = report.lineage.records
+    beyond = len(lineage) > report.keep_last and sum(
+        record.present and record.origin is not Origin.ADOPTED for record in lineage
+    )
+    if beyond > report.keep_last and volume not in context.locks:
         _spawn_once(context, f"prune {volume} {node}", upkeep.prune_by_itself(context, volume, node))
     _retry_blocked(context, volume, node, report)
     _size_up(context, volume, node)
@@ -287,7 +297,7 @@ def _retry_blocked(context: Context, volume: str, node: str, report: ReplicaRepo
     """A resync that was blocked because its target was in use goes on once that is no longer so."""
     if report.live.in_use is not False or context.active_resync(volume, node) is not None:
         return
-    ours = [one for one in context.resyncs.values() if one.volume == volume and one.node == node]
+    ours = [one for one in context.resyncs.of(volume) if one.node == node]
     last = max(ours, key=lambda one: (one.end_time_ms, one.create_time_ms), default=None)
     if last is None or last.state is not ResyncState.BLOCKED or last.refusal is None:
         return
@@ -351,4 +361,4 @@ def _sizing(context: Context, volume: str, node: str, base: str, target: str) ->
 
 
 def _same(old: ReplicaReport, new: ReplicaReport) -> bool:
-    return replace(old, examine_time_ms=0, free_bytes=0) == replace(new, examine_time_ms=0, free_bytes=0)
+    return _LASTING(old) == _LASTING(new)

@@ -80,12 +80,10 @@ def begin(context: Context, volume: str, row: ReplicaPlan, principal: str) -> Re
 
 def lead(context: Context, resync_id: str) -> Flow[None]:
     """Leads one resync to its end: waits for a place, gives the orders, and gives them again to a restarted target."""
-    running = frozenset({S.PREPARING, S.TRANSFERRING, S.VERIFYING, S.COMMITTING})
 
     def place() -> bool:
-        mine = context.resyncs[resync_id]
-        count = sum(one.state in running for one in context.resyncs.values())
-        return mine.state is not S.QUEUED or count < context.settings.resyncs_max
+        known = context.resyncs
+        return known[resync_id].state is not S.QUEUED or known.running < context.settings.resyncs_max
 
     yield Wait(frozenset({"slots", f"resync:{resync_id}"}), place, context.now_ms + context.settings.queued_max_ms)
     resync = context.resyncs[resync_id]
@@ -224,7 +222,7 @@ def note_progress(context: Context, node: str, progress: Progress) -> None:
     if state is not resync.state and state in TRANSITIONS[resync.state]:
         advance(context, resync, state)
     else:
-        context.resyncs[resync.id] = resync
+        context.resyncs.put(resync)
         context.changed(resync.volume, resync.id)
 
 

@@ -63,7 +63,14 @@ def reference_lineage(view: VolumeView) -> Lineage:
 
 
 def status_of(view: VolumeView, node: str) -> Status:
-    """The state of any replica, and the figures behind it."""
+    """The state of any replica, and the figures behind it; worked out once for each view."""
+    known = view.compared.get(node)
+    if known is None:
+        known = view.compared[node] = _status(view, node)
+    return known
+
+
+def _status(view: VolumeView, node: str) -> Status:
     replica = view.replica(node)
     reference = reference_lineage(view)
     state = _state(view, replica, reference)

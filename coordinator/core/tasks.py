@@ -115,9 +115,14 @@ def join(tasks: Iterable[Task[Any]], deadline_ms: int) -> Flow[bool]:
     those = tuple(tasks)
     if not those:
         return True
-    return (
-        yield Wait(frozenset(task.topic for task in those), lambda: all(task.finished for task in those), deadline_ms)
-    )
+    left = deque(those)
+
+    def done() -> bool:
+        while left and left[-1].finished:
+            left.pop()
+        return not left
+
+    return (yield Wait(frozenset(task.topic for task in those), done, deadline_ms))
 
 
 def at_once() -> Flow[None]:

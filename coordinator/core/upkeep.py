@@ -59,8 +59,8 @@ def pinned_by(view: VolumeView, context: Context, node: str, snapshot_id: str) -
             and member != view.record.primary
         ):
             reasons.append(f"base of {member}")
-    for resync in context.resyncs.values():
-        if resync.volume != view.name or resync.state.final:
+    for resync in context.resyncs.of(view.name):
+        if resync.state.final:
             continue
         if snapshot_id in (resync.plan.base, resync.plan.target):
             reasons.append(f"resync of {resync.node}")
@@ -321,7 +321,7 @@ def remove(context: Context, request: RemoveRequest) -> tuple[str, ...]:
         context.tell("REMOVED", f"{gone}", volume=volume, node=request.node, principal=request.principal)
     if request.node and not request.volume:
         context.persist(DeletedNode(request.node))
-        context.nodes.pop(request.node, None)
+        context.drop_node(request.node)
     return volumes
 
 
@@ -347,12 +347,11 @@ def _check_removable(context: Context, volume: str, node: str) -> None:
 
 def _forget(context: Context, volume: str, node: str) -> None:
     entry = context.entries.get(volume)
-    heard = context.heard.get(volume, {})
     if not node:
-        context.heard.pop(volume, None)
+        context.unhear(volume)
         context.persist(Volume(volume, None))
         return
-    heard.pop(node, None)
+    context.unhear(volume, node)
     if entry is not None:
         kept = tuple(one for one in entry.record.members if one != node)
         bases = {member: base for member, base in entry.bases.items() if member != node}

@@ -39,6 +39,20 @@ def age(ms: int) -> str:
     return f"{seconds // _DAY_S} days"
 
 
+def age_holds_ms(ms: int) -> int:
+    """For how long an age that grows goes on to read the same."""
+    return _unit_ms(ms) - max(ms, 0) % _unit_ms(ms)
+
+
+def rest_holds_ms(ms: int) -> int:
+    """The same of one that shrinks."""
+    return max(ms, 0) % _unit_ms(ms) + 1
+
+
+def _unit_ms(ms: int) -> int:
+    return 1000 if ms < 2 * _MINUTE_S * 1000 else 60_000 if ms < 2 * _DAY_S * 1000 else _DAY_S * 1000
+
+
 def size(count: int) -> str:
     """`0 B`, `61.2 MiB`."""
     amount = float(count)

@@ -6,7 +6,8 @@ import pytest
 
 from coordinator.core.cluster import NodeView
 from coordinator.core.events import AgentConnected
-from coordinator.reports import Pace, peer_host, reached_at, read_hello
+from coordinator.pace import Pace
+from coordinator.reports import peer_host, reached_at, read_hello
 from resilver.errors import Invalid
 from resilver.v1 import agent_pb2
 

@@ -288,6 +288,42 @@ def test_pages_out_of_order_are_refused_and_a_first_page_begins_anew():
     assert assembler.add(pages[1]) is not None
 
 
+def test_a_report_that_says_the_same_again_is_read_by_what_is_new_in_it():
+    assembler = wire.ReportAssembler()
+    report = ReplicaReport("vm1", Presence.PRESENT, lineage=chain(16), free_bytes=7, examine_time_ms=1_700_000_000_001)
+
+    def heard(said: ReplicaReport) -> ReplicaReport:
+        (sent,) = wire.report_pages(said)
+        before = sent.SerializeToString(deterministic=True)
+        found = assembler.add(sent)
+        assert sent.SerializeToString(deterministic=True) == before
+        assert found == said
+        return found
+
+    first = heard(report)
+    again = heard(replace(report, free_bytes=8, examine_time_ms=1_700_000_002_002))
+    assert again.lineage is first.lineage
+    assert heard(replace(report, live=LiveCopy(LiveState.MODIFIED))).lineage is not first.lineage
+    assert heard(replace(report, lineage=chain(17))).lineage.cp.sequence == 17
+    for bad in ({"free_bytes": 2**63}, {"volume_id": "../x"}):
+        (sent,) = wire.report_pages(report)
+        for name, value in bad.items():
+            setattr(sent.replica, name, value)
+        with pytest.raises(Invalid):
+            assembler.add(sent)
+
+
+def test_only_so_many_reports_are_remembered(monkeypatch):
+    monkeypatch.setattr(wire, "REPORTS_KNOWN_MAX", 3)
+    assembler = wire.ReportAssembler()
+    for turn in range(2):
+        for at in range(8):
+            report = ReplicaReport(f"vm{at}", Presence.PRESENT, lineage=chain(2), free_bytes=turn)
+            (sent,) = wire.report_pages(report)
+            assert assembler.add(sent) == report
+    assert sorted(assembler._known) == ["vm5", "vm6", "vm7"]
+
+
 def test_records_that_form_no_chain_are_refused():
     records = [wire.snapshot_to_proto(Snapshot("s1", parent="")), wire.snapshot_to_proto(Snapshot("s2"))]
     for bad in (records, [records[0], records[0]], [wire.snapshot_to_proto(Snapshot("s1"))] * 501):

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from resilver.cli.client import PAGE_SIZE, PAGES_MAX
 from resilver.cli.options import Verb
 from resilver.cli.output import EXIT_REFUSED
 from resilver.cli.plainjson import plain
 from resilver.cli.screens import plan as screens
 from resilver.cli.session import Session, pass_session, select
+from resilver.errors import Conflict
 from resilver.v1 import coordinator_pb2 as api
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def plan(
     )
 
     async def work(client: Client) -> pb.Plan:
-        return (await client.call(lambda s: s.PlanResync, request)).plan
+        return await whole_plan(client, request)
 
     found = session.run(work)
     if session.output.json:
@@ -58,6 +60,22 @@ def plan(
         if volume.HasField("refusal"):
             session.output.refusal(volume.refusal, where=volume.volume)
     return exit_code(found)
+
+
+async def whole_plan(client: Client, request: api.PlanResyncRequest) -> pb.Plan:
+    """The plan, put together from its pages."""
+    request.page_size = PAGE_SIZE
+    answer = await client.call(lambda s: s.PlanResync, request)
+    found = answer.plan
+    for _ in range(PAGES_MAX):
+        if not answer.next_page_token:
+            break
+        request.page_token = answer.next_page_token
+        answer = await client.call(lambda s: s.PlanResync, request)
+        if answer.plan.etag != found.etag:
+            raise Conflict("PLAN_CHANGED", "somebody else has planned meanwhile, and it has changed: run it again")
+        found.volumes.extend(answer.plan.volumes)
+    return found
 
 
 def selection(volumes: tuple[str, ...], nodes: tuple[str, ...], *, full: bool, replace: tuple[str, ...]) -> str:
