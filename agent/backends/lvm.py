@@ -40,7 +40,7 @@ from agent.backends.image_copy import remove_tree
 from agent.backends.lvm_place import Place, View, load_ref
 from agent.backends.lvm_state import Found, Tools
 from agent.delta import DeltaMap
-from agent.disk import contents, ioctl, lvm, thin
+from agent.disk import contents, ioctl, lvm, orphans, thin
 from agent.disk.durable import FILE_MODE, disk_errors, fsync_dir, remove_file
 from agent.disk.inuse import InUseError
 from agent.disk.lvm import Lv
@@ -100,6 +100,7 @@ class LvmBackend:
         self._reserve = (ratio, min_bytes)
 
     def recover(self) -> None:
+        orphans.wait("lvm", self._place.concerns)
         view = self._place.look()
         if view is None or view.records is None:
             return

@@ -43,7 +43,7 @@ from agent.backends.zfs_layout import (
     mounted,
     ready,
 )
-from agent.disk import zfs
+from agent.disk import orphans, zfs
 from agent.disk.durable import disk_errors, remove_file
 from resilver.errors import Invalid, NotFound, Refused
 from resilver.lineage import Lineage, Origin, Snapshot
@@ -95,6 +95,7 @@ class ZfsBackend:
     def recover(self) -> None:
         layout = self._layout
         with self._errors():
+            orphans.wait("zfs", layout.concerns)
             if not ready(layout):
                 return
             zfs_finish.settle(layout, self._step)

@@ -56,6 +56,10 @@ INCOMING: Final = "resilver-incoming"
 _RECORD_BYTES_MAX: Final = 1000  # zfs-fuse takes 1024
 
 
+READING: Final = frozenset({"get", "list", "holds", "send", "diff"})
+"""Commands of `zfs` that change nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The names and paths of one replica. `live` is the dataset, `files` the paths that image volumes have too."""
@@ -91,6 +95,12 @@ class Layout:
     @property
     def pointer(self) -> Path:
         return self.root / "tip.json"
+
+    def concerns(self, arguments: list[str]) -> bool:
+        """Whether a `zfs` command changes something of this replica."""
+        names = {word.partition("@")[0] for word in arguments[1:]}
+        mine = any(name in {self.live, self.group} or name.startswith(f"{self.group}/") for name in names)
+        return mine and arguments[0] not in READING
 
     def kept(self, pid: str) -> str:
         return f"{self.group}/kept-{pid}"

@@ -42,7 +42,9 @@ class Field:
         self.exports += 1
         path = self.ground.outside(node, f"out-{self.exports}")
         words = ["--writable"] if writable else []
-        answer = self.cluster.ok("export", snapshot, "--node", node, "--to", str(path), *words)
+        answer = self.cluster.ok(
+            "export", snapshot, "--node", node, "--to", str(path), "--timeout", "250", *words, timeout_s=300
+        )
         assert answer["path"] == str(path)
         return self.ground.view(path, writable=writable)
 

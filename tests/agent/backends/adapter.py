@@ -97,6 +97,8 @@ class Kind(ABC):
     """What the backend does to the disk is done by calls of its own or of its commands, under `Replica.directory`: not
     by a service that is shared with others.
     """
+    looks_when_full: bool = True
+    """Whether the contents of a replica can be told while its disk is full."""
     slow: bool = False
     """Making a replica takes seconds: a test that kills at every step goes on with the one that it has recovered."""
 

@@ -229,6 +229,7 @@ class ZfsKind(Kind):
     outlives_live = False
     stands_alone = False
     slow = True
+    looks_when_full = False
     full_size_bytes = 224 << 20
     uses = (
         Use("writer", lambda replica: held(replica, "writer"), writes=True),

@@ -1,0 +1,78 @@
+"""Whoever comes after an agent that was killed waits for the commands which that agent has left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from agent.backends.image_layout import Layout as Files
+from agent.backends.zfs_layout import Layout
+from agent.disk import orphans
+from resilver.errors import Damaged
+
+NAME = f"renamer-{os.getpid()}"
+COMMAND = ["bash", "-c", f"exec -a /usr/sbin/{NAME} sleep 600"]
+
+
+def left_behind() -> int:
+    """A command whose starter has ended; its pid."""
+    script = f"exec -a /usr/sbin/{NAME} sleep 600 >/dev/null 2>&1 & echo $!"
+    done = subprocess.run(["bash", "-c", f"({script})"], capture_output=True, text=True, check=True, timeout=30)
+    return int(done.stdout)
+
+
+def mine(arguments: list[str]) -> bool:
+    return arguments == ["600"]
+
+
+def test_a_command_that_was_left_is_waited_for():
+    pid = left_behind()
+    thread = threading.Thread(target=orphans.wait, args=(NAME, mine), daemon=True)
+    try:
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive(), "it still runs"
+        orphans.wait(NAME, lambda _arguments: False)
+        orphans.wait("another", mine)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_one_that_does_not_end_is_named(monkeypatch):
+    pid = left_behind()
+    monkeypatch.setattr(orphans, "WAIT_MAX_S", 0.1)
+    try:
+        with pytest.raises(Damaged, match=NAME):
+            orphans.wait(NAME, mine)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_what_this_process_has_started_itself_is_its_own_affair():
+    with subprocess.Popen(COMMAND) as child:
+        try:
+            orphans.wait(NAME, mine)
+        finally:
+            child.kill()
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        ("rename tank/vm tank/vm.resilver/kept-1", True),
+        ("snapshot -o x=y tank/vm@p", True),
+        ("set readonly=on tank/vm.resilver/stage", True),
+        ("send -i tank/vm@p tank/vm@q", False),
+        ("rename tank/vm2 tank/vm3", False),
+    ],
+)
+def test_which_commands_change_a_replica(words, ours):
+    layout = Layout("vm", "tank/vm", Files("vm", Path("/x"), Path("/y")))
+    assert layout.concerns(words.split()) is ours
