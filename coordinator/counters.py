@@ -1,7 +1,7 @@
 """What a coordinator counts as it happens; what it reads off the engine when it is asked is in `metrics.py`.
 
 A resync's end and a decision are counted once they are stored, by the leader that stored them, so that over all
-coordinators each counts once.
+coordinators each counts once at most.
 """
 
 from __future__ import annotations
