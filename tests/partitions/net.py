@@ -20,8 +20,8 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -236,18 +236,17 @@ class Console:
     def __init__(self, machine: Namespace, address: tuple[str, int]) -> None:
         self._machine = machine
         self._address = address
-        # Its path must be short.
-        self._directory = Path(tempfile.mkdtemp(prefix="console-"))
-        self.path: Path = self._directory / "socket"
+        # A name that is in no directory goes with whoever holds it.
+        name = f"resilver-console-{uuid.uuid4()}"
+        self.target: str = f"unix-abstract:{name}"
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(self.path))
+        self._listener.bind(f"\0{name}")
         self._listener.listen()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        shutil.rmtree(self._directory)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError, RuntimeError):

@@ -60,7 +60,7 @@ class Scattered(Cluster):
     def console(self, name: str) -> str:
         if name not in self.consoles:
             self.consoles[name] = Console(self.net.machines[name], (self.host(name), self.ports[name]))
-        return f"unix:{self.consoles[name].path}"
+        return self.consoles[name].target
 
     def start(self, disk: Path, *, members: tuple[str, ...] = MEMBERS, keep_last: int = 16) -> None:
         """All of it, with the volume in sync on all nodes; `disk` is a file system that shares extents."""
