@@ -125,6 +125,7 @@ class _Session:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             task.add_done_callback(lambda _: self._woken.set())
+            task.add_done_callback(_asked)
             return task
 
         try:
@@ -342,6 +343,12 @@ def peer_host(peer: str) -> str:
     host = rest.rpartition(":")[0].strip("[]")
     # An IPv4 caller of a socket that serves both appears mapped into IPv6.
     return host.removeprefix("::ffff:") if "." in host else host
+
+
+def _asked(task: asyncio.Task[Any]) -> None:
+    """Of two that fail at once one is told; asyncio would log the other as forgotten."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _not_leader(error: ResilverError) -> agent_pb2.ReportResponse:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
+
+from grpc import aio
 
 from coordinator import reign as reign_module
 from coordinator.agents import Agents
@@ -16,7 +19,7 @@ from coordinator.reports import Reports
 from coordinator.store.base import Reign
 from coordinator.store.sqlite import SqliteStore
 from resilver.address import Address
-from resilver.errors import Exhausted
+from resilver.errors import Conflict, Exhausted
 from resilver.rpc import bind, make_channel, make_server
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from tests.coordinator.running import WITHIN_S
@@ -92,3 +95,30 @@ async def test_what_was_said_while_the_engine_was_behind_is_heard_later(tmp_path
 def hello(agent: SmallAgent) -> agent_pb2.AgentHello:
     agent.port = 1
     return agent.hello()
+
+
+async def test_a_stream_on_which_both_sides_fail_at_once_ends_without_a_trace(tmp_path, monkeypatch):
+    """The reign ends while a message of the agent's is being taken: of the two errors one is told, none is logged."""
+    forgotten: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: forgotten.append(context["message"]))
+    ended = Conflict("LEADERSHIP_LOST", "the coordinator has stopped leading")
+    async with reigning(tmp_path, monkeypatch) as (current, address):
+        agent = SmallAgent("a", {}, replicas={"vm1": written("vm1")})
+        async with make_channel(address) as channel:
+            stream = agent_pb2_grpc.ReportsStub(channel).Report()
+            await stream.write(agent_pb2.ReportRequest(boot=agent.boot, seq=1, hello=hello(agent)))
+            await stream.read()
+
+            def taking(_event: object) -> None:
+                # As a post does once the reign has ended, in the very turn of the loop in which the outbox hears of it.
+                current.end(ended)
+                raise ended
+
+            monkeypatch.setattr(current, "post", taking)
+            await stream.write(agent_pb2.ReportRequest(boot=agent.boot, seq=2, heartbeat=agent_pb2.Heartbeat()))
+            async with asyncio.timeout(WITHIN_S):
+                assert (await stream.read()).WhichOneof("body") == "not_leader"
+                assert await stream.read() is aio.EOF
+    ended.with_traceback(None)  # its frames would keep what is to be collected
+    gc.collect()
+    assert not forgotten

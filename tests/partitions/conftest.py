@@ -57,6 +57,7 @@ def made(clusters: Clusters, request: pytest.FixtureRequest) -> Iterator[Scatter
         if request.session.testsfailed == failed_before:
             cluster.settle()
             assert cluster.all_identical()
+            assert not cluster.errors()
             whole = True
     finally:
         if not whole:

@@ -131,6 +131,11 @@ class Scattered(Cluster):
         found = (json.loads(line) for line in lines if line.startswith("{") and f'"{event}"' in line)
         return [line for line in found if line.get("event") == event]
 
+    def errors(self) -> list[str]:
+        """What coordinators and agents have logged as errors: whatever befalls a network is none of theirs."""
+        lines = (line for name in (*COORDINATORS, *NODES) for line in self.log(name).splitlines())
+        return [line for line in lines if line and ('"level": "error"' in line or not line.startswith("{"))]
+
     def tell_logs(self) -> None:
         """Shows the end of each process's log beside a test that failed."""
         for name in self.processes:
