@@ -134,7 +134,7 @@ class Scattered(Cluster):
     def errors(self) -> list[str]:
         """What coordinators and agents have logged as errors: whatever befalls a network is none of theirs."""
         lines = (line for name in (*COORDINATORS, *NODES) for line in self.log(name).splitlines())
-        return [line for line in lines if line and ('"level": "error"' in line or not line.startswith("{"))]
+        return [line for line in lines if '"level": "error"' in line or line.startswith("Traceback")]
 
     def tell_logs(self) -> None:
         """Shows the end of each process's log beside a test that failed."""
