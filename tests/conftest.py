@@ -19,7 +19,6 @@ _PATTERNS = (
     r"conformance/test_crash\.py::test_killed_in_a_commit\[btrfs",
     r"conformance/test_crash\.py::.*\[image-(btrfs|ext4)",
     r"conformance/test_crash\.py::test_(?!killed_in_a_commit|killed_in_a_snapshot).*\[btrfs",
-    r"backends/zfs/test_crash\.py::test_(?!killed_in_a_snapshot)",
     # A failing disk: each step on XFS, in the states that take all steps; every call is thorough.
     r"conformance/test_disk_faults\.py::test_a_fault_of_every_call",
     r"conformance/test_disk_faults\.py::test_a_fault_in_a_commit\[(?!image-xfs-diverged-new)",
@@ -35,7 +34,8 @@ _PATTERNS = (
     r"backends/test_trail\.py::.*(btrfs-compressed|ext4)",
     r"conformance/test_history\.py::.*\[(image-btrfs|image-ext4|image-compressed)",
     # zfs-fuse takes seconds for each replica: the looks of the suite for all kinds, and what only ZFS has.
-    r"conformance/test_(?!looking|letting_go).*\[zfs",
+    r"conformance/test_(?!looking|letting_go|crash).*\[zfs",
+    r"conformance/test_crash\.py::test_(?!killed_in_a_snapshot).*\[zfs",
     r"conformance/test_letting_go\.py::test_prune.*\[zfs",
     r"backends/zfs/test_use\.py::test_a_target_in_use",
     r"backends/zfs/test_troubles\.py::test_(?!holds_|a_pool|datasets)",

@@ -7,6 +7,7 @@ steps an operation takes is found by doing it once; at the end of the module, no
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from resilver.errors import ResilverError
 from resilver.volume import LiveState, VolumeRecord
 from tests.agent.backends.adapter import VOLUME_ID, Kind, Place
 from tests.agent.backends.conformance.cases import SCENARIOS, Case
@@ -152,6 +154,24 @@ def test_killed_again_while_recovering(place, kind):
         case.commit()
         case.target.backend.discard_stage()
         case.check_done()
+
+
+@pytest.mark.parametrize("scenario", ["stale", "diverged"])
+def test_an_error_at_a_step_is_undone_or_finished(place, kind, scenario):
+    """Also where another program does the work: what comes next finds all as it was, or done."""
+    steps = steps_of(kind, Case(place, scenario, "first").commit, "commit.")
+    for at, case in zip(steps, cases(place, scenario, "vm"), strict=False):
+        with pytest.raises(ResilverError) as failed:
+            case.commit(Steps(at, failing))
+        assert failed.value.reason == "IO_ERROR"
+        case.recover()
+        case.commit()
+        case.target.backend.discard_stage()
+        case.check_done()
+
+
+def failing() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_killed_at_any_moment(place, kind):
