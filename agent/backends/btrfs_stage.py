@@ -171,7 +171,8 @@ class BtrfsStage:
 
     @property
     def complete(self) -> bool:
-        return is_received(self._layout)
+        with disk_errors(self.directory):
+            return is_received(self._layout)
 
     def resume_token(self) -> str:
         return ""
@@ -198,7 +199,7 @@ class BtrfsStage:
         self._receive.feed(data)
 
     def finish(self) -> None:
-        if is_received(self._layout):
+        if self.complete:
             return
         if self._receive is None:
             raise Damaged("IO_ERROR", f"{self.directory}: nothing was received")

@@ -16,7 +16,7 @@ from tests import faults
 from tests.agent.backends.adapter import VOLUME_ID, Kind, Place, Replica
 from tests.agent.backends.conformance.cases import SCENARIOS, Case
 from tests.agent.backends.crash import At, Steps, deciding, whole
-from tests.agent.backends.transfer import close_stages
+from tests.agent.backends.transfer import close_stages, open_stage
 from tests.faults import Fault, Outcome, faulty
 
 DISTINCT = True
@@ -160,6 +160,17 @@ def test_a_fault_while_receiving(place: Place, kind: Kind, scenario: str, error:
     case.fill(agent.replica)
     case.commit_by(agent.replica)
     case.check_done()
+
+
+def test_a_whole_stage_that_cannot_be_looked_at(place: Place, kind: Kind) -> None:
+    """A run asks a stream's stage whether it is whole, from a thread of its own."""
+    if kind.shape == "blocks":
+        pytest.skip("blocks are counted by the journal")
+    case = Case(place, "newcomer")
+    stage = open_stage(case.target, case.source, case.base, case.goal.tip)
+    outcome = faulty(lambda _step: stage.complete, case.target.directory, Fault("EIO"))
+    assert (outcome.reason, len(outcome.failed)) == ("IO_ERROR", 1)
+    assert stage.complete
 
 
 # Taking a snapshot.
