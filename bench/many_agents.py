@@ -40,8 +40,8 @@ MIB = 1 << 20
 TICKS = os.sysconf("SC_CLK_TCK")
 QUIET_S = 20.0
 STATUS_CALLS = 100
-PLANS = 5
-COMMANDS = 5
+PLANS = 3
+COMMANDS = 1
 POINT_EVERY_S = 300
 """How often each volume takes a CP while the cluster is busy."""
 
@@ -60,6 +60,7 @@ class Found:
     reported_writes: int = 0
     status_p50_s: float = 0.0
     status_p99_s: float = 0.0
+    status_cpu_s: float = 0.0
     status_bytes: int = 0
     busy_points_per_s: float = 0.0
     busy_status_p50_s: float = 0.0
@@ -88,6 +89,7 @@ TITLES = {
     "reported_writes": "… writes to etcd",
     "status_p50_s": "`status`, every page, quiet, p50: s",
     "status_p99_s": "… p99: s",
+    "status_cpu_s": "… coordinator's CPU, quiet cluster's own deducted: s",
     "status_bytes": "… bytes",
     "busy_points_per_s": "CPs a second while busy",
     "busy_status_p50_s": "`status` while busy, p50: s",
@@ -237,7 +239,10 @@ class Bench:
         self.found.quiet_writes_per_min = (self.writes() - writes) * 60 / took
 
     def statuses(self) -> None:
+        cpu, begun = self.cpu_s(), time.monotonic()
         times = [timed(self.status) for _ in range(STATUS_CALLS)]
+        own = self.found.quiet_cpu * (time.monotonic() - begun)
+        self.found.status_cpu_s = (self.cpu_s() - cpu - own) / STATUS_CALLS
         self.found.status_p50_s, self.found.status_p99_s = part(times, 0.50), part(times, 0.99)
         self.found.status_bytes = sum(page.ByteSize() for page in self.status())
 
@@ -280,28 +285,32 @@ def part(times: list[float], share: float) -> float:
 
 
 @contextlib.contextmanager
-def standing(shape: Shape) -> Iterator[tuple[Bench, Crowd]]:
+def standing(shape: Shape, found: Found) -> Iterator[tuple[Bench, Crowd]]:
     with tempfile.TemporaryDirectory() as place, cluster(Path(place)) as made:
         made.start_coordinator(extra='log_level = "warning"\n')
         crowd = Crowd(made.ports["c1"], shape, Path(place) / "crowd.log")
         try:
-            yield Bench(made, shape, Found(shape.agents, shape.volume_count, shape.agents * shape.volumes)), crowd
+            yield Bench(made, shape, found), crowd
         finally:
             crowd.close()
 
 
-def measure(shape: Shape) -> Found:
-    with standing(shape) as (bench, crowd):
-        bench.first_sight(crowd)
-        bench.plans()
-        bench.restart(crowd)
-        for phase in (bench.quiet, bench.statuses, bench.commands, bench.plans):
-            phase()
-            print(f"  {shape.agents} agents: {phase.__name__} done", file=sys.stderr, flush=True)
-        bench.busy(crowd)
-        bench.found.resident_mib, bench.found.etcd_mib = bench.resident_mib("c1"), bench.resident_mib("etcd")
-        bench.found.peak_mib = bench.made.processes["c1"].memory_peak_bytes() / MIB
-        return bench.found
+def measure(shape: Shape, found: Found) -> None:
+    with standing(shape, found) as (bench, crowd):
+        phases = (
+            lambda: bench.first_sight(crowd),
+            lambda: bench.restart(crowd),
+            bench.quiet,
+            bench.statuses,
+            bench.commands,
+            bench.plans,
+            lambda: bench.busy(crowd),
+        )
+        for number, phase in enumerate(phases, 1):
+            took = timed(phase)
+            print(f"  {shape.agents} agents: phase {number} took {took:.1f} s", file=sys.stderr, flush=True)
+            bench.found.resident_mib, bench.found.etcd_mib = bench.resident_mib("c1"), bench.resident_mib("etcd")
+            bench.found.peak_mib = max(bench.found.peak_mib, bench.made.processes["c1"].memory_peak_bytes() / MIB)
 
 
 def table(all_found: list[Found]) -> str:
@@ -323,10 +332,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures too")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended before its time"))
-    found = [measure(Shape(agents, asked.volumes)) for agents in asked.agents]
-    print(table(found))
-    if asked.json is not None:
-        asked.json.write_text(json.dumps([asdict(one) for one in found], indent=2) + "\n")
+    found = []
+    try:
+        for agents in asked.agents:
+            shape = Shape(agents, asked.volumes)
+            found.append(Found(agents, shape.volume_count, agents * asked.volumes))
+            measure(shape, found[-1])
+    finally:
+        print(table(found))
+        if asked.json is not None:
+            asked.json.write_text(json.dumps([asdict(one) for one in found], indent=2) + "\n")
 
 
 if __name__ == "__main__":
