@@ -49,6 +49,7 @@ VERSION_CHARS_MAX: Final = 64
 MESSAGES_PER_SECOND_MAX: Final = 500.0
 MESSAGES_BURST_MAX: Final = 2000.0
 FULL_WAIT_S: Final = 0.2
+ACK_WITHIN_S: Final = 0.05
 
 _log = structlog.get_logger(__name__)
 
@@ -113,6 +114,7 @@ class _Session:
         self._woken = asyncio.Event()
         self._action: SendExamine | SendRecord | RefuseAgent | None = None
         self._room = asyncio.Event()
+        self._acking: asyncio.TimerHandle | None = None
         self._connected = False
 
     async def run(self, messages: Messages, identity: Identity) -> AsyncGenerator[agent_pb2.ReportResponse, None]:
@@ -142,6 +144,8 @@ class _Session:
         finally:
             self._disconnect()
             self._office.close_stream(self._hello.stream)
+            if self._acking is not None:
+                self._acking.cancel()
             for task in tuple(tasks):
                 task.cancel()
 
@@ -213,7 +217,9 @@ class _Session:
         if message.seq > self._heard_seq:
             await self._post(self._read_event(message))
             self._heard_seq = message.seq
-            self._woken.set()
+            if self._acking is None:
+                # Nobody waits for it, and one does for all that comes in the meantime.
+                self._acking = asyncio.get_running_loop().call_later(ACK_WITHIN_S, self._woken.set)
 
     def _read_event(self, message: agent_pb2.ReportRequest) -> Event:
         stream = self._hello.stream
@@ -270,6 +276,9 @@ class _Session:
 
     def _ack(self, identity: Identity) -> agent_pb2.ReportResponse:
         self._acked_seq = self._heard_seq
+        if self._acking is not None:
+            self._acking.cancel()
+            self._acking = None
         return agent_pb2.ReportResponse(
             acked_seq=self._acked_seq,
             term=identity.term,
