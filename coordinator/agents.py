@@ -22,16 +22,15 @@ import grpc
 import structlog
 
 from coordinator.core.cluster import Size
-from coordinator.core.events import (
+from coordinator.core.events import GiveOrder, OrderAnswered
+from coordinator.core.orders import (
     AnyOrder,
     CloneSnapshot,
     Done,
     Dropped,
     DropSnapshot,
     Exported,
-    GiveOrder,
     OpenEpoch,
-    OrderAnswered,
     OrderResult,
     PrepareSend,
     Receive,

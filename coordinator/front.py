@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from coordinator.core.cluster import ClusterEvent
 from coordinator.core.engine import Engine
-from coordinator.core.events import Event, Request
+from coordinator.core.events import Event
+from coordinator.core.requests import Request
 from coordinator.reign import CurrentReign, Outbox, Span, Watcher, now_ms
 from coordinator.store.base import Health, Leader, Store
 from resilver.errors import ResilverError, Superseded

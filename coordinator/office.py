@@ -17,7 +17,8 @@ from typing import Protocol, Self
 
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Resync, Size, VolumeView
 from coordinator.core.context import RefusedAgent
-from coordinator.core.events import Changed, Event, RefuseAgent, Request, SendExamine, SendRecord
+from coordinator.core.events import Changed, Event, RefuseAgent, SendExamine, SendRecord
+from coordinator.core.requests import Request
 from coordinator.store.base import Health, Leader
 
 

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from coordinator.core.events import Planned
+from coordinator.core.requests import Planned
 from coordinator.paging import digest_of, page, token_gone
 from coordinator.wire import plan_to_proto, volume_plan_to_proto
 from resilver.v1 import coordinator_pb2 as api

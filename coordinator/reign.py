@@ -39,7 +39,6 @@ from coordinator.core.events import (
     Persist,
     RaiseTerm,
     RefuseAgent,
-    Request,
     Requested,
     SendExamine,
     SendRecord,
@@ -47,6 +46,7 @@ from coordinator.core.events import (
     Ticked,
 )
 from coordinator.core.history import EVENTS_MAX
+from coordinator.core.requests import Request
 from coordinator.store.base import ABSENT, WRITES_MAX, Json, Reign, Store, Write
 from resilver.errors import Conflict, Exhausted, ResilverError, Unavailable
 

@@ -20,7 +20,7 @@ from google.protobuf.duration_pb2 import Duration
 from coordinator.core.claims import Problem
 from coordinator.core.cluster import Pause
 from coordinator.core.context import nearest
-from coordinator.core.events import (
+from coordinator.core.requests import (
     AdoptStoreRequest,
     CancelRequest,
     DropRequest,

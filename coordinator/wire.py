@@ -30,7 +30,7 @@ from coordinator.core.cluster import (
     VolumePlan,
     VolumeState,
 )
-from coordinator.core.events import Planned, Pruned, VolumeRefusal
+from coordinator.core.requests import Planned, Pruned, VolumeRefusal
 from resilver.errors import ResilverError
 from resilver.fields import LIVE_STATES, NOTE_CHARS_MAX, RESYNC_STATES, TEXT_CHARS_MAX
 from resilver.v1 import coordinator_pb2, error_pb2, volume_pb2

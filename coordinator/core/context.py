@@ -20,12 +20,10 @@ from coordinator.core.cluster import (
 )
 from coordinator.core.events import (
     Action,
-    AnyOrder,
     Changed,
     Forgotten,
     GiveOrder,
     Kept,
-    OrderResult,
     Persist,
     SendExamine,
     SendRecord,
@@ -33,6 +31,7 @@ from coordinator.core.events import (
     Volume,
 )
 from coordinator.core.history import History
+from coordinator.core.orders import AnyOrder, OrderResult
 from coordinator.core.rolls import Nodes, Resyncs, Streams
 from coordinator.core.tasks import Flow, Tasks, Wait
 from resilver.errors import NotFound, ResilverError, Unavailable

@@ -23,7 +23,9 @@ from coordinator.core.cluster import (
 )
 from coordinator.core.context import Context, Examine
 from coordinator.core.election import elect
-from coordinator.core.events import ElectRequest, OpenEpoch, TakeSnapshot, Volume
+from coordinator.core.events import Volume
+from coordinator.core.orders import OpenEpoch, TakeSnapshot
+from coordinator.core.requests import ElectRequest
 from coordinator.core.tasks import Flow, Wait
 from resilver.errors import Conflict, Refused, ResilverError
 from resilver.lineage import NO_CP

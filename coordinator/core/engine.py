@@ -26,38 +26,39 @@ from coordinator.core.context import Context, Identity, RefusedAgent, Settings
 from coordinator.core.etag import volume_etag
 from coordinator.core.events import (
     Action,
-    AdoptStoreRequest,
     AgentConnected,
     AgentDisconnected,
     AgentHeard,
     Answer,
-    CancelRequest,
-    Done,
-    DropRequest,
-    ElectRequest,
     Event,
-    ExportRequest,
     Loaded,
     OrderAnswered,
+    ProgressReported,
+    ReplicaReported,
+    Requested,
+    Ticked,
+)
+from coordinator.core.history import History
+from coordinator.core.orders import Done, StopTransfer
+from coordinator.core.planner import plan_etag
+from coordinator.core.requests import (
+    AdoptStoreRequest,
+    CancelRequest,
+    DropRequest,
+    ElectRequest,
+    ExportRequest,
     PauseRequest,
     Planned,
     PlanRequest,
-    ProgressReported,
     PruneRequest,
     RemoveRequest,
-    ReplicaReported,
     Request,
-    Requested,
     ResyncRequest,
     ResyncsStarted,
     SnapshotRequest,
     SnapshotsTaken,
-    StopTransfer,
-    Ticked,
     VolumeRefusal,
 )
-from coordinator.core.history import History
-from coordinator.core.planner import plan_etag
 from coordinator.core.tasks import Flow, Task, at_once, join
 from resilver.errors import Conflict, Invalid, NotFound, Refused, ResilverError
 from resilver.volume import ResyncState

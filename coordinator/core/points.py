@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coordinator.core.context import Context
-from coordinator.core.events import Taken, TakenTogether, TakeSnapshot, TakeSnapshots
+from coordinator.core.orders import Taken, TakenTogether, TakeSnapshot, TakeSnapshots
 from coordinator.core.tasks import Flow, Task, Wait, join
 from resilver.errors import Refused, ResilverError, Unavailable
 

@@ -22,14 +22,10 @@ from coordinator.core.cluster import (
 from coordinator.core.context import SIZES_MAX, Context
 from coordinator.core.decide import establish, examine, first_sight, learn, refuse, settle, would_change
 from coordinator.core.election import elect
-from coordinator.core.events import (
-    PlanRequest,
-    PrepareSend,
-    ResyncRequest,
-    VolumeRefusal,
-)
+from coordinator.core.orders import PrepareSend
 from coordinator.core.planner import plan_volume
 from coordinator.core.points import Turn, take_in_turn
+from coordinator.core.requests import PlanRequest, ResyncRequest, VolumeRefusal
 from coordinator.core.resyncs import begin, refusal_of
 from coordinator.core.tasks import Flow
 from resilver.errors import Conflict, ResilverError

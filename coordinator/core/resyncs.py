@@ -16,11 +16,7 @@ from coordinator.core.cluster import (
     Resync,
 )
 from coordinator.core.context import Context
-from coordinator.core.events import (
-    PrepareSend,
-    Receive,
-    Source,
-)
+from coordinator.core.orders import PrepareSend, Receive, Source
 from coordinator.core.tasks import Flow, Wait
 from resilver.errors import ResilverError, Superseded, Unavailable
 from resilver.volume import Progress, ResyncState

@@ -12,13 +12,11 @@ from coordinator.core.cluster import Elected, NodeView, NotElected, Refusal, Vol
 from coordinator.core.context import Context, nearest
 from coordinator.core.decide import examine, learn, settle
 from coordinator.core.election import elect
-from coordinator.core.events import (
-    CloneSnapshot,
-    DeletedNode,
-    Dropped,
+from coordinator.core.events import DeletedNode, Volume
+from coordinator.core.orders import CloneSnapshot, Dropped, DropSnapshot, Exported, Taken
+from coordinator.core.points import groups, take_snapshot, take_together
+from coordinator.core.requests import (
     DropRequest,
-    DropSnapshot,
-    Exported,
     ExportRequest,
     PauseRequest,
     Pruned,
@@ -26,11 +24,8 @@ from coordinator.core.events import (
     RemoveRequest,
     SnapshotRequest,
     SnapshotsTaken,
-    Taken,
-    Volume,
     VolumeRefusal,
 )
-from coordinator.core.points import groups, take_snapshot, take_together
 from coordinator.core.resyncs import refusal_of
 from coordinator.core.status import status_of
 from coordinator.core.tasks import Flow, join

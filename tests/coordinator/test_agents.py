@@ -11,14 +11,14 @@ from grpc import aio
 
 from coordinator.agents import DEADLINES_S, Agents
 from coordinator.core.cluster import Size
-from coordinator.core.events import (
+from coordinator.core.events import GiveOrder
+from coordinator.core.orders import (
     AnyOrder,
     CloneSnapshot,
     Done,
     Dropped,
     DropSnapshot,
     Exported,
-    GiveOrder,
     OpenEpoch,
     PrepareSend,
     Receive,

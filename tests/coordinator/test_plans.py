@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coordinator.core.cluster import VolumePlan
-from coordinator.core.events import Planned
+from coordinator.core.requests import Planned
 from coordinator.plans import KEPT_MS, PLANS_MAX, Plans
 from resilver.cli.verbs.plan import whole_plan
 from resilver.errors import Conflict, Invalid

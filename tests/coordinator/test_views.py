@@ -8,7 +8,8 @@ import pytest
 
 from coordinator import views
 from coordinator.core.cluster import NodeView, Pause, Size
-from coordinator.core.events import GiveOrder, OrderAnswered, PrepareSend, ReplicaReported
+from coordinator.core.events import GiveOrder, OrderAnswered, ReplicaReported
+from coordinator.core.orders import PrepareSend
 from resilver.lineage import ConsistencyPoint, Origin, Snapshot
 from resilver.v1 import volume_pb2 as pb
 from resilver.volume import LiveState, Presence, PreservedCopy

@@ -23,7 +23,7 @@ from coordinator.core.cluster import (
     VolumePlan,
     VolumeState,
 )
-from coordinator.core.events import Planned, Pruned
+from coordinator.core.requests import Planned, Pruned
 from coordinator.wire import (
     ACTIONS,
     REPLICA_STATES,

@@ -24,6 +24,19 @@ from agent.stream.work import Stopped
 from agent.tickets import Ticket
 from coordinator.core import events as e
 from coordinator.core.cluster import NodeView, Size
+from coordinator.core.orders import (
+    AnyOrder,
+    Done,
+    Dropped,
+    DropSnapshot,
+    OpenEpoch,
+    OrderResult,
+    PrepareSend,
+    Receive,
+    StopTransfer,
+    Taken,
+    TakeSnapshot,
+)
 from resilver.errors import NotFound, Refused, ResilverError, Unavailable
 from resilver.lineage import Lineage
 from resilver.volume import Order, Progress, ReplicaReport, ResyncState, VolumeRecord
@@ -313,7 +326,7 @@ class Agent:
         epoch = (record.epoch, record.epoch_id)
         self.world.watch.told_epoch(self.name, record.volume, record.volume_id, epoch, "record")
 
-    def obey(self, one: e.AnyOrder) -> e.OrderResult:
+    def obey(self, one: AnyOrder) -> OrderResult:
         """Raises what the service would answer, or Crash."""
         order = one.order
         before, was = self.identity.pin, self._look(order.volume)
@@ -338,33 +351,33 @@ class Agent:
         run = self.state.runs.get(volume)
         return disk.records, disk.record, disk.grant, len(disk.stored), run.wanted.resync_id if run else ""
 
-    def _obeyed(self, one: e.AnyOrder, order: Order, replica: Replica) -> e.OrderResult:
+    def _obeyed(self, one: AnyOrder, order: Order, replica: Replica) -> OrderResult:
         match one:
-            case e.OpenEpoch():
+            case OpenEpoch():
                 replica.open_epoch(order, one.record, grant=one.grant)
-                return e.Done()
-            case e.TakeSnapshot():
-                return e.Taken(
+                return Done()
+            case TakeSnapshot():
+                return Taken(
                     *replica.take_snapshot(
                         order, one.request_id, only_if_modified=one.only_if_modified, opening=one.opening
                     )
                 )
-            case e.PrepareSend():
+            case PrepareSend():
                 replica.check_send(order, one.base, one.target)
                 if not one.size_only:
                     names = (one.ticket, one.resync_id, order.volume, one.target_node, one.base, one.target)
                     self.tickets.keep(Ticket(*names, lifetime_s=3600))
                 changed = len(self.disks[order.volume].delta(one.base, one.target))
                 return Size(changed, changed, BLOCKS)
-            case e.Receive():
+            case Receive():
                 sources = tuple(Source(each.node, each.address, each.stream_address) for each in one.sources)
                 ids = (one.resync_id, one.base, one.target, one.ticket)
                 flags = (one.replace_own_data, one.replace_unrelated)
                 return self.runs.receive(RunOrder(order, *ids, sources, *flags))
-            case e.StopTransfer():
+            case StopTransfer():
                 return self.runs.stop(order.volume, one.resync_id, discard_stage=one.discard_stage)
-            case e.DropSnapshot():
-                return e.Dropped(replica.drop(order, one.snapshot_id))
+            case DropSnapshot():
+                return Dropped(replica.drop(order, one.snapshot_id))
             case _:
                 raise AssertionError(one)
 

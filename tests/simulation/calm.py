@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.core import events as e
 from coordinator.core.cluster import ElectionRecord
+from coordinator.core.requests import ElectRequest, ResyncRequest
 from resilver.errors import ResilverError
 from tests.simulation.agent import Agent
 from tests.simulation.guarantees import Broken
@@ -111,7 +111,7 @@ class Calm:
     def _command(self, volume: str) -> None:
         """What an operator does who follows what he is told."""
         operator, world = self.world.operator, self.world
-        key = operator.ask(e.ElectRequest(volume))
+        key = operator.ask(ElectRequest(volume))
         self._drain()
         for _ in range(3):
             answer = operator.answers.get(key)
@@ -121,11 +121,11 @@ class Calm:
             if not answer.refusal.next_command.startswith("resilver elect"):
                 # Nobody has what is known of the volume: whoever has any data may be chosen by hand.
                 having = [agent.name for agent in world.agents if agent.disks[volume].live is not None]
-                request = e.ElectRequest(volume, choose=having[0])
+                request = ElectRequest(volume, choose=having[0])
             key = operator.ask(request)
             self._drain()
         operator.rows.clear()
-        key = operator.ask(e.ResyncRequest((volume,)))
+        key = operator.ask(ResyncRequest((volume,)))
         self._drain()
         answer = operator.answers.get(key)
         if isinstance(answer, ResilverError) or answer is None:
@@ -134,8 +134,8 @@ class Calm:
         named = {node for (_, node), one in operator.rows.items() if "--replace" in one.next_command}
         full = {node for (_, node), one in operator.rows.items() if "--full" in one.next_command}
         for nodes, request in (
-            (named, e.ResyncRequest((volume,), frozenset(named), replace=frozenset(named))),
-            (full, e.ResyncRequest((volume,), frozenset(full), full=True)),
+            (named, ResyncRequest((volume,), frozenset(named), replace=frozenset(named))),
+            (full, ResyncRequest((volume,), frozenset(full), full=True)),
         ):
             if nodes:
                 operator.ask(request)

@@ -30,7 +30,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, Resync, VolumeEntry
-from coordinator.core.events import Kept, Receive, Volume
+from coordinator.core.events import Kept, Volume
+from coordinator.core.orders import Receive
 from resilver.lineage import NO_CP
 from resilver.volume import Grant, LiveState
 

@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from coordinator.core import events as e
+from coordinator.core.orders import AnyOrder, OrderResult
 from resilver.errors import ResilverError
 from resilver.volume import Progress, ReplicaReport
 from tests.simulation.agent import Agent
@@ -59,7 +60,7 @@ class Call:
     coordinator: Coordinator
     reign: str
     agent: Agent
-    order: e.AnyOrder
+    order: AnyOrder
     answered: bool = False
     not_before: int = 0
     twin: Call | None = None
@@ -81,7 +82,7 @@ class Reply:
     order_id: str
     coordinator: Coordinator
     reign: str
-    answer: e.OrderResult | ResilverError
+    answer: OrderResult | ResilverError
     not_before: int = 0
 
     def __repr__(self) -> str:

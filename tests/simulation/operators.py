@@ -12,6 +12,17 @@ from typing import Any, Protocol
 
 from coordinator.core import events as e
 from coordinator.core.cluster import ElectionRecord, Refusal
+from coordinator.core.requests import (
+    CancelRequest,
+    DropRequest,
+    ElectRequest,
+    PlanRequest,
+    PruneRequest,
+    Request,
+    ResyncRequest,
+    ResyncsStarted,
+    SnapshotRequest,
+)
 from resilver.errors import ResilverError
 from tests.simulation.coordinator import Coordinator
 
@@ -40,7 +51,7 @@ class Operator:
         self.rows: dict[tuple[str, str], Refusal] = {}
         self.answers: dict[str, object] = {}
 
-    def ask(self, request: e.Request) -> str:
+    def ask(self, request: Request) -> str:
         """The key under which the answer will come; empty if nobody leads."""
         leader = self.world.leader()
         if leader is None:
@@ -58,7 +69,7 @@ class Operator:
             self.refusals.pop(answer.volume, None)
             if answer.refusal is not None:
                 self.refusals[answer.volume] = answer.refusal
-        elif isinstance(answer, e.ResyncsStarted):
+        elif isinstance(answer, ResyncsStarted):
             for one in answer.refusals:
                 if one.node:
                     self.rows[one.volume, one.node] = one.refusal
@@ -84,26 +95,26 @@ class Operator:
             case "elect":
                 self.ask(self.elect(volume))
             case "snapshot":
-                self.ask(e.SnapshotRequest((volume,)))
+                self.ask(SnapshotRequest((volume,)))
             case "prune":
-                self.ask(e.PruneRequest(volume, keep_last=chance.choice((1, 2, 3))))
+                self.ask(PruneRequest(volume, keep_last=chance.choice((1, 2, 3))))
             case "plan":
-                self.ask(e.PlanRequest((volume,), take_snapshot=chance.random() < 0.5))
+                self.ask(PlanRequest((volume,), take_snapshot=chance.random() < 0.5))
             case "cancel":
                 self._cancel()
             case "drop":
                 self._drop(volume)
 
-    def resync(self, volume: str) -> e.ResyncRequest:
+    def resync(self, volume: str) -> ResyncRequest:
         chance = self.world.random
         nodes = frozenset({chance.choice(self.world.agents).name}) if chance.random() < 0.3 else frozenset()
         blocked = {node: one for (name, node), one in self.rows.items() if name == volume}
         replace = frozenset(node for node, one in blocked.items() if "--replace" in one.next_command)
         if chance.random() < 0.7:
             replace = frozenset()
-        return e.ResyncRequest((volume,), nodes, full=chance.random() < 0.1, replace=replace)
+        return ResyncRequest((volume,), nodes, full=chance.random() < 0.1, replace=replace)
 
-    def elect(self, volume: str) -> e.ElectRequest:
+    def elect(self, volume: str) -> ElectRequest:
         """Nothing accepted, or exactly what the last refusal says; sometimes another one is chosen."""
         chance = self.world.random
         refusal = self.refusals.get(volume)
@@ -111,32 +122,32 @@ class Operator:
         if refusal is not None and draw < 0.6:
             return self.as_told(volume, refusal)
         if draw > 0.85:
-            return e.ElectRequest(volume, choose=chance.choice(self.world.agents).name)
-        return e.ElectRequest(volume)
+            return ElectRequest(volume, choose=chance.choice(self.world.agents).name)
+        return ElectRequest(volume)
 
-    def as_told(self, volume: str, refusal: Refusal) -> e.ElectRequest:
+    def as_told(self, volume: str, refusal: Refusal) -> ElectRequest:
         """The refusal's own next command."""
         words = shlex.split(refusal.next_command)
         accept = frozenset(words[at + 1] for at, word in enumerate(words) if word == "--accept-loss")
         choose = next((words[at + 1] for at, word in enumerate(words) if word == "--choose"), "")
         if choose == "NODE":
             choose = self.world.random.choice(sorted(refusal.candidates))
-        return e.ElectRequest(volume, choose, accept)
+        return ElectRequest(volume, choose, accept)
 
     def _cancel(self) -> None:
         leader = self.world.leader()
         active = [one.id for one in leader.engine.resyncs().values() if not one.state.final] if leader else []
         if active:
-            self.ask(e.CancelRequest(self.world.random.choice(active), self.world.random.random() < 0.5))
+            self.ask(CancelRequest(self.world.random.choice(active), self.world.random.random() < 0.5))
 
     def _drop(self, volume: str) -> None:
         agent = self.world.random.choice(self.world.agents)
         stored = sorted(agent.disks[volume].stored)
         if stored:
-            self.ask(e.DropRequest(self.world.random.choice(stored), frozenset({agent.name})))
+            self.ask(DropRequest(self.world.random.choice(stored), frozenset({agent.name})))
 
 
-def _words(request: e.Request) -> str:
+def _words(request: Request) -> str:
     """The request without what is not said, sets in order."""
     said = {one.name: getattr(request, one.name) for one in fields(request)}
     shown = [
@@ -153,7 +164,7 @@ def _short(answer: object) -> str:
             return f"{answer.refusal.reasons}: {answer.refusal.message}; {answer.refusal.next_command}"
         case ElectionRecord():
             return f"{answer.winner} in epoch {answer.epoch}: {answer.rule}"
-        case e.ResyncsStarted():
+        case ResyncsStarted():
             refused = [f"{one.node or one.volume} {one.refusal.reasons}" for one in answer.refusals]
             return f"resyncs {[(one.id, one.node) for one in answer.resyncs]}, refused {refused}"
         case _:

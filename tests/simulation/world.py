@@ -13,6 +13,7 @@ from typing import Any
 
 from agent.identity import Remembered
 from coordinator.core import events as e
+from coordinator.core.orders import OpenEpoch, OrderResult
 from resilver.errors import ResilverError, Unavailable
 from resilver.lineage import ConsistencyPoint, Snapshot
 from resilver.volume import Grant, Progress, VolumeRecord
@@ -303,7 +304,7 @@ class World:
             self._answer(call, _unreached(call))
             self.flights.append(call)
             return
-        answer: list[e.OrderResult | ResilverError] = []
+        answer: list[OrderResult | ResilverError] = []
         if self.chance("agent dies in an order"):
             agent.fuse = self.random.randrange(1, 7)
 
@@ -318,10 +319,10 @@ class World:
         self.log(lambda: f"{agent.name} obeys {call}: {said(answer)}")
         lost = not answer or self.chance("answer lost")
         self._answer(call, _unreached(call) if lost else answer[0])
-        if isinstance(call.order, e.OpenEpoch) and not call.not_before:
+        if isinstance(call.order, OpenEpoch) and not call.not_before:
             self.worst_moment(agent)
 
-    def _answer(self, call: Call, answer: e.OrderResult | ResilverError) -> None:
+    def _answer(self, call: Call, answer: OrderResult | ResilverError) -> None:
         if call.settled:
             return
         call.answered = True

@@ -33,6 +33,29 @@ from coordinator.core import events as e
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Resync, Size, VolumeEntry
 from coordinator.core.context import Identity, Settings
 from coordinator.core.engine import Engine
+from coordinator.core.orders import (
+    AnyOrder,
+    Done,
+    OpenEpoch,
+    OrderResult,
+    PrepareSend,
+    Receive,
+    Taken,
+    TakenTogether,
+    TakeSnapshot,
+    TakeSnapshots,
+)
+from coordinator.core.requests import (
+    ElectRequest,
+    Planned,
+    PlanRequest,
+    Request,
+    ResyncRequest,
+    ResyncsStarted,
+    SnapshotRequest,
+    SnapshotsTaken,
+    VolumeRefusal,
+)
 from resilver.errors import ResilverError, error_for
 from resilver.lineage import ConsistencyPoint, Lineage, Origin, Snapshot
 from resilver.volume import Grant, LiveCopy, LiveState, Presence, Progress, ReplicaReport, ResyncState, VolumeRecord
@@ -133,13 +156,13 @@ class Scenario:
         return [e.ProgressReported(f"{node}{self.boots[node]}", progress)]
 
     def on_answer(self, order: str, kind: str, *words: str) -> list[e.Event]:
-        answer: e.OrderResult | ResilverError
+        answer: OrderResult | ResilverError
         if kind in ("taken", "same"):
             snapshot = Snapshot(words[0], ConsistencyPoint.parse(words[1]), epoch_id=words[2] if words[2:] else "")
-            answer = e.Taken(snapshot, kind == "taken")
+            answer = Taken(snapshot, kind == "taken")
         elif kind == "together":
             rows = [word.split(":") for word in words]
-            answer = e.TakenTogether(tuple(e.Taken(Snapshot(i, ConsistencyPoint.parse(cp)), True) for i, cp in rows))
+            answer = TakenTogether(tuple(Taken(Snapshot(i, ConsistencyPoint.parse(cp)), True) for i, cp in rows))
         elif kind == "size":
             answer = Size(int(words[0]), int(words[1]), 1 << 30)
         elif kind == "progress":
@@ -150,7 +173,7 @@ class Scenario:
         elif kind == "refused":
             answer = error_for(words[0], " ".join(words[1:]) or f"refused as {words[0]}")
         else:
-            answer = e.Done()
+            answer = Done()
         return [e.OrderAnswered(order, answer)]
 
     def on_tick(self, seconds: str) -> list[e.Event]:
@@ -164,15 +187,15 @@ class Scenario:
         def nodes(name: str) -> frozenset[str]:
             return frozenset(filter(None, options.get(name, "").split(",")))
 
-        request: e.Request
+        request: Request
         if what == "resync":
-            request = e.ResyncRequest(volumes, nodes("to"), replace=nodes("replace"), full="full" in options)
+            request = ResyncRequest(volumes, nodes("to"), replace=nodes("replace"), full="full" in options)
         elif what == "plan":
-            request = e.PlanRequest(volumes, nodes("to"), take_snapshot="snapshot" in options)
+            request = PlanRequest(volumes, nodes("to"), take_snapshot="snapshot" in options)
         elif what == "elect":
-            request = e.ElectRequest(volumes[0], options.get("choose", ""), nodes("accept"))
+            request = ElectRequest(volumes[0], options.get("choose", ""), nodes("accept"))
         else:
-            request = e.SnapshotRequest(volumes)
+            request = SnapshotRequest(volumes)
         return [e.Requested(key, request)]
 
 
@@ -273,24 +296,24 @@ def kept(record: e.Kept) -> str:
             return "forgotten"
 
 
-def order(one: e.AnyOrder) -> str:
+def order(one: AnyOrder) -> str:
     header = one.order
     tip = "" if header.expected_tip is None else f" if tip {header.expected_tip or 'none'}"
     right = f"(epoch {header.epoch}{tip})"
     match one:
-        case e.OpenEpoch():
+        case OpenEpoch():
             return f"open epoch {one.record.epoch}{' with the grant' if one.grant else ''} {right}"
-        case e.TakeSnapshot():
+        case TakeSnapshot():
             how = "opening" if one.opening else ("if modified" if one.only_if_modified else "now")
             return f"take snapshot {how} {right}"
-        case e.TakeSnapshots():
+        case TakeSnapshots():
             how = "if modified" if one.orders[0].only_if_modified else "now"
             tips = ", ".join(f"{each.order.volume} if tip {each.order.expected_tip or 'none'}" for each in one.orders)
             return f"take snapshots {how} as {one.group_id}: {tips}"
-        case e.PrepareSend():
+        case PrepareSend():
             what = "size of" if one.size_only else f"send for {one.resync_id} to {one.target_node}"
             return f"{what} {one.base or 'nothing'}..{one.target} {right}"
-        case e.Receive():
+        case Receive():
             sources = ",".join(source.node for source in one.sources) or "nobody"
             own = " replacing own data" if one.replace_own_data else ""
             unrelated = " replacing unrelated data" if one.replace_unrelated else ""
@@ -305,10 +328,10 @@ def answer(value: object) -> list[str]:
     match value:
         case ResilverError():
             return [f"{value.reason}: {value.message}"]
-        case e.ResyncsStarted():
+        case ResyncsStarted():
             rows = [f"resync {one.id} {one.volume} {one.node}" for one in value.resyncs]
             return [*rows, *(refused(one) for one in value.refusals)] or ["nothing to do"]
-        case e.Planned():
+        case Planned():
             rows = [
                 f"plan {plan.volume} target {plan.target_cp} primary {plan.primary or 'nobody'}"
                 for plan in value.volumes
@@ -325,13 +348,13 @@ def answer(value: object) -> list[str]:
             return rows
         case ElectionRecord():
             return [kept(value)]
-        case e.SnapshotsTaken():
+        case SnapshotsTaken():
             rows = [f"snapshot {volume} {one.cp}" for volume, one in value.snapshots]
             return [*rows, *(refused(one) for one in value.refusals)]
         case _:
             return [type(value).__name__]
 
 
-def refused(one: e.VolumeRefusal) -> str:
+def refused(one: VolumeRefusal) -> str:
     where = f"{one.volume}/{one.node}" if one.node else one.volume
     return f"refused {where} {','.join(one.refusal.reasons)}: {one.refusal.message}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coordinator.core import events as e
 from coordinator.core.cluster import ElectionRecord
+from coordinator.core.requests import ElectRequest
 from tests.coordinator.core.scenario import Scenario, given
 
 
@@ -11,7 +12,7 @@ def test_a_dry_run_names_the_epoch_that_would_be_opened_and_stores_nothing():
     volume = given(["vm1", "1", "E1", "a", "a,b", "1-2:s2", "s2"])
     scenario = Scenario(e.Loaded(dict([volume]), {}, {}, {}))
     scenario.run("connect b vm1\nreport b vm1 1-2:s2 1-1:s1 unmodified +record\n")
-    request = e.ElectRequest("vm1", accept_loss=frozenset({"a"}), dry_run=True)
+    request = ElectRequest("vm1", accept_loss=frozenset({"a"}), dry_run=True)
     actions = scenario.engine.step(e.Requested("q", request), scenario.now_ms)
     (asked,) = [action for action in actions if isinstance(action, e.SendExamine)]
     for event in scenario.events(f"report b vm1 1-2:s2 1-1:s1 unmodified +record !{asked.examine_id}".split()):

@@ -10,6 +10,8 @@ from coordinator.core import events as e
 from coordinator.core.cluster import NodeView, VolumeEntry
 from coordinator.core.context import Identity, Settings
 from coordinator.core.engine import Engine
+from coordinator.core.orders import Done, Taken, TakeSnapshot
+from coordinator.core.requests import ElectRequest, RemoveRequest, SnapshotRequest
 from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
 from resilver.volume import Grant, LiveCopy, LiveState, Presence, ReplicaReport, VolumeRecord
 
@@ -61,7 +63,7 @@ def test_an_older_report_that_comes_by_the_stream_before_is_dropped(engine):
 def test_a_node_that_has_reconnected_is_asked_by_its_newest_stream(engine):
     connect(engine, "first", "b", "boot-1")
     connect(engine, "second", "b", "boot-1")
-    asked = engine.step(e.Requested("r1", e.ElectRequest("vm1")), NOW_MS)
+    asked = engine.step(e.Requested("r1", ElectRequest("vm1")), NOW_MS)
     assert [one.stream for one in asked if isinstance(one, e.SendExamine)] == ["second"]
 
 
@@ -99,14 +101,14 @@ def test_a_volume_may_be_removed_while_its_point_is_awaited(opening):
     connect(engine, "first", "a", "boot-1")
     done = report(engine, "first", 1, "s1", grant=True)
     if not opening:
-        done = engine.step(e.Requested("r1", e.SnapshotRequest(("vm1",))), NOW_MS)
+        done = engine.step(e.Requested("r1", SnapshotRequest(("vm1",))), NOW_MS)
         asked = next(one.examine_id for one in done if isinstance(one, e.SendExamine))
         done = report(engine, "first", 2, "s1", examine=asked, grant=True)
     while orders := [one for one in done if isinstance(one, e.GiveOrder)]:
         made = Snapshot("s2", ConsistencyPoint(1, 2))
-        answer = e.Taken(made, taken=True) if isinstance(orders[0].order, e.TakeSnapshot) else e.Done()
+        answer = Taken(made, taken=True) if isinstance(orders[0].order, TakeSnapshot) else Done()
         done = engine.step(e.OrderAnswered(orders[0].order_id, answer), NOW_MS)
     engine.step(e.AgentDisconnected("first"), NOW_MS)
-    engine.step(e.Requested("r2", e.RemoveRequest("vm1")), NOW_MS)
+    engine.step(e.Requested("r2", RemoveRequest("vm1")), NOW_MS)
     assert "vm1" not in engine.volume_names()
     engine.step(e.Ticked(), NOW_MS + 700_000)

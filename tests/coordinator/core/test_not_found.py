@@ -5,6 +5,15 @@ from __future__ import annotations
 import pytest
 
 from coordinator.core import events as e
+from coordinator.core.requests import (
+    CancelRequest,
+    DropRequest,
+    ElectRequest,
+    ExportRequest,
+    PlanRequest,
+    RemoveRequest,
+    ResyncRequest,
+)
 from resilver.errors import NotFound
 from tests.coordinator.core.scenario import Scenario
 
@@ -15,14 +24,14 @@ NOTHING = e.Loaded({}, {}, {}, {})
 @pytest.mark.parametrize(
     ("request_", "kind", "name"),
     [
-        (e.ElectRequest("vm2"), "volume", "vm2"),
-        (e.PlanRequest(("vm2",)), "volume", "vm2"),
-        (e.ElectRequest("vm1", choose="d"), "node", "d"),
-        (e.ResyncRequest(("vm1",), nodes=frozenset({"d"})), "node", "d"),
-        (e.RemoveRequest("vm1", "d"), "node", "d"),
-        (e.CancelRequest("r9"), "resync", "r9"),
-        (e.DropRequest("s9"), "snapshot", "s9"),
-        (e.ExportRequest("s9", "a", "/tmp/out"), "snapshot", "s9"),
+        (ElectRequest("vm2"), "volume", "vm2"),
+        (PlanRequest(("vm2",)), "volume", "vm2"),
+        (ElectRequest("vm1", choose="d"), "node", "d"),
+        (ResyncRequest(("vm1",), nodes=frozenset({"d"})), "node", "d"),
+        (RemoveRequest("vm1", "d"), "node", "d"),
+        (CancelRequest("r9"), "resync", "r9"),
+        (DropRequest("s9"), "snapshot", "s9"),
+        (ExportRequest("s9", "a", "/tmp/out"), "snapshot", "s9"),
     ],
 )
 def test_an_unknown_name_stands_in_the_error(request_, kind, name):

@@ -24,14 +24,12 @@ from coordinator.core.events import (
     GiveOrder,
     Loaded,
     OrderAnswered,
-    PauseRequest,
-    PlanRequest,
-    RemoveRequest,
     ReplicaReported,
     Requested,
     SendExamine,
     Ticked,
 )
+from coordinator.core.requests import PauseRequest, PlanRequest, RemoveRequest
 from coordinator.shown import Shown
 from resilver.v1 import coordinator_pb2 as api
 from resilver.volume import LiveState
