@@ -34,9 +34,8 @@ _PATTERNS = (
     r"backends/test_trail\.py::.*(btrfs-compressed|ext4)",
     r"conformance/test_history\.py::.*\[(image-btrfs|image-ext4|image-compressed)",
     # zfs-fuse takes seconds for each replica: the looks of the suite for all kinds, and what only ZFS has.
-    r"conformance/test_(?!looking|letting_go|crash).*\[zfs",
-    r"conformance/test_crash\.py::test_(?!killed_in_a_snapshot).*\[zfs",
-    r"conformance/test_letting_go\.py::test_prune.*\[zfs",
+    r"conformance/test_(?!looking|letting_go).*\[zfs",
+    r"conformance/test_letting_go\.py::test_(prune|the_preserved|what_was_dropped).*\[zfs",
     r"backends/zfs/test_use\.py::test_a_target_in_use",
     r"backends/zfs/test_troubles\.py::test_(?!holds_|a_pool|datasets)",
     r"backends/zfs/test_strangers\.py::test_a_pair_of_plain_scripts",
@@ -44,16 +43,28 @@ _PATTERNS = (
     r"conformance/test_receiving\.py::test_(receive_again_and_again|the_other_way_round).*\[btrfs",
     r"conformance/test_commit\.py::test_it_goes_on_as_a_replica_like_any_other\[btrfs",
     r"conformance/test_letting_go\.py::test_prune_and_receive_go_together\[btrfs",
-    # The story of files: the ordinary tests tell it on Btrfs.
+    # The story of files: the ordinary tests tell the first half of it on Btrfs.
     r"acceptance/test_trees\.py::.*\[(image|zfs)\]",
+    r"acceptance/test_trees\.py::test_a_(receiver|primary|database)",
+    # What random moments and the large add to the steps and sizes that the ordinary tests take one by one.
+    r"acceptance/test_in_use\.py::test_a_(disk_that_is_full|kill_at_any_moment)",
+    r"acceptance/test_memory\.py::test_memory_and_time",
+    r"acceptance/test_hooks\.py::test_a_database_on_two",
+    r"acceptance/test_delta\.py::test_every_node_that_has",
+    r"campaign/test_kills\.py",
+    r"acceptance/test_crash\.py::test_a_transfer_outlives",
+    r"partitions/test_partitions\.py::test_a_transfer_(waits|needs)",
+    r"partitions/test_links\.py::test_a_link_that_flaps",
+    r"conformance/test_in_use\.py::.*\[image-(btrfs|ext4)",
+    r"conformance/test_history\.py::.*\[btrfs",
     r"acceptance/test_adoption_zfs\.py::test_the_next_delta",
     # How long the store is away makes no difference, once it is longer than a lease.
-    r"leaders/test_leaders\.py::.*\[a-minute",
+    r"leaders/test_leaders\.py::.*(\[a-minute|\[shortly-killed|turn\[killed)",
     # Partitions: the ordinary tests cut the primary's half off, and hang one of two sources.
     r"partitions/test_partitions\.py::test_of_two_halves_one_acts\[c\]",
     r"partitions/test_links\.py::test_the_only_source_hangs",
     # The larger models of the protocol.
-    r"model/test_model\.py::.*-deeper",
+    r"model/test_model\.py::.*(-deeper|keeps_the_guarantees\[(volume-two-resyncs|volume-three-epochs)\])",
 )
 THOROUGH = re.compile("|".join(_PATTERNS))
 LONG = ("vm/", "acceptance/", "leaders/", "model/", "simulation/", "campaign/", "partitions/", "agent/backends/")

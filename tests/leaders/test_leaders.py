@@ -7,6 +7,7 @@ leader, or a write of one, take effect.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import threading
@@ -32,7 +33,7 @@ NODES = ("a", "b")
 COORDINATORS = ("c1", "c2")
 VOLUMES = ("vm1", "vm2", "vm3")
 LEASE_TTL_S = 3
-STOPS = 3
+STOPS = 20 if os.environ.get("RESILVER_THOROUGH") else 2
 
 
 @pytest.fixture(scope="module")

@@ -103,9 +103,15 @@ class ImageReplica(BlockReplica):
         self.data(snapshot_id).unlink()
 
     def tamper(self, snapshot_id: str) -> None:
-        with self.data(snapshot_id).open("r+b") as file:
-            file.seek(1 << 20)
-            file.write(b"replayed")
+        """Some time after it was taken: the clock that files are stamped by has moved since."""
+        data = self.data(snapshot_id)
+        taken_ns = data.with_name("record.json").stat().st_mtime_ns
+        written_ns = 0
+        while written_ns <= taken_ns:
+            with data.open("r+b") as file:
+                file.seek(1 << 20)
+                file.write(b"replayed")
+            written_ns = data.stat().st_mtime_ns
 
     def stranger(self) -> Callable[[], None]:
         """A copy beside the live copy, and one where our snapshots are."""
