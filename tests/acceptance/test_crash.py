@@ -128,6 +128,8 @@ def test_a_transfer_outlives_the_store(three: Cluster) -> None:
 
 
 def test_another_replica_takes_over_from_a_source_that_is_killed(three: Cluster) -> None:
+    rewrite(three, seed=14)
+    three.ok("resync", "vm1", "--to", "b")
     transfer = Transfer(three, "vm1", "c")
     three.processes["a"].kill()
     assert not transfer.on_disk()

@@ -81,6 +81,7 @@ def test_memory_and_time_do_not_grow_with_the_volume(trio: Cluster) -> None:
 
 
 def test_a_hole_of_half_a_tib_is_a_hole_everywhere(trio: Cluster) -> None:
+    trio.ok("resync", "large")
     live = trio.image("a", "large")
     offset, length = HOLE
     run("fallocate", "--punch-hole", "--offset", str(offset), "--length", str(length), live)
