@@ -147,7 +147,7 @@ def test_the_only_source_is_waited_for(three: Cluster) -> None:
     transfer = Transfer(three, "vm1", "c")
     three.processes["a"].kill()
     three.wait_away("vm1", "a")
-    assert transfer.shown()["state"] == "TRANSFERRING"
+    wait_for(lambda: transfer.shown()["state"] == "TRANSFERRING", "it is shown to wait")
     assert not transfer.on_disk()
     three.restart("a")
     transfer.succeeds()
