@@ -168,10 +168,7 @@ def _lines(raw: bytes, path: Path) -> Iterator[tuple[Json, int]]:
 def _sound_length(fd: int, path: Path) -> int:
     """Where the next line is to stand. The whole log is read: an append is rare, and must not hide damage."""
     with os.fdopen(os.dup(fd), "rb") as file:
-        end = 0
-        for _value, end in _lines(file.read(), path):  # noqa: B007  # the last end is what is wanted
-            pass
-        return end
+        return max((end for _value, end in _lines(file.read(), path)), default=0)
 
 
 def _checked(raw: bytes) -> Json | None:

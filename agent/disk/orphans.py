@@ -29,7 +29,7 @@ def wait(program: str, concerns: Callable[[list[str]], bool]) -> None:
         if time.monotonic() >= deadline:
             shown = " ".join(running[0])
             raise Damaged("IO_ERROR", f"{shown!r} of an agent that has ended still runs after {WAIT_MAX_S:g} s")
-        time.sleep(WAIT_EVERY_S)
+        time.sleep(WAIT_EVERY_S)  # until the deadline: the end of another process' child is told to nobody else
 
 
 def _others(program: str) -> Iterator[list[str]]:
