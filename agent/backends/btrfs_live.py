@@ -9,11 +9,13 @@ Without the sync a write that is still in memory would not be seen: 40 of 40 app
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import stat as modes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from agent.backends import btrfs_send
 from agent.backends.btrfs_layout import SubvolumeLayout, remove, unused
@@ -104,24 +106,20 @@ def is_tip(live: Path, tip: Tip, layout: SubvolumeLayout) -> bool:
     if not {now.parent_uuid, now.uuid} & ({then.uuid, then.parent_uuid} - {""}):
         return False  # of another origin: files would be compared by inode numbers that mean nothing
     with _frozen_copy(live, layout) as copy:
-        return not btrfs_send.differs(tip.path, copy.path, COMPARE_MAX_S)
+        return not btrfs_send.differs(tip.path, copy, COMPARE_MAX_S)
 
 
-class _frozen_copy:  # noqa: N801  # a block, as contextlib's own
+@contextlib.contextmanager
+def _frozen_copy(live: Path, layout: SubvolumeLayout) -> Iterator[Path]:
     """A read-only snapshot of the live copy for the length of a block."""
-
-    def __init__(self, live: Path, layout: SubvolumeLayout) -> None:
-        self._live = live
-        # Looking makes no directories: where there is none of ours yet, it stands beside the live copy.
-        name = unused(COMPARED)
-        self.path = layout.new(name) if layout.root.is_dir() else live.parent / f".{live.name}.{name}"
-
-    def __enter__(self) -> Self:
-        btrfs.snapshot(self._live, self.path, read_only=True)
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        remove(self.path)
+    # Looking makes no directories: where there is none of ours yet, it stands beside the live copy.
+    name = unused(COMPARED)
+    path = layout.new(name) if layout.root.is_dir() else live.parent / f".{live.name}.{name}"
+    btrfs.snapshot(live, path, read_only=True)
+    try:
+        yield path
+    finally:
+        remove(path)
 
 
 def sweep(layout: SubvolumeLayout) -> None:
@@ -137,7 +135,7 @@ def own_bytes(live: Path, tip: Tip | None, layout: SubvolumeLayout, deadline_s: 
         return None
     try:
         with _frozen_copy(live, layout) as copy:
-            found = btrfs_send.measure(tip.path, copy.path, deadline_s)
+            found = btrfs_send.measure(tip.path, copy, deadline_s)
     except OSError:
         return None
     return found.data_bytes if found is not None else None

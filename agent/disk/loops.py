@@ -117,18 +117,19 @@ def own_mounts() -> list[Mount]:
 
 def all_mounts() -> Iterator[Mount]:
     """The mounts of every namespace, ours first."""
-    seen = {_namespace(Path("/proc/self"))}
+    seen = {mount_namespace(Path("/proc/self"))}
     yield from own_mounts()
     for process in Path("/proc").glob("[0-9]*"):
-        namespace = _namespace(process)
+        namespace = mount_namespace(process)
         if namespace and namespace not in seen:
             seen.add(namespace)
             yield from _parse(process / "mountinfo", process / "root")
 
 
-def _namespace(process: Path) -> str:
+def mount_namespace(process: Path) -> str:
+    """What tells a process' mount namespace from others; empty if it has ended or may not be looked at."""
     try:
-        return os.readlink(process / "ns" / "mnt")  # noqa: PTH115  # the target is no path
+        return os.readlink(process / "ns" / "mnt")  # noqa: PTH115  # the target, such as "mnt:[4026531841]", is no path
     except OSError:
         return ""
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from agent.disk.loops import mount_namespace
+
 _HEX: Final = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) [1-9]", re.MULTILINE)
 
 
@@ -41,21 +43,14 @@ def places(source: str) -> list[Place]:
 
 
 def _all(source: str) -> Iterator[Place]:
-    own = _namespace(Path("/proc/self"))
+    own = mount_namespace(Path("/proc/self"))
     yield from _parse(Path("/proc/self/mountinfo"), source, own=True)
     known = {own}
     for process in Path("/proc").glob("[0-9]*"):
-        namespace = _namespace(process)
+        namespace = mount_namespace(process)
         if namespace and namespace not in known:
             known.add(namespace)
             yield from _parse(process / "mountinfo", source, own=False)
-
-
-def _namespace(process: Path) -> str:
-    try:
-        return os.readlink(process / "ns" / "mnt")  # noqa: PTH115  # the target is no path
-    except OSError:
-        return ""
 
 
 def _parse(mountinfo: Path, source: str, *, own: bool) -> Iterator[Place]:
@@ -76,14 +71,14 @@ def users(where: Iterable[Place]) -> tuple[str, ...]:
     found = list(where)
     if not found:
         return ()
-    own = _namespace(Path("/proc/self"))
+    own = mount_namespace(Path("/proc/self"))
     processes = [process for process in Path("/proc").glob("[0-9]*") if _uses(process, found, own)]
     return (*sorted(f"{_command(process)} pid {process.name}" for process in processes), *_loops(found))
 
 
 def _uses(process: Path, where: list[Place], own: str) -> bool:
     """In our own namespace a descriptor's link says its path, which is quicker to ask for than its mount."""
-    has_open = _has_open_below if _namespace(process) == own else _has_open_on
+    has_open = _has_open_below if mount_namespace(process) == own else _has_open_on
     return _stands_in(process, where) or has_open(process, where) or _has_mapped(process, where)
 
 
