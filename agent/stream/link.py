@@ -1,7 +1,7 @@
 """A target's connection to one source: frames in and out, and what a failure says of the source.
 
 Every wait is cut in ticks, so that a stop is noticed and progress is told while nothing comes. Time is counted only
-while waiting for the source: a slow disk on this side is not the source's silence.
+while waiting for the source: a slow disk on this side is not the source's silence, nor is this node's own cap.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Final, Self
 from agent.stream import frame as frames
 from agent.stream.counters import Meter
 from agent.stream.frame import Frame, FrameBuffer, Hello, Kind, Welcome
+from agent.stream.throttle import Throttle
 from resilver.errors import Damaged, Refused, ResilverError, Unavailable
 
 TICK_S: Final = 0.25
@@ -68,6 +69,7 @@ class Link:
         *,
         waited: Callable[[float], None],
         silence_timeout_s: float,
+        throttle: Throttle | None = None,
     ) -> None:
         self._source = source
         self._buffer = buffer
@@ -76,13 +78,16 @@ class Link:
         self._silence_timeout_s = silence_timeout_s
         self._silent_s = 0.0
         buffer.clear()
+        self._share = (throttle or Throttle()).share()
         self._socket = self._connected()
 
     def __enter__(self) -> Self:
+        self._share.open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._socket.close()
+        self._share.close()
 
     def greet(self, hello: Hello) -> Welcome:
         """Says who asks, and waits for the answer."""
@@ -119,7 +124,7 @@ class Link:
         started = time.monotonic()
         count = -1
         try:
-            count = self._socket.recv_into(self._buffer.space())
+            count = self._socket.recv_into(self._share.room(self._buffer.space()))
         except TimeoutError:
             pass
         except OSError as error:
@@ -134,6 +139,8 @@ class Link:
         else:
             self._silent_s += waited
         self._waited(waited)
+        if count > 0:
+            self._share.spend(count, lambda: self._waited(0.0))
         if self._silent_s >= self._silence_timeout_s:
             raise SourceFailed(Verdict.AWAY, self._silent())
 
@@ -167,6 +174,8 @@ class Link:
             self._waited(time.monotonic() - started)
             raise self._lost(error) from error
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if size := self._share.buffer_bytes():
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
         made.settimeout(TICK_S)
         return made
 

@@ -38,6 +38,7 @@ from agent.stream.journal import Journal
 from agent.stream.link import Link, SourceAddress, SourceFailed, Verdict
 from agent.stream.readback import check_map, verify
 from agent.stream.rounds import IDLE_TIMEOUT_S, SILENCE_TIMEOUT_S, Rounds, SourceProblem
+from agent.stream.throttle import Throttle
 from agent.stream.work import Chunk, Stopped, Work
 from resilver.errors import Damaged, ResilverError
 
@@ -76,6 +77,7 @@ def receive(
     stop: threading.Event,
     idle_timeout_s: float = IDLE_TIMEOUT_S,
     silence_timeout_s: float = SILENCE_TIMEOUT_S,
+    throttle: Throttle | None = None,
 ) -> Received:
     """Brings the stage to the target; returns when all of it is on the disk and journaled.
 
@@ -92,6 +94,7 @@ def receive(
         stop=stop,
         idle_timeout_s=idle_timeout_s,
         silence_timeout_s=silence_timeout_s,
+        throttle=throttle,
     )
     try:
         run.make_zeros()
@@ -122,11 +125,13 @@ class _Run:
         stop: threading.Event,
         idle_timeout_s: float,
         silence_timeout_s: float,
+        throttle: Throttle | None,
     ) -> None:
         self.stage = stage
         self.capacity_bytes = journal.delta.capacity_bytes
         self.hello = hello
         self.silence_timeout_s = silence_timeout_s
+        self.throttle = throttle
         self.work = Work(journal.table, journal.done)
         self.flusher = Flusher(stage, journal)
         self.buffer = FrameBuffer(buffer_bytes=BUFFER_BYTES)
@@ -167,7 +172,12 @@ class _Run:
         """Takes work and has it done by one source, until nothing is left or the source fails."""
         in_flight: deque[Chunk] = deque()
         with Link(
-            source, self.buffer, self.meter, waited=self.rounds.waited, silence_timeout_s=self.silence_timeout_s
+            source,
+            self.buffer,
+            self.meter,
+            waited=self.rounds.waited,
+            silence_timeout_s=self.silence_timeout_s,
+            throttle=self.throttle,
         ) as link:
             welcome = link.greet(self.hello)
             if welcome.size_bytes != self.capacity_bytes:

@@ -6,20 +6,25 @@ The rules:
   ERROR frame. Only then is anything read from a disk or any buffer of size made. What a HELLO names is checked
   before: ids and names become paths.
 * Requests are answered in their order, one DATA or ZERO frame for each range, many to one system call.
-* Whoever sends nothing for `idle_timeout_s`, takes so long over one request or reads so slowly that one buffer of
-  answers does not leave within that time, is dropped. So is whoever sends a damaged frame: that ends its own
-  connection, with an ERROR frame if it still listens, and no other.
+* Whoever sends nothing for `idle_timeout_s`, takes so long over one request or reads nothing for that time, is dropped.
+  So is whoever sends a damaged frame: that ends its own connection, with an ERROR frame if it still listens, and no
+  other.
+* What is sent is paid for at the node's `throttle`, a piece at a time.
 * Connections beyond `connections_max` are told so and closed.
 * Whoever wishes for a file system's own stream requests nothing: `pump.py` sends it from its beginning to its end.
 * While the disk is read, WAIT says that this end lives (`lifesign.py`): whoever is silent is left soon.
-* `stop` lets each connection finish the buffer that it is sending, says BYE, and cuts what is left at its deadline.
+* `stop` lets each connection finish the buffer that it is sending, says BYE, and cuts what is left at its deadline; a
+  connection that waits at the throttle is cut at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import select
 import socket
+import sys
+import termios
 import threading
 import time
 from collections import deque
@@ -44,6 +49,7 @@ from agent.stream.frame import (
 )
 from agent.stream.lifesign import WAIT_S, LifeSign
 from agent.stream.pump import Pump, check_wish
+from agent.stream.throttle import Throttle
 from resilver.address import Address
 from resilver.errors import Damaged, Exhausted, Invalid, ResilverError, Unavailable
 from resilver.fields import check_id, check_name
@@ -61,6 +67,10 @@ log = structlog.get_logger(__name__)
 
 
 def _nothing(_count: int) -> None:
+    return None
+
+
+def _go_on() -> None:
     return None
 
 
@@ -99,6 +109,7 @@ class BlockServer:
         idle_timeout_s: float = IDLE_TIMEOUT_S,
         hello_timeout_s: float = HELLO_TIMEOUT_S,
         wait_s: float = WAIT_S,
+        throttle: Throttle | None = None,
     ) -> None:
         self._listen = listen
         self._authorize = authorize
@@ -106,6 +117,7 @@ class BlockServer:
         self._idle_timeout_s = idle_timeout_s
         self._hello_timeout_s = hello_timeout_s
         self._wait_s = wait_s
+        self.throttle: Final = throttle or Throttle()
         self._lock = threading.Lock()
         self._connections: set[_Connection] = set()
         self._stopping = threading.Event()
@@ -227,6 +239,7 @@ class _Connection:
         self._pending: deque[Range] = deque()
         self._readable = select.poll()
         self._readable.register(accepted, select.POLLIN)
+        self._share = server.throttle.share()
         self.life: Final = LifeSign(accepted)
         self.thread: Final = threading.Thread(target=self._run, name=f"stream-{peer}", daemon=True)
 
@@ -258,6 +271,7 @@ class _Connection:
             self.refuse(ResilverError("INTERNAL", "the source has met a fault of its own; its log says more"))
         finally:
             self._socket.close()
+            self._share.close()
             self._server.ended(self)
 
     def _serve(self) -> None:
@@ -265,6 +279,9 @@ class _Connection:
         hello = self._hello()
         with self.life.at_disk():
             served = self._server.authorize(hello)
+        self._share.open()
+        if size := self._share.buffer_bytes():
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         log.info("stream.connection_opened", peer=str(self._peer))
         if isinstance(served, ServedStream):
             self._stream(served, hello)
@@ -349,11 +366,18 @@ class _Connection:
         return at
 
     def _frame(self, timeout_s: float) -> Frame:
-        """The next frame, whole within the timeout; DEADLINE if it is not, _Gone if the client is."""
-        until = time.monotonic() + timeout_s
+        """The next frame, whole within the timeout; DEADLINE if it is not, _Gone if the client is.
+
+        Whoever has yet to read what was sent, and does read it, is not waited for.
+        """
+        until, unread = time.monotonic() + timeout_s, self._unread_bytes()
         while (frame := self._buffer.next()) is None:
             left = until - time.monotonic()
             if left <= 0:
+                before, unread = unread, self._unread_bytes()
+                if unread < before:
+                    until += timeout_s
+                    continue
                 raise Unavailable("DEADLINE", f"nothing was asked for in {timeout_s:g} seconds")
             self._read_some(left)
         return frame
@@ -365,6 +389,11 @@ class _Connection:
                 return None
             self._read_some(self._server.idle_timeout_s)
         return frame
+
+    def _unread_bytes(self) -> int:
+        """What was sent and has no room yet at the client."""
+        answer = fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4))
+        return int.from_bytes(answer, sys.byteorder)
 
     def _read_some(self, timeout_s: float) -> None:
         self._socket.settimeout(timeout_s)
@@ -379,8 +408,18 @@ class _Connection:
         self._buffer.filled(count)
 
     def _send(self, data: bytes | memoryview) -> None:
+        """Sends all of it, as fast as the client and the throttle let it go."""
         self._socket.settimeout(self._server.idle_timeout_s)
-        self._socket.sendall(data)
+        left = memoryview(data)
+        while left:
+            count = self._socket.send(self._share.room(left))
+            left = left[count:]
+            self._share.spend(count, self._cut_if_stopping if left else _go_on)
+
+    def _cut_if_stopping(self) -> None:
+        """Within a frame nothing polite can be said."""
+        if self._server.stopping:
+            raise ConnectionAbortedError("the server is stopping")
 
     def _last_word(self, data: bytes, timeout_s: float) -> None:
         """Sends a frame to somebody who may not listen, and closes so that it can still be read."""

@@ -37,6 +37,7 @@ from agent.stream.frame import (
 from agent.stream.link import Link, SourceAddress, SourceFailed, Verdict
 from agent.stream.rounds import IDLE_TIMEOUT_S, SILENCE_TIMEOUT_S, Rounds
 from agent.stream.spool import Spool, StreamKey
+from agent.stream.throttle import Throttle
 from resilver.errors import Damaged, Refused
 
 BUFFER_BYTES: Final = 4 << 20
@@ -57,6 +58,7 @@ def receive_stream(
     stop: threading.Event,
     idle_timeout_s: float = IDLE_TIMEOUT_S,
     silence_timeout_s: float = SILENCE_TIMEOUT_S,
+    throttle: Throttle | None = None,
 ) -> Counters:
     """Brings the stage to the target; returns when the file system has all of it on the disk.
 
@@ -73,6 +75,7 @@ def receive_stream(
         stop=stop,
         idle_timeout_s=idle_timeout_s,
         silence_timeout_s=silence_timeout_s,
+        throttle=throttle,
     )
     try:
         run.resume()
@@ -99,6 +102,7 @@ class _StreamRun:
         stop: threading.Event,
         idle_timeout_s: float,
         silence_timeout_s: float,
+        throttle: Throttle | None,
     ) -> None:
         self.stage = stage
         self.spool = spool
@@ -106,6 +110,7 @@ class _StreamRun:
         self.hello = hello
         self.formats = formats
         self.silence_timeout_s = silence_timeout_s
+        self.throttle = throttle
         self.buffer = FrameBuffer(buffer_bytes=BUFFER_BYTES)
         self.meter = Meter([source.node for source in sources], done_bytes=0, total_bytes=0, clock=time.monotonic)
         self.rounds = Rounds(sources, self.meter, on_progress=on_progress, stop=stop, idle_timeout_s=idle_timeout_s)
@@ -187,7 +192,12 @@ class _StreamRun:
         formats = self.formats if self.key is None else (self.key.format,)
         wish = StreamWish(formats, self.position, self.chain.hex(), self.token)
         with Link(
-            source, self.buffer, self.meter, waited=self.rounds.waited, silence_timeout_s=self.silence_timeout_s
+            source,
+            self.buffer,
+            self.meter,
+            waited=self.rounds.waited,
+            silence_timeout_s=self.silence_timeout_s,
+            throttle=self.throttle,
         ) as link:
             try:
                 welcome = link.greet(replace(self.hello, stream=wish))

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from agent.backends.base import SnapshotReader
 from agent.delta import DeltaMap, DeltaRange
@@ -19,6 +19,7 @@ from agent.stream.journal import Journal, JournalKey
 from agent.stream.link import SourceAddress
 from agent.stream.receiver import Counters, Received, receive
 from agent.stream.sender import BlockServer, ServedSnapshot
+from agent.stream.throttle import Throttle
 from resilver.address import Address
 from resilver.errors import Damaged, Unauthenticated
 
@@ -105,7 +106,7 @@ def authorize(path: Path, make: Callable[[Path], SnapshotReader] = FileReader) -
 
 
 @contextlib.contextmanager
-def serving(path: Path, make: Callable[[Path], SnapshotReader] = FileReader, **bounds: float) -> Iterator[BlockServer]:
+def serving(path: Path, make: Callable[[Path], SnapshotReader] = FileReader, **bounds: Any) -> Iterator[BlockServer]:
     server = BlockServer(Address("127.0.0.1", 0), authorize(path, make), **bounds)
     server.start()
     try:
@@ -133,7 +134,14 @@ class Transfer:
         self.seen: list[Counters] = []
         self.on_progress: Callable[[Counters], None] = lambda _counters: None
 
-    def run(self, *sources: SourceAddress, hello: Hello = HELLO, idle: float = 20.0, silence: float = 5.0) -> Received:
+    def run(
+        self,
+        *sources: SourceAddress,
+        hello: Hello = HELLO,
+        idle: float = 20.0,
+        silence: float = 5.0,
+        throttle: Throttle | None = None,
+    ) -> Received:
         def tell(counters: Counters) -> None:
             self.seen.append(counters)
             self.on_progress(counters)
@@ -148,6 +156,7 @@ class Transfer:
             stop=self.stop,
             idle_timeout_s=idle,
             silence_timeout_s=silence,
+            throttle=throttle,
         )
 
 
@@ -226,6 +235,8 @@ class Proxy:
             except OSError:
                 return
             server = socket.create_connection(("127.0.0.1", self._port))
+            # What has passed is to be on its way, and not to lie in a buffer of this end.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
             self.connections += 1
             self._sockets += [client, server]
             for pump in ((client, server, None), (server, client, self._hurt)):
