@@ -80,6 +80,7 @@ class BlockTransfer:
             on_progress=desk.count,
             stop=desk.stop,
             idle_timeout_s=SOURCES_SILENT_MAX_S,
+            throttle=desk.throttle,
         )
         desk.tell(state=ResyncState.VERIFYING)
         verify(self.stage, delta, journal, stop=desk.stop)

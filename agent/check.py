@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Final, TextIO
 
 from agent.backends.kinds import make_backend
 from agent.hooks import program_fault, user_fault
-from agent.node import check_limits
-from resilver.errors import Invalid, ResilverError
+from resilver.errors import ResilverError
 from resilver.volume import Presence
 
 if TYPE_CHECKING:
@@ -46,10 +45,6 @@ def _lines(config: AgentConfig) -> Iterator[Line]:
         yield _resolves(address.host, address.port, f"coordinator {address}")
     yield _state_dir(config.state_dir)
     yield _sees_users()
-    try:
-        check_limits(config)
-    except Invalid as error:
-        yield True, error.message
     for volume in config.volumes:
         yield from _volume(volume, config)
         yield from _hooks(volume)

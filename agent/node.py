@@ -20,8 +20,10 @@ from structlog.contextvars import bind_contextvars
 from agent import metrics
 from agent.backends.kinds import make_backend
 from agent.deltas import Deltas
+from agent.disk.ioprio import io_priority
 from agent.examiner import ReplicaSettings
 from agent.identity import Identity
+from agent.limits import Caps
 from agent.outbox import Outbox
 from agent.peers import Peers
 from agent.replica import Replica
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
     from agent.backends.base import SendStream, SnapshotReader
     from agent.stream.frame import Hello
-    from resilver.config import AgentConfig, VolumeConfig
+    from resilver.config import AgentConfig, IoPriority, VolumeConfig
     from resilver.volume import Progress, ReplicaReport
 
 Opened = TypeVar("Opened", bound="SnapshotReader | SendStream")
@@ -61,20 +63,11 @@ COMPACT_LOOK_S: Final = 10.0
 _log = structlog.get_logger(__name__)
 
 
-def check_limits(config: AgentConfig) -> None:
-    """A rate that nothing keeps to would be worse than none."""
-    for field in ("receive_max_bytes_s", "send_max_bytes_s"):
-        if getattr(config.limits, field):
-            said = f"limits.{field} is not available in this version: leave it out, or set it to 0"
-            raise Invalid("CONFIG_INVALID", said, field=f"limits.{field}")
-
-
 class AgentNode:
     """Everything of one agent. `start` takes ports and begins to serve; `close` ends in a few seconds at most."""
 
     def __init__(self, config: AgentConfig, *, look_s: float = LOOK_S) -> None:
         loop = asyncio.get_running_loop()
-        check_limits(config)
         self._backends: Final = {volume.name: make_backend(volume, config) for volume in config.volumes}
         self._config = config
         self._look_s: Final = look_s
@@ -92,6 +85,7 @@ class AgentNode:
             for volume in config.volumes
         }
         self._tickets: Final = Tickets(config.state_dir / "tickets.json")
+        self._caps: Final = Caps(config.state_dir / "limits.json", config.limits)
         self._outbox: Final = Outbox(loop)
         self._received: Final = metrics.Received()
         self._runs: Final = Runs(
@@ -102,13 +96,18 @@ class AgentNode:
             receive_max_count=config.limits.receive_max_count,
             spool_max_bytes=config.space.spool_max_bytes,
             on_progress=self._progressed,
+            throttle=self._caps.receive,
         )
         for replica in self._replicas.values():
             replica.transfers = self._runs
             replica.on_report = self._reported
         self._blocks: Final = BlockServer(
-            config.stream_listen, self._authorize, connections_max=config.limits.send_max_count
+            config.stream_listen,
+            self._authorize,
+            runs_max=config.limits.send_max_count,
+            throttle=self._caps.send,
         )
+        self._set_io_priority(config)
         self._server: Final = make_server()
         self._health: Any = None
         self._port = 0
@@ -188,8 +187,9 @@ class AgentNode:
 
     def take_on(self, config: AgentConfig) -> None:
         """Takes on what may change while running; the caller has made sure that nothing else has."""
-        check_limits(config)
         self._config = config
+        self._caps.take_on(config.limits)
+        self._set_io_priority(config)
         self._runs.slots.resize(config.limits.receive_max_count)
         self._blocks.resize(config.limits.send_max_count)
         for backend in self._backends.values():
@@ -199,6 +199,10 @@ class AgentNode:
             replica.settings = _settings(volume)
             with contextlib.suppress(Unavailable):  # its disk hangs: the next look tells the priority
                 replica.examine_soon()
+
+    def _set_io_priority(self, config: AgentConfig) -> None:
+        """For transfers that begin from now on."""
+        self._runs.io_priority = self._blocks.io_priority = config.limits.io_priority
 
     # What the parts call.
 
@@ -238,7 +242,7 @@ class AgentNode:
 
     def _opened(self, replica: Replica, open_it: Callable[[], Opened]) -> Opened:
         """What is opened on the volume's reading thread; a disk that does not answer is left to itself."""
-        opening = replica.reader.submit(open_it)
+        opening = replica.reader.submit(partial(_with_priority, self._config.limits.io_priority, open_it))
         try:
             return opening.result(timeout=AUTHORIZE_TIMEOUT_S)
         except TimeoutError as error:
@@ -287,6 +291,12 @@ class _Renewal:
         if now - self._at >= RENEW_S:
             self._at = now
             self._tickets.renew(self._hello.resync_id, self._hello.target_node)
+
+
+def _with_priority(priority: IoPriority, open_it: Callable[[], Opened]) -> Opened:
+    """Where a file system's own command is started, which reads for the whole transfer."""
+    with io_priority(priority):
+        return open_it()
 
 
 def _close_late(opening: Any) -> None:

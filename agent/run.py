@@ -27,6 +27,7 @@ from agent.backends.base import CommitOrder
 from agent.block_transfer import BlockTransfer
 from agent.peers import Wanted
 from agent.rights import check_tip
+from agent.stream.throttle import Throttle
 from agent.stream.work import Stopped
 from agent.stream_transfer import StreamTransfer
 from agent.transfer import SOURCES_SILENT_MAX_S
@@ -71,6 +72,7 @@ class Run:
         progress: Progress | None = None,
         place: StagePlace | None = None,
         spool_max_bytes: int = 0,
+        throttle: Throttle | None = None,
     ) -> None:
         self.wanted: Final = wanted
         self.replica: Final = replica
@@ -79,6 +81,7 @@ class Run:
         self.ended: Final = threading.Event()
         self.place = place
         self.spool_max_bytes: Final = spool_max_bytes
+        self.throttle: Final = throttle or Throttle()
         self._told = told
         self._stopping: ResilverError | None = None
         fresh = Progress(wanted.resync_id, replica.volume, ResyncState.QUEUED)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from agent.disk.durable import disk_errors, make_dir, read_json, write_json
+from agent.disk.ioprio import set_io_priority
 from agent.examiner import now_ms
 from agent.rights import check_tip
 from agent.run import Run
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from agent.peers import Peers
     from agent.replica import Replica
     from agent.runfile import RunOrder, StagePlace
+    from agent.stream.throttle import Throttle
     from agent.tickets import Tickets
+    from resilver.config import IoPriority
 
 COUNTS_SAVED_S: Final = 5.0
 STOP_TIMEOUT_S: Final = 10.0
@@ -56,6 +59,7 @@ class Runs:
         receive_max_count: int,
         spool_max_bytes: int,
         on_progress: Callable[[Progress], None],
+        throttle: Throttle | None = None,
     ) -> None:
         self._directory: Final = directory
         self._replicas: Final = replicas
@@ -63,6 +67,8 @@ class Runs:
         self._tickets: Final = tickets
         self._spool_max_bytes: Final = spool_max_bytes
         self._on_progress: Final = on_progress
+        self._throttle: Final = throttle
+        self.io_priority: IoPriority = "normal"
         self._mutex = threading.Lock()
         self._runs: dict[str, Run] = {}
         self._saved: dict[str, SavedRun] = {}
@@ -199,6 +205,7 @@ class Runs:
             progress=progress,
             place=place,
             spool_max_bytes=self._spool_max_bytes,
+            throttle=self._throttle,
         )
 
     def _start(self, run: Run, before: Run | None) -> None:
@@ -212,6 +219,8 @@ class Runs:
         with bound(**about, term=wanted.order.term, epoch=wanted.order.epoch):
             if before is not None:
                 before.ended.wait()
+            if self.io_priority != "normal":
+                set_io_priority(self.io_priority)
             run.work(self.slots)
 
     def _told(self, run: Run) -> None:

@@ -88,6 +88,7 @@ class StreamTransfer:
                 on_progress=self._count,
                 stop=desk.stop,
                 idle_timeout_s=SOURCES_SILENT_MAX_S,
+                throttle=desk.throttle,
             )
             desk.tell(total_bytes=desk.progress.done_bytes)
         desk.tell(state=ResyncState.VERIFYING)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from agent.replica import Replica
     from agent.runfile import RunOrder, StagePlace
     from agent.stream.counters import Counters
+    from agent.stream.throttle import Throttle
     from resilver.lineage import Lineage
     from resilver.volume import Progress, ReplicaReport
 
@@ -52,6 +53,10 @@ class Desk(Protocol):
 
     @property
     def spool_max_bytes(self) -> int: ...
+
+    @property
+    def throttle(self) -> Throttle:
+        """What this node may receive."""
 
     @property
     def progress(self) -> Progress: ...

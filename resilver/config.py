@@ -36,6 +36,7 @@ from resilver.config_rules import (
     name_faults,
 )
 from resilver.errors import Invalid
+from resilver.limits import rate_fault
 from resilver.toml import convert, invalid, keys_of, read_toml
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
+IoPriority = Literal["normal", "idle"]
 
 Count = Annotated[int, Meta(ge=1, le=1024)]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 62)]
@@ -78,13 +80,17 @@ class Tls(Struct, frozen=True, kw_only=True):
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """What mirroring may take of this machine; a rate of 0 is no limit."""
+    """What mirroring may take of this machine; a rate of 0 is no limit.
+
+    The counts are of replicas that are received, or served, at once.
+    """
 
     receive_max_bytes_s: Bytes = 0
     send_max_bytes_s: Bytes = 0
     receive_max_count: Count = 2
     send_max_count: Count = 4
     disk_threads: Count = 4
+    io_priority: IoPriority = "normal"
 
 
 class Space(Struct, frozen=True, kw_only=True):
@@ -200,6 +206,7 @@ RELOADABLE_AGENT: Final = frozenset(
         "limits.send_max_bytes_s",
         "limits.receive_max_count",
         "limits.send_max_count",
+        "limits.io_priority",
         "space.reserve_ratio",
         "space.reserve_min_bytes",
         "volumes.priority",
@@ -220,7 +227,11 @@ _NAMED: Final = {
 _POOLED: Final = re.compile(r"[A-Za-z0-9][^/\x00-\x1f@#]*(?:/[^/\x00-\x1f@#]+)+")
 _META: Final = Path("/var/lib/resilver/volumes")
 
-_CHOICES: Final = {"log_level": get_args(LogLevel), "log_format": get_args(LogFormat)}
+_CHOICES: Final = {
+    "log_level": get_args(LogLevel),
+    "log_format": get_args(LogFormat),
+    "io_priority": get_args(IoPriority),
+}
 _STORES: Final = "sqlite:///var/lib/resilver/store.db or etcd://h1:2379,h2:2379"
 _NO_TLS: Final = "TLS is not available yet: leave [tls] out, and use loopback or insecure = true on a trusted network"
 
@@ -359,6 +370,9 @@ def _agent_faults(config: AgentConfig) -> Iterator[Fault]:
     yield from clash_faults(
         listen=config.listen, stream_listen=config.stream_listen, metrics_listen=config.metrics_listen
     )
+    for key in ("receive_max_bytes_s", "send_max_bytes_s"):
+        if fault := rate_fault(getattr(config.limits, key)):
+            yield f"limits.{key}", fault
     yield from _tls_faults(config.tls)
     clear = {"listen": config.listen, "stream_listen": config.stream_listen}
     clear |= {f"coordinators[{index}]": address for index, address in enumerate(config.coordinators)}

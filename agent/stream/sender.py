@@ -10,7 +10,8 @@ The rules:
   So is whoever sends a damaged frame: that ends its own connection, with an ERROR frame if it still listens, and no
   other.
 * What is sent is paid for at the node's `throttle`, a piece at a time.
-* Connections beyond `connections_max` are told so and closed.
+* So many runs at once, `runs_max`, however many connections each of them has: what is beyond is told so and closed. So
+  is a connection beyond `CONNECTIONS_MAX`, whoever it is of.
 * Whoever wishes for a file system's own stream requests nothing: `pump.py` sends it from its beginning to its end.
 * While the disk is read, WAIT says that this end lives (`lifesign.py`): whoever is silent is left soon.
 * `stop` lets each connection finish the buffer that it is sending, says BYE, and cuts what is left at its deadline; a
@@ -27,14 +28,15 @@ import sys
 import termios
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
 from agent.backends.base import SendStream, SnapshotReader
+from agent.disk.ioprio import set_io_priority
 from agent.stream import frame as frames
 from agent.stream.announcer import Announcer
 from agent.stream.frame import (
@@ -51,10 +53,13 @@ from agent.stream.lifesign import WAIT_S, LifeSign
 from agent.stream.pump import Pump, check_wish
 from agent.stream.throttle import Throttle
 from resilver.address import Address
+from resilver.config import IoPriority
 from resilver.errors import Damaged, Exhausted, Invalid, ResilverError, Unavailable
 from resilver.fields import check_id, check_name
 
-CONNECTIONS_MAX: Final = 32
+RUNS_MAX: Final = 32
+CONNECTIONS_MAX: Final = 256
+RUN_CONNECTIONS_MAX: Final = 8
 IDLE_TIMEOUT_S: Final = 60.0
 HELLO_TIMEOUT_S: Final = 10.0
 ERROR_TIMEOUT_S: Final = 2.0
@@ -105,6 +110,7 @@ class BlockServer:
         listen: Address,
         authorize: Authorize,
         *,
+        runs_max: int = RUNS_MAX,
         connections_max: int = CONNECTIONS_MAX,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
         hello_timeout_s: float = HELLO_TIMEOUT_S,
@@ -113,12 +119,15 @@ class BlockServer:
     ) -> None:
         self._listen = listen
         self._authorize = authorize
+        self._runs_max = runs_max
         self._connections_max = connections_max
         self._idle_timeout_s = idle_timeout_s
         self._hello_timeout_s = hello_timeout_s
         self._wait_s = wait_s
         self.throttle: Final = throttle or Throttle()
+        self.io_priority: IoPriority = "normal"
         self._lock = threading.Lock()
+        self._runs: Counter[tuple[str, str]] = Counter()
         self._connections: set[_Connection] = set()
         self._stopping = threading.Event()
         self._listener: socket.socket | None = None
@@ -131,9 +140,9 @@ class BlockServer:
         assert isinstance(port, int)
         return port
 
-    def resize(self, connections_max: int) -> None:
-        """Another bound, for connections that come from now on."""
-        self._connections_max = connections_max
+    def resize(self, runs_max: int) -> None:
+        """Another bound, for runs that come from now on."""
+        self._runs_max = runs_max
 
     def start(self) -> None:
         """Returns when connections are taken; Invalid("CONFIG_INVALID") if the address cannot be had."""
@@ -208,6 +217,24 @@ class BlockServer:
         with self._lock:
             self._connections.discard(connection)
 
+    @contextlib.contextmanager
+    def serving(self, hello: Hello) -> Iterator[None]:
+        """Around a connection's service: Exhausted("TOO_MANY_RESYNCS") if its run has no place, or too many of them."""
+        run = (hello.resync_id, hello.target_node)
+        with self._lock:
+            if run not in self._runs and len(self._runs) >= self._runs_max:
+                raise Exhausted("TOO_MANY_RESYNCS", f"this node serves {len(self._runs)} resyncs already")
+            if self._runs[run] >= RUN_CONNECTIONS_MAX:
+                raise Exhausted("TOO_MANY_RESYNCS", f"this resync has {RUN_CONNECTIONS_MAX} connections here already")
+            self._runs[run] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._runs[run] -= 1
+                if not self._runs[run]:
+                    del self._runs[run]
+
     def authorize(self, hello: Hello) -> ServedSnapshot | ServedStream:
         return self._authorize(hello)
 
@@ -277,6 +304,13 @@ class _Connection:
     def _serve(self) -> None:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         hello = self._hello()
+        with self._server.serving(hello):
+            self._serve_run(hello)
+
+    def _serve_run(self, hello: Hello) -> None:
+        """From here on the thread is about nothing else; what it starts has its I/O priority."""
+        if self._server.io_priority != "normal":
+            set_io_priority(self._server.io_priority)
         with self.life.at_disk():
             served = self._server.authorize(hello)
         self._share.open()

@@ -64,7 +64,7 @@ def change(agent, old, new):
         ("[[volumes]]", "[[volumes]]\nsize = 1", "unknown key"),
         ("vm1.img", "", "is a directory"),
         ('"test"', "7", "cluster"),
-        ("[space]", "[limits]\nsend_max_bytes_s = 9\n[space]", "limits.send_max_bytes_s is not available"),
+        ("[space]", "[limits]\nsend_max_bytes_s = 9\n[space]", "limits.send_max_bytes_s: should be 0 (no cap), or"),
         ("include = []", "]", "not valid TOML"),
     ],
 )

@@ -138,6 +138,8 @@ def test_what_is_no_address(text):
         ("", 'snapshot_dir = "/srv/a/vm1.img"', "volumes[0].snapshot_dir", "the same place as the path of 'vm1'"),
         ('log_level = "loud"', "", "log_level", "'loud' is none of debug, info, warning, error"),
         ("[limits]\ndisk_threads = 1.5", "", "limits.disk_threads", "should be a whole number, and is a number"),
+        ("[limits]\nreceive_max_bytes_s = 1000", "", "limits.receive_max_bytes_s", "at least 65536 bytes a second"),
+        ('[limits]\nio_priority = "low"', "", "limits.io_priority", "'low' is none of normal, idle"),
         ("[space]\nreserve_ratio = 2.0", "", "space.reserve_ratio", "should be <= 0.9"),
         ('metrics_listen = "127.0.0.1"', "", "metrics_listen", "has no port"),
         ("metrics_listen = 7403", "", "metrics_listen", 'should be a text in "quotes"'),

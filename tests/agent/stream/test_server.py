@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -13,7 +14,7 @@ from blake3 import blake3
 
 from agent.stream import frame as frames
 from agent.stream.frame import PAYLOAD_BYTES_MAX, FrameBuffer, Kind
-from agent.stream.sender import PENDING_RANGES_MAX, BlockServer, ServedSnapshot
+from agent.stream.sender import PENDING_RANGES_MAX, RUN_CONNECTIONS_MAX, BlockServer, ServedSnapshot
 from resilver.address import Address
 from resilver.errors import Invalid
 from tests.agent.stream.support import HELLO, MIB, FileReader, authorize, random_file, serving, until
@@ -220,6 +221,36 @@ def test_more_clients_than_allowed_are_told_so(image):
                 assert third.refusal() == "TOO_MANY_RESYNCS"
         until(lambda: not server._connections)
         assert works(server.port, image)
+
+
+def _of_run(resync):
+    return frames.encode_hello(dataclasses.replace(HELLO, resync_id=resync))
+
+
+def test_a_run_counts_once_however_many_connections_it_has(image):
+    with serving(image, runs_max=2) as server:
+        with Client(server.port) as first, Client(server.port) as again, Client(server.port) as other:
+            for client, resync in ((first, "r1"), (again, "r1"), (other, "r2")):
+                assert client.say(_of_run(resync)).hear().header.kind is Kind.WELCOME
+            with Client(server.port) as third:
+                assert third.say(_of_run("r3")).refusal() == "TOO_MANY_RESYNCS"
+            first.socket.close()
+            until(lambda: len(server._connections) == 2)
+            with Client(server.port) as third:  # one connection of r1 is left, and holds its place
+                assert third.say(_of_run("r3")).refusal() == "TOO_MANY_RESYNCS"
+            again.socket.close()
+            until(lambda: len(server._runs) == 1)
+            with Client(server.port) as third:
+                assert third.say(_of_run("r3")).hear().header.kind is Kind.WELCOME
+        until(lambda: not server._runs)
+
+
+def test_a_run_has_not_more_connections_than_it_can_use(image):
+    with serving(image) as server, contextlib.ExitStack() as stack:
+        for _ in range(RUN_CONNECTIONS_MAX):
+            stack.enter_context(Client(server.port)).greeted()
+        with Client(server.port) as another:
+            assert another.say(frames.encode_hello(HELLO)).refusal() == "TOO_MANY_RESYNCS"
 
 
 def test_what_was_sent_is_told_and_the_reader_is_closed(image):
