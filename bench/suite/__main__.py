@@ -40,6 +40,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m bench.suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", action="append", choices=list(CASES), help="this case alone; again for more")
+    parser.add_argument("--who", action="append", default=[], metavar="WORD", help="only competitors of such names")
     parser.add_argument("--without", action="append", default=[], metavar="WORD", help="leave such competitors out")
     parser.add_argument("--rounds", type=int, help="how often each competitor runs: 5, with --small 2")
     parser.add_argument("--small", action="store_true", help="images of 256 MiB, and nothing is written into docs")
@@ -64,7 +65,7 @@ def main() -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    wanted = Asked(size, asked.rounds or (2 if small else 5), asked.place, say, frozenset(asked.without))
+    wanted = Asked(size, asked.rounds or (2 if small else 5), asked.place, say, tuple(asked.who), tuple(asked.without))
     for name in asked.only or CASES:
         say(f"{name}:")
         case = CASES[name](wanted)

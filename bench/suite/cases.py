@@ -11,13 +11,17 @@ from typing import Any, Final
 
 import numpy as np
 
-from bench.suite import data, limit, others
+from agent.backends.image_copy import opened
+from agent.disk import ioctl
+from bench.suite import data, limit, others, trouble
 from bench.suite.command import DeltaCommand, FirstCommand
-from bench.suite.data import BLOCK, GIB, MIB, Disk, Images
+from bench.suite.data import BLOCK, GIB, KIB, MIB, Disk, Images
 from bench.suite.measure import Arena, Competitor, Entry, compete
 from bench.suite.ours import Ours, Replica
+from bench.suite.selecting import FACTOR, Selecting, changed_count, make
 
 CHANGED_SHARE: Final = 0.01
+STORY_ROUNDS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,14 @@ class Asked:
     rounds: int
     place: Path
     say: Callable[[str], None]
-    without: frozenset[str] = frozenset()
-    """Words of competitors' names that are left out: the page says so."""
+    who: tuple[str, ...] = ()
+    """Words of competitors' names: if there are any, the others are left out, and the page says so."""
+    without: tuple[str, ...] = ()
+    """Words of names that are left out in any case."""
+
+    def wants(self, name: str) -> bool:
+        named = not self.who or any(word in name for word in self.who)
+        return named and not any(word in name for word in self.without)
 
 
 @dataclass
@@ -54,14 +64,14 @@ class LeftOut:
         self._one, self.name, self.how = one, one.name, one.how
 
     def missing(self) -> str:
-        return "left out by --without"
+        return "left out by whoever asked for this run"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._one, name)
 
 
 def wanted(asked: Asked, field_of: list[Any]) -> list[Any]:
-    return [LeftOut(one) if any(word in one.name for word in asked.without) else one for one in field_of]
+    return [one if asked.wants(one.name) else LeftOut(one) for one in field_of]
 
 
 @contextlib.contextmanager
@@ -93,20 +103,20 @@ def delta(asked: Asked) -> Case:
         kinds = (others.RsyncLocal, others.RsyncDaemon, others.Casync, others.Bdsync)
         field_of.extend(kind(images.after, base, target.point / "copy") for kind in kinds)
         disks, synced = [source, target], {}
-        if not any(word in others.BtrfsSend.name for word in asked.without):
+        if asked.wants(others.BtrfsSend.name):
             pair = [stack.enter_context(data.disk(work, name, "btrfs", size)) for name in ("btrfs-1", "btrfs-2")]
             field_of.append(stack.enter_context(others.subvolumes(pair[0], pair[1], images)))
             disks += pair
             synced[others.BtrfsSend.name] = pair[1]
-        if not any(word in others.ZfsSend.name for word in asked.without):
+        if asked.wants(others.ZfsSend.name):
             field_of.append(stack.enter_context(others.datasets(images, max(size // 2, data.POOL_BYTES_MIN))))
         arena = Arena(
             disks,
             target=lambda one: synced.get(one.name, target),
-            settle=data.drop_caches,
+            settle=lambda _one: data.drop_caches(),
             differs=lambda result: data.differing(images.after, result, images.ranges),
         )
-        case.entries = compete(wanted(asked, field_of), arena, asked.rounds, asked.say)
+        case.entries = compete(wanted(asked, field_of), arena, asked.rounds, asked.say, warm_up=True)
     return case
 
 
@@ -169,11 +179,110 @@ def first_copy(asked: Asked) -> Case:
         arena = Arena(
             [source],
             target=lambda _one: target,
-            settle=lambda: data.warm(image),
+            settle=lambda _one: data.warm(image),
             differs=lambda result: data.differing(image, result, [(0, asked.image_bytes)]),
         )
-        case.entries = compete(wanted(asked, field_of), arena, asked.rounds, asked.say)
+        case.entries = compete(wanted(asked, field_of), arena, asked.rounds, asked.say, warm_up=True)
     return case
 
 
-CASES: Final[dict[str, Callable[[Asked], Case]]] = {"delta": delta, "first-copy": first_copy}
+def selecting(asked: Asked) -> Case:
+    """What finding the changed ranges costs."""
+    count = changed_count(asked.image_bytes)
+    offsets = data.scattered(asked.image_bytes, count, seed=8)
+    case = Case(
+        "selecting",
+        "Selecting the changed ranges",
+        f"An image on XFS with {asked.image_bytes / GIB:g} GiB of data, in which {count:,} scattered blocks were "
+        f"changed between two snapshots, and one of {FACTOR} times its size with the same data and the same changes; "
+        "the second snapshot has two extents for each change. Cold: the caches were dropped.",
+        count * BLOCK,
+    )
+    with contextlib.ExitStack() as stack:
+        work = stack.enter_context(workplace(asked))
+        source = stack.enter_context(data.disk(work, "source", "xfs", 4 * asked.image_bytes))
+        asked.say("  making the images")
+        made = [
+            (factor, make(source.point / f"x{factor}", asked.image_bytes, factor, offsets)) for factor in (1, FACTOR)
+        ]
+        field_of = [
+            Selecting(replica, asked.image_bytes * factor, count, cold=cold)
+            for cold in (True, False)
+            for factor, replica in made
+        ]
+        arena = Arena([source], target=lambda _one: source, settle=lambda one: one.settle(), differs=lambda _result: "")
+        case.entries = compete(wanted(asked, field_of), arena, asked.rounds, asked.say, warm_up=True)
+        for (_, replica), name in zip(made, ("extents", "extents_of_large"), strict=True):
+            with opened(replica.data("goal")) as fd:
+                case.facts[name] = ioctl.extent_count(fd)
+    return case
+
+
+def killed(asked: Asked) -> Case:
+    """The target is killed at half."""
+    size = min(asked.image_bytes, GIB)
+    case = Case(
+        "killed",
+        "The target is killed at half",
+        f"A volume of {size // MIB} MiB on a cluster of a coordinator and two agents, from one XFS to another. Once half "
+        "of a delta has arrived the target is killed with SIGKILL and started again; it goes on where its journal ends.",
+        size // 4,
+    )
+    with contextlib.ExitStack() as stack:
+        work = stack.enter_context(workplace(asked))
+        disks = [stack.enter_context(data.disk(work, name, "xfs", 8 * size)) for name in ("source", "target")]
+        asked.say("  making the cluster")
+        places = {node: disk.point / node for node, disk in zip("ab", disks, strict=True)}
+        stage = stack.enter_context(trouble.standing(work / "cluster", places, size, max(size // 20, MIB)))
+        field_of = [
+            trouble.Killed(f"killed, pieces of {piece // KIB} KiB", stage, case.changed_bytes, piece)
+            for piece in (min(MIB, size // 8), 4 * KIB)
+        ]
+        arena = Arena(disks, target=lambda _one: disks[1], settle=_unsettled, differs=_alike)
+        case.entries = compete(wanted(asked, field_of), arena, min(asked.rounds, STORY_ROUNDS), asked.say)
+    return case
+
+
+def sources(asked: Asked) -> Case:
+    """Two sources that are capped, against one."""
+    size = min(asked.image_bytes, GIB)
+    cap = min(trouble.CAP_BYTES_S, size // 20)
+    case = Case(
+        "sources",
+        "Two sources against one",
+        f"A volume of {size // MIB} MiB on a cluster of a coordinator and three agents, each of which sends at most "
+        f"{cap / 1e6:g} MB/s; half of it has changed while the target was away. The rate is that of the middle part.",
+        size // 2,
+    )
+    with contextlib.ExitStack() as stack:
+        work = stack.enter_context(workplace(asked))
+        disks = [stack.enter_context(data.disk(work, name, "xfs", 8 * size)) for name in ("first", "second", "target")]
+        asked.say("  making the cluster")
+        places = {node: disk.point / node for node, disk in zip("abc", disks, strict=True)}
+        stage = stack.enter_context(trouble.standing(work / "cluster", places, size, cap))
+        field_of = [
+            trouble.Sourced(trouble.ONE, stage, case.changed_bytes, ("a",)),
+            trouble.Sourced(trouble.TWO, stage, case.changed_bytes, ("a", "b")),
+            trouble.Sourced(trouble.ONE_DIES, stage, case.changed_bytes, ("a", "b"), killed="b"),
+        ]
+        arena = Arena(disks, target=lambda _one: disks[2], settle=_unsettled, differs=_alike)
+        case.entries = compete(wanted(asked, field_of), arena, min(asked.rounds, STORY_ROUNDS), asked.say)
+    return case
+
+
+def _unsettled(_one: object) -> None:
+    """Neither cold nor warm: the caps decide."""
+
+
+def _alike(_result: Path) -> str:
+    """Stories compare by themselves."""
+    return ""
+
+
+CASES: Final[dict[str, Callable[[Asked], Case]]] = {
+    "selecting": selecting,
+    "delta": delta,
+    "first-copy": first_copy,
+    "killed": killed,
+    "sources": sources,
+}

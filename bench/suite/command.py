@@ -33,22 +33,24 @@ class Standing:
     def live(self, node: str) -> Path:
         return self.directories[node] / f"{VOLUME}.img"
 
-    def start(self, extra: str = "") -> None:
-        made = self.made
+    def start(self, extra: str = "", only: tuple[str, ...] = ()) -> None:
+        """Starts the coordinator and all agents, or `only` these; `extra` goes into the agents' files."""
+        made, nodes = self.made, only or tuple(self.directories)
         if made.processes:
-            for process in made.processes.values():
-                process.start()
+            for name, process in made.processes.items():
+                if name in nodes or name not in self.directories:
+                    process.start()
         else:
             made.start_coordinator(extra=_QUIET)
             for node in self.directories:
                 made.start_agent(node, {VOLUME: self.live(node)}, extra=_QUIET + extra + _NO_RESERVE)
-        made.wait_reachable(VOLUME, *self.directories)
+        made.wait_reachable(VOLUME, *nodes)
 
     def stop(self) -> None:
         self.made.close()
 
     def pids(self) -> list[int]:
-        return [process.pid for process in self.made.processes.values()]
+        return [process.pid for process in self.made.processes.values() if process.alive]
 
     def resync(self) -> Used:
         """The command, with what all daemons used meanwhile."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from agent.backends.image_copy import hint, opened
 from agent.disk import ioctl
 
 BLOCK: Final = 4096
@@ -106,11 +107,16 @@ def memory(work: Path, name: str, size_bytes: int) -> Iterator[Disk]:
         run("umount", "--lazy", point)
 
 
+def noise(count: int) -> bytes:
+    """Bytes that nothing can compress."""
+    return os.urandom(count)
+
+
 def fill(path: Path, size_bytes: int) -> None:
     """A file of bytes that nothing can compress."""
     with path.open("wb") as file:
         for at in range(0, size_bytes, MIB):
-            file.write(os.urandom(min(MIB, size_bytes - at)))
+            file.write(noise(min(MIB, size_bytes - at)))
         file.flush()
         os.fsync(file.fileno())
 
@@ -174,8 +180,10 @@ def differing(one: Path, other: Path, ranges: Sequence[tuple[int, int]], samples
 
 
 def clone(path: Path, to: Path) -> None:
-    """A file that shares the other one's blocks."""
+    """A file that shares the other one's blocks, and like ours holds one block for each that is written to it."""
     run("cp", "--reflink=always", path, to)
+    with opened(to, os.O_RDWR) as fd:
+        hint(fd)
 
 
 def drop_caches() -> None:

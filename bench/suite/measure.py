@@ -44,12 +44,14 @@ class Used:
     """What a competitor tells of its own run.
 
     `wire_bytes` None: the loopback's counter is right; `read_bytes` None: the loop devices'. NOT_COUNTED: nobody knows.
+    `time_s` None: the clock of whoever has asked for the run is right.
     """
 
     cpu_s: float
     peak_bytes: int
     wire_bytes: int | None = None
     read_bytes: int | None = None
+    time_s: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
 
 
@@ -111,16 +113,19 @@ class Arena:
     """All that count for bytes read and written."""
     target: Callable[[Competitor], Disk]
     """Whose file system is synced within the time."""
-    settle: Callable[[], None]
+    settle: Callable[[Any], None]
     """Makes the caches cold or warm."""
     differs: Callable[[Path], str]
     """How a result differs from what it is to be; empty if it does not."""
 
 
-def compete(competitors: Sequence[Competitor], arena: Arena, rounds: int, say: Callable[[str], None]) -> list[Entry]:
+def compete(
+    competitors: Sequence[Any], arena: Arena, rounds: int, say: Callable[[str], None], *, warm_up: bool = False
+) -> list[Entry]:
     """Runs all of them in turn."""
     entries = [Entry(one.name, one.how, one.missing()) for one in competitors]
-    once(competitors[0], arena, 0)  # who comes first finds backing files without blocks: not to be counted
+    if warm_up:
+        once(competitors[0], arena, 0)  # whoever comes first finds backing files without blocks: not to be counted
     for number in range(rounds):
         for one, entry in zip(competitors, entries, strict=True):
             slow = bool(entry.runs) and entry.runs[0].time_s > SLOW_S
@@ -128,18 +133,23 @@ def compete(competitors: Sequence[Competitor], arena: Arena, rounds: int, say: C
                 continue
             done = once(one, arena, number)
             entry.runs.append(done)
-            say(f"  round {number + 1}: {one.name}: {done.time_s:.3f} s")
+            say(f"  round {number + 1}: {one.name}: {done.time_s:.3f} s{told(done.parts)}")
     for entry in entries:
         if entry.missing:
             say(f"  {entry.name}: {entry.missing}")
     return entries
 
 
+def told(parts: dict[str, float]) -> str:
+    """The parts that are times, for whoever watches."""
+    return "".join(f", {name[:-2]} {value:.3f}" for name, value in parts.items() if name.endswith("_s"))
+
+
 def once(one: Competitor, arena: Arena, number: int) -> Run:
     """One run."""
     try:
         one.before()
-        arena.settle()
+        arena.settle(one)
         target = arena.target(one)
         read, written, wire = _read(arena.disks), _written(arena.disks), loopback_bytes()
         begun = time.perf_counter()
@@ -148,7 +158,7 @@ def once(one: Competitor, arena: Arena, number: int) -> Run:
         took = time.perf_counter() - begun
         found = Run(
             number,
-            took,
+            took if used.time_s is None else used.time_s,
             used.cpu_s,
             used.peak_bytes,
             loopback_bytes() - wire if used.wire_bytes is None else used.wire_bytes,
@@ -342,3 +352,33 @@ def answer(**what: Any) -> None:
     """A worker's side: the answer to the last order."""
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()
+
+
+class Rate:
+    """How fast bytes came over the loopback, without the beginning and the end of what came, until its block ends."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, int]] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def bytes_per_s(self, lowest: float = 0.2, highest: float = 0.8) -> float:
+        """Between the moments at which these parts of everything had come."""
+        first, total = self._seen[0][1], self._seen[-1][1] - self._seen[0][1]
+        inside = [(when, count) for when, count in self._seen if lowest <= (count - first) / max(total, 1) <= highest]
+        if len(inside) < 2 or inside[-1][0] == inside[0][0]:
+            return 0.0
+        return (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])
+
+    def _look(self) -> None:
+        while not self._ended.wait(_SAMPLE_S):
+            self._seen.append((time.perf_counter(), loopback_bytes()))
+        self._seen.append((time.perf_counter(), loopback_bytes()))

@@ -154,11 +154,11 @@ def plot(path: Path, case: Found) -> bool:
         [max(times(entry)) - found for found, entry in zip(middles, shown, strict=True)],
     ]
     colours = ["#2a6fbb" if "resilver" in entry["name"] else "#999999" for entry in shown]
-    axes.barh([entry["name"] for entry in shown], middles, xerr=spread, color=colours, capsize=3)
+    bars = axes.barh([entry["name"] for entry in shown], middles, xerr=spread, color=colours, capsize=3)
     axes.set_xscale("log")
     axes.set_xlabel("seconds, median; the line is from the least to the most")
     axes.set_title(case["title"])
-    axes.bar_label(axes.containers[-1], labels=[f"{found:.2f} s" for found in middles], padding=6)
+    axes.bar_label(bars, labels=[f"{found:.2f} s" for found in middles], padding=6)
     figure.tight_layout()
     figure.savefig(path, format="svg", metadata={"Date": None})
     plt.close(figure)
