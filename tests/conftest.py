@@ -63,6 +63,7 @@ _PATTERNS = (
     # Partitions: the ordinary tests cut the primary's half off, and hang one of two sources.
     r"partitions/test_partitions\.py::test_of_two_halves_one_acts\[c\]",
     r"partitions/test_links\.py::test_the_only_source_hangs",
+    r"bench/test_suite\.py::test_every_case",
     # The larger models of the protocol.
     r"model/test_model\.py::.*(-deeper|keeps_the_guarantees\[(volume-two-resyncs|volume-three-epochs)\])",
 )

@@ -70,7 +70,7 @@ def main() -> None:
         say(f"{name}:")
         case = CASES[name](wanted)
         print(report.table(case.json()), flush=True)
-        report.save(out, case.json())
+        report.save(out, case.json(), list(CASES))
     say(f"written to {out}")
 
 

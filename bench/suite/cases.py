@@ -14,6 +14,7 @@ import numpy as np
 from agent.backends.image_copy import opened
 from agent.disk import ioctl
 from bench.suite import data, limit, others, trouble
+from bench.suite.bars import ONE, ONE_DIES, TWO
 from bench.suite.command import DeltaCommand, FirstCommand
 from bench.suite.data import BLOCK, GIB, KIB, MIB, Disk, Images
 from bench.suite.measure import Arena, Competitor, Entry, compete
@@ -182,7 +183,7 @@ def first_copy(asked: Asked) -> Case:
             settle=lambda _one: data.warm(image),
             differs=lambda result: data.differing(image, result, [(0, asked.image_bytes)]),
         )
-        case.entries = compete(wanted(asked, field_of), arena, asked.rounds, asked.say, warm_up=True)
+        case.entries = compete(wanted(asked, field_of), arena, asked.rounds, asked.say)
     return case
 
 
@@ -211,7 +212,7 @@ def selecting(asked: Asked) -> Case:
             for factor, replica in made
         ]
         arena = Arena([source], target=lambda _one: source, settle=lambda one: one.settle(), differs=lambda _result: "")
-        case.entries = compete(wanted(asked, field_of), arena, asked.rounds, asked.say, warm_up=True)
+        case.entries = compete(wanted(asked, field_of), arena, asked.rounds, asked.say)
         for (_, replica), name in zip(made, ("extents", "extents_of_large"), strict=True):
             with opened(replica.data("goal")) as fd:
                 case.facts[name] = ioctl.extent_count(fd)
@@ -224,8 +225,9 @@ def killed(asked: Asked) -> Case:
     case = Case(
         "killed",
         "The target is killed at half",
-        f"A volume of {size // MIB} MiB on a cluster of a coordinator and two agents, from one XFS to another. Once half "
-        "of a delta has arrived the target is killed with SIGKILL and started again; it goes on where its journal ends.",
+        f"A volume of {size // MIB} MiB on a cluster of a coordinator and two agents, from one XFS to another. Once "
+        "half of a delta has arrived the target is killed with SIGKILL and started again; it goes on where its journal "
+        "ends. The source is capped, so that there is a half to wait for.",
         size // 4,
     )
     with contextlib.ExitStack() as stack:
@@ -261,9 +263,9 @@ def sources(asked: Asked) -> Case:
         places = {node: disk.point / node for node, disk in zip("abc", disks, strict=True)}
         stage = stack.enter_context(trouble.standing(work / "cluster", places, size, cap))
         field_of = [
-            trouble.Sourced(trouble.ONE, stage, case.changed_bytes, ("a",)),
-            trouble.Sourced(trouble.TWO, stage, case.changed_bytes, ("a", "b")),
-            trouble.Sourced(trouble.ONE_DIES, stage, case.changed_bytes, ("a", "b"), killed="b"),
+            trouble.Sourced(ONE, stage, case.changed_bytes, ("a",)),
+            trouble.Sourced(TWO, stage, case.changed_bytes, ("a", "b")),
+            trouble.Sourced(ONE_DIES, stage, case.changed_bytes, ("a", "b"), killed="b"),
         ]
         arena = Arena(disks, target=lambda _one: disks[2], settle=_unsettled, differs=_alike)
         case.entries = compete(wanted(asked, field_of), arena, min(asked.rounds, STORY_ROUNDS), asked.say)

@@ -20,9 +20,6 @@ from bench.suite.measure import Rate, Used, Watch, cpu_s
 
 CAP_BYTES_S: Final = 50_000_000
 END_TIMEOUT_S: Final = 600.0
-ONE: Final = "one source"
-TWO: Final = "two sources"
-ONE_DIES: Final = "two sources, one killed at half"
 _LOOK_S: Final = 0.05
 
 
@@ -35,6 +32,7 @@ class Story:
     def __init__(self, name: str, how: str, stage: Stage, killed: str = "") -> None:
         self.name, self.how = name, how
         self.stage, self.killed = stage, killed
+        self._cpu_lost_s = 0.0
 
     def missing(self) -> str:
         return ""
@@ -46,7 +44,7 @@ class Story:
         standing = self.stage.standing
         nodes = [*self.sources, self.target]
         pids = [standing.made.processes[node].pid for node in nodes]
-        before = sum(cpu_s(pid) for pid in pids)
+        before, self._cpu_lost_s = sum(cpu_s(pid) for pid in pids), 0.0
         with Watch(*pids) as watch, Rate() as rate:
             (started,) = standing.made.ok("resync", VOLUME, "--to", self.target, "--no-wait")["resyncs"]
             at = self._kill_at_half(started["id"]) if self.killed else 0
@@ -58,8 +56,8 @@ class Story:
             "stream_bytes": run["wire_bytes"],
             "killed_at_bytes": at,
         }
-        # Of whoever was killed, what it had used until then is not counted.
-        return Used(max(0.0, sum(cpu_s(pid) for pid in pids) - before), watch.peak_bytes, parts=parts)
+        used = sum(cpu_s(pid) for pid in pids) + self._cpu_lost_s - before
+        return Used(used, watch.peak_bytes, parts=parts)
 
     def result(self) -> None:
         """Compares by itself: the target's live copy with the primary's."""
@@ -77,6 +75,7 @@ class Story:
         if half["end_time"]:
             raise RuntimeError(f"{self.name}: the resync ended before anything could be killed: {half}")
         process = self.stage.standing.made.processes[self.killed]
+        self._cpu_lost_s = cpu_s(process.pid)
         process.kill()
         if self.killed == self.target:
             process.start()
