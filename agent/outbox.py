@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from resilver.volume import Progress, ReplicaReport
 
 PROGRESS_PERIOD_S: Final = 0.2
-ANSWERS_MAX: Final = 1024
+ANSWERS_MAX: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,22 @@ class Outbox:
             except TimeoutError:
                 continue
 
+    def with_others(self, first: Answer, count_max: int) -> list[Answer]:
+        """The one that was taken, and what waits next in line and answers the same, each of another volume."""
+        told = {first.report.volume: first}
+        while len(told) < count_max and not any(progress.state.final for progress in self._progress.values()):
+            volume, examine_id = self._next_report()
+            if not volume or volume in told or examine_id != first.examine_id:
+                break
+            answer = self._take_report()
+            assert answer is not None
+            told[volume] = answer
+        return list(told.values())
+
+    def _next_report(self) -> tuple[str, str]:
+        """Of which volume, and to which examine; nothing if none waits."""
+        return next(iter(self._answers), None) or (next(iter(self._reports), ""), "")
+
     def _take(self) -> Progress | Answer | None:
         now = self._loop.time()
         for resync_id, progress in self._progress.items():
@@ -86,6 +102,9 @@ class Outbox:
                 if progress.state.final:
                     del self._told_at[resync_id]
                 return progress
+        return self._take_report()
+
+    def _take_report(self) -> Answer | None:
         if self._answers:
             answer = self._answers.popitem(last=False)[1]
             volume = answer.report.volume

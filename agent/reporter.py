@@ -33,7 +33,7 @@ from resilver.fields import check_id, check_number
 from resilver.rpc import make_channel, to_error
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from resilver.volume import Progress
-from resilver.wire import progress_to_proto, record_from_proto, report_pages
+from resilver.wire import PAGES_TOGETHER_MAX, bodies_of, progress_to_proto, record_from_proto
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +53,8 @@ BACKOFF_FIRST_S: Final = 0.3
 BACKOFF_MAX_S: Final = 2.0
 REDIRECTS_MAX: Final = 3
 LAST_WORDS_S: Final = 1.0
+GATHER_S: Final = 0.02
+"""How long the first answer to an examine waits for others."""
 
 _log = structlog.get_logger(__name__)
 
@@ -105,6 +107,8 @@ class Reporter:
         self._seq = 0
         self._said = ""
         self._worked = False
+        self._takes_pages = False
+        self._looking = 0
 
     async def run(self) -> None:
         """Reports to whoever leads, for ever."""
@@ -163,6 +167,7 @@ class Reporter:
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     first = await call.read()
                 await self._take(first)
+                self._takes_pages = isinstance(first, agent_pb2.ReportResponse) and first.takes_pages
                 metrics.CONNECTED.set(1)
                 self._log_connected(address)
                 self._worked = True
@@ -205,11 +210,18 @@ class Reporter:
             elif isinstance(told, Progress):
                 await call.write(self._message(resync=progress_to_proto(told)))
             else:
-                await self._send_report(call, told)
+                await self._send_reports(call, told)
 
-    async def _send_report(self, call: aio.StreamStreamCall[Any, Any], answer: Answer) -> None:
-        for page in report_pages(answer.report, node=self._hello().node):
-            await call.write(self._message(replica=page, examine_id=answer.examine_id))
+    async def _send_reports(self, call: aio.StreamStreamCall[Any, Any], first: Answer) -> None:
+        """That one, and with it, if the coordinator takes several at once, what else answers the same."""
+        told = [first]
+        if self._takes_pages:
+            if first.examine_id and self._looking:
+                # The others are looked at in this moment, and a message costs more than what is in it.
+                await asyncio.sleep(GATHER_S)
+            told = self._outbox.with_others(first, PAGES_TOGETHER_MAX)
+        for body in bodies_of((one.report for one in told), node=self._hello().node):
+            await call.write(self._message(**body, examine_id=first.examine_id))
 
     async def _receive(self, call: aio.StreamStreamCall[Any, Any]) -> None:
         while (response := await call.read()) is not aio.EOF:
@@ -253,9 +265,11 @@ class Reporter:
                 continue
             with contextlib.suppress(Unavailable):  # its disk hangs: no answer is the answer
                 future = asyncio.wrap_future(replica.examine_soon())
+                self._looking += 1
                 future.add_done_callback(partial(self._examined, volume, examine_id))
 
     def _examined(self, volume: str, examine_id: str, future: asyncio.Future[Any]) -> None:
+        self._looking -= 1
         if _log_failure(volume, future):
             self._outbox.put_answer(future.result(), examine_id)
 

@@ -22,10 +22,10 @@ class Pace:
         self._left = burst
         self._at = clock()
 
-    def wait_s(self) -> float:
-        """Takes one, and answers how long to wait before it is used."""
+    def wait_s(self, messages: float = 1.0) -> float:
+        """Takes one, or what counts as so many, and answers how long to wait before it is used."""
         now = self._clock()
-        self._left = min(self._left + (now - self._at) * self._per_second, self._burst) - 1.0
+        self._left = min(self._left + (now - self._at) * self._per_second, self._burst) - messages
         self._at = now
         return max(-self._left / self._per_second, 0.0)
 

@@ -14,7 +14,7 @@ The rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 from urllib.parse import unquote
@@ -41,13 +41,15 @@ from resilver.address import Address, parse_address
 from resilver.errors import Conflict, Exhausted, ResilverError, Superseded, Unavailable
 from resilver.fields import check_count, check_id, check_name, check_number, check_text, invalid
 from resilver.v1 import agent_pb2, agent_pb2_grpc
-from resilver.wire import ReportAssembler, progress_from_proto, record_to_proto
+from resilver.wire import PAGES_TOGETHER_MAX, ReportAssembler, is_whole, progress_from_proto, record_to_proto
 
 STREAMS_MAX: Final = 2000
-VOLUMES_MAX: Final = 1000
+VOLUMES_MAX: Final = 10_000
 VERSION_CHARS_MAX: Final = 64
 MESSAGES_PER_SECOND_MAX: Final = 500.0
 MESSAGES_BURST_MAX: Final = 2000.0
+PAGE_OF_A_MESSAGE: Final = 0.2
+"""What a replica that is told among others costs, of what one costs that comes by itself."""
 FULL_WAIT_S: Final = 0.2
 ACK_WITHIN_S: Final = 0.05
 
@@ -209,39 +211,54 @@ class _Session:
             self._disconnect()
 
     async def _hear(self, message: agent_pb2.ReportRequest, pace: Pace) -> None:
-        wait_s = pace.wait_s()
+        wait_s = pace.wait_s(max(1.0, len(message.pages.pages) * PAGE_OF_A_MESSAGE))
         if wait_s:
             await asyncio.sleep(wait_s)
         if message.boot != self._hello.node.boot:
             raise invalid("boot", f"is {message.boot[:80]!r} in a stream of {self._hello.node.boot}")
         if message.seq > self._heard_seq:
-            await self._post(self._read_event(message))
+            for event in self._read_events(message):
+                await self._post(event)
             self._heard_seq = message.seq
             if self._acking is None:
                 # Nobody waits for it, and one does for all that comes in the meantime.
                 self._acking = asyncio.get_running_loop().call_later(ACK_WITHIN_S, self._woken.set)
 
-    def _read_event(self, message: agent_pb2.ReportRequest) -> Event:
+    def _read_events(self, message: agent_pb2.ReportRequest) -> list[Event]:
         stream = self._hello.stream
         examine_id = check_id(message.examine_id, "examine_id", required=False)
         check_number(message.seq, "seq")
         match message.WhichOneof("body"):
             case "replica":
-                self._check_volume(message.replica.replica.volume, "replica.volume")
-                report = self._assembler.add(message.replica)
-                return (
-                    AgentHeard(stream) if report is None else ReplicaReported(stream, message.seq, report, examine_id)
-                )
+                return [self._reported(message.replica, message.seq, examine_id)]
+            case "pages":
+                self._check_pages(message.pages.pages)
+                return [self._reported(page, message.seq, examine_id) for page in message.pages.pages]
             case "resync":
                 progress = progress_from_proto(message.resync)
                 self._check_volume(progress.volume, "resync.volume")
-                return ProgressReported(stream, progress)
+                return [ProgressReported(stream, progress)]
             case "heartbeat":
-                return AgentHeard(stream)
+                return [AgentHeard(stream)]
             case "hello":
                 raise invalid("hello", "was said before: a stream has one")
             case _:
                 raise invalid("body", "is missing: a report is a replica, a resync or a heartbeat")
+
+    def _reported(self, page: agent_pb2.ReplicaPage, seq: int, examine_id: str) -> Event:
+        self._check_volume(page.replica.volume, "replica.volume")
+        report = self._assembler.add(page)
+        stream = self._hello.stream
+        return AgentHeard(stream) if report is None else ReplicaReported(stream, seq, report, examine_id)
+
+    def _check_pages(self, pages: Sequence[agent_pb2.ReplicaPage]) -> None:
+        """Each is a whole report, of a volume of its own: a number counts for each volume once."""
+        check_count(pages, "pages", PAGES_TOGETHER_MAX)
+        volumes = [page.replica.volume for page in pages]
+        if len(set(volumes)) < len(volumes):
+            raise invalid("pages", "have a volume twice: each is of another one")
+        if not all(is_whole(page) for page in pages):
+            raise invalid("pages", "are not each a whole report: one that takes several pages goes by itself")
 
     async def _post(self, event: Event) -> None:
         """Hands it on; while the engine is behind, the agent waits too."""
@@ -284,6 +301,7 @@ class _Session:
             term=identity.term,
             leader_id=identity.leader_id,
             store_id=identity.store_id,
+            takes_pages=True,
         )
 
     def _down(self, identity: Identity, action: SendExamine | SendRecord | RefuseAgent) -> agent_pb2.ReportResponse:

@@ -8,6 +8,7 @@ The rules:
   stays below 2^63, so that it fits a file offset and can still grow.
 * A replica's lineage travels in pages of at most 500 records and half a MiB, tip first. The first page holds the
   report, the others its volume's name alone. Beyond 20,000 records the oldest are left out: a lineage may end anywhere.
+* Several replicas may travel in one message, each whole in one page: a message costs more than what is in it.
 * What is too long to travel is cut on the sending side, newest or first kept.
 """
 
@@ -59,11 +60,12 @@ from resilver.volume import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 PAGE_RECORDS_MAX: Final = 500
 PAGE_BYTES_MAX: Final = 512 << 10
-REPORTS_KNOWN_MAX: Final = 1000
+PAGES_TOGETHER_MAX: Final = 100
+REPORTS_KNOWN_MAX: Final = 10_000
 LINEAGE_RECORDS_MAX: Final = 20_000
 PRESERVED_MAX: Final = 256
 PRESERVED_BYTES_MAX: Final = 256 << 10
@@ -356,6 +358,31 @@ def report_pages(report: ReplicaReport, *, node: str = "") -> list[agent_pb2.Rep
     return pages
 
 
+def bodies_of(
+    reports: Iterable[ReplicaReport], *, node: str = "", together_max: int = PAGES_TOGETHER_MAX
+) -> Iterator[Mapping[str, agent_pb2.ReplicaPage | agent_pb2.ReplicaPages]]:
+    """What messages tell the reports, each of another volume, in order: those of one page share one while they fit."""
+    held: list[agent_pb2.ReplicaPage] = []
+    held_bytes = 0
+    for report in reports:
+        pages = report_pages(report, node=node)
+        size = pages[0].ByteSize() + 8
+        if held and (len(pages) > 1 or len(held) >= together_max or held_bytes + size > PAGE_BYTES_MAX):
+            yield _body(held)
+            held, held_bytes = [], 0
+        if len(pages) > 1:
+            yield from ({"replica": page} for page in pages)
+        else:
+            held += pages
+            held_bytes += size
+    if held:
+        yield _body(held)
+
+
+def _body(pages: list[agent_pb2.ReplicaPage]) -> Mapping[str, agent_pb2.ReplicaPage | agent_pb2.ReplicaPages]:
+    return {"replica": pages[0]} if len(pages) == 1 else {"pages": agent_pb2.ReplicaPages(pages=pages)}
+
+
 class ReportAssembler:
     """Puts the pages of one sender together again. One report at a time; a first page begins anew.
 
@@ -372,7 +399,7 @@ class ReportAssembler:
         """The whole report with its last page, None before; after an error only a first page is taken."""
         report, records = self._report, self._records
         self._report, self._records = None, []
-        if page.last and page.replica.presence != volume_pb2.PRESENCE_UNSPECIFIED:
+        if is_whole(page):
             return self._whole(page)
         if page.replica.presence != volume_pb2.PRESENCE_UNSPECIFIED:
             report, records = report_from_proto(page.replica), []
@@ -406,6 +433,11 @@ class ReportAssembler:
             del self._known[next(iter(self._known))]
         self._known[replica.volume] = known
         return replace(known[1], free_bytes=free_bytes, examine_time_ms=examine_time_ms)
+
+
+def is_whole(page: agent_pb2.ReplicaPage) -> bool:
+    """Whether a report has no other page."""
+    return page.last and page.replica.presence != volume_pb2.PRESENCE_UNSPECIFIED
 
 
 def _digest_of_the_rest(page: agent_pb2.ReplicaPage) -> bytes:

@@ -33,7 +33,7 @@ from resilver.address import parse_address
 from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from resilver.volume import Grant, LiveCopy, LiveState, Presence, ReplicaReport, VolumeRecord
-from resilver.wire import record_from_proto, report_pages
+from resilver.wire import PAGES_TOGETHER_MAX, record_from_proto, report_pages
 
 HEARTBEAT_S = 2.0
 PAUSE_S = 0.5
@@ -158,8 +158,8 @@ class Agent:
             call.cancel()
 
     async def _send(self, call: aio.StreamStreamCall) -> None:
-        for volume in self.reports:
-            await self._report(call, volume, "")
+        for volumes in _batched(list(self.reports)):
+            await self._report(call, volumes, "")
         self.wanted_seq = self.seq
         while True:
             try:
@@ -170,14 +170,28 @@ class Agent:
                 now.GetCurrentTime()
                 await call.write(self._message(heartbeat=agent_pb2.Heartbeat(now_time=now)))
                 continue
-            await self._report(call, volume, examine_id)
+            volumes = {volume: None}
+            while not self.outbox.empty() and len(volumes) < PAGES_TOGETHER_MAX:
+                other, asked_by = self.outbox.get_nowait()
+                if asked_by != examine_id or other in volumes:
+                    await self._report(call, [*volumes], examine_id)
+                    volumes, examine_id = {}, asked_by
+                volumes[other] = None
+            await self._report(call, [*volumes], examine_id)
 
-    async def _report(self, call: aio.StreamStreamCall, volume: str, examine_id: str) -> None:
-        self.reports_sent += 1
+    async def _report(self, call: aio.StreamStreamCall, volumes: list[str], examine_id: str) -> None:
+        """In one message, as an agent does whose disks have all answered: a report of these agents is one page."""
+        pages = [page for volume in volumes for page in self._pages_of(volume)]
+        self.reports_sent += len(pages)
+        if len(pages) == 1:
+            await call.write(self._message(replica=pages[0], examine_id=examine_id))
+        else:
+            await call.write(self._message(pages=agent_pb2.ReplicaPages(pages=pages), examine_id=examine_id))
+
+    def _pages_of(self, volume: str) -> list[agent_pb2.ReplicaPage]:
         if volume not in self.pages:
             self.pages[volume] = report_pages(self.reports[volume], node=self.name)
-        for page in self.pages[volume]:
-            await call.write(self._message(replica=page, examine_id=examine_id))
+        return self.pages[volume]
 
     def _take(self, response: agent_pb2.ReportResponse) -> None:
         if response is aio.EOF or response.WhichOneof("body") in ("not_leader", "refusal"):
@@ -285,6 +299,10 @@ class Crowd:
         await asyncio.sleep(FOLLOW_S)
         for agent in secondaries:
             agent.change(volume, lineage=lineage)
+
+
+def _batched(volumes: list[str]) -> list[list[str]]:
+    return [volumes[at : at + PAGES_TOGETHER_MAX] for at in range(0, len(volumes), PAGES_TOGETHER_MAX)]
 
 
 def next_point(lineage: Lineage) -> Lineage:

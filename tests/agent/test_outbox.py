@@ -68,6 +68,30 @@ async def test_an_answer_is_never_older_than_what_was_told():
     assert await outbox.next(1.0) == Answer(report("s2", at=20), "x1")
 
 
+async def test_what_answers_the_same_goes_together_and_nothing_else():
+    outbox = Outbox(asyncio.get_running_loop())
+    for volume in ("vm1", "vm2", "vm3"):
+        outbox.put_answer(report("s", volume=volume), "x1")
+    outbox.put_answer(report("s", volume="vm1"), "x2")
+    outbox.put_report(report("t", volume="vm4"))
+    first = await outbox.next(1.0)
+    assert [one.report.volume for one in outbox.with_others(first, 2)] == ["vm1", "vm2"]
+    assert outbox.with_others(await outbox.next(1.0), 9) == [Answer(report("s", volume="vm3"), "x1")]
+    assert outbox.with_others(await outbox.next(1.0), 9) == [Answer(report("s", volume="vm1"), "x2")]
+    assert outbox.with_others(await outbox.next(1.0), 9) == [Answer(report("t", volume="vm4"))]
+
+
+async def test_a_last_word_that_came_meanwhile_goes_before_what_would_go_together():
+    outbox = Outbox(asyncio.get_running_loop())
+    outbox.put_answer(report("s1", volume="vm2"), "x1")
+    first = await outbox.next(1.0)
+    outbox.put_progress(progress(ResyncState.SUCCEEDED, done=2))
+    outbox.put_answer(report("s2"), "x1")
+    await asyncio.sleep(0)
+    assert outbox.with_others(first, 9) == [first]
+    assert await told(outbox, 2, 0.05) == [progress(ResyncState.SUCCEEDED, done=2), Answer(report("s2"), "x1")]
+
+
 async def test_of_two_reports_of_one_millisecond_the_later_one_is_told():
     outbox = Outbox(asyncio.get_running_loop())
     outbox.put_report(report("s1", at=10))

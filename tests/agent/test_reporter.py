@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import uuid
 
 import pytest
@@ -147,6 +148,41 @@ async def test_an_examine_is_answered_by_its_id(agent, stream):
     stream.answer(examine=agent_pb2.Examine(examine_id="x1", volumes=["vm1", "unknown"]))
     answer = await stream.next("replica", where=lambda message: message.examine_id == "x1")
     assert wire.ReportAssembler().add(answer.replica).volume == "vm1"
+
+
+async def examined(stream, examine_id, volumes):
+    """Which messages answered, and of which volumes."""
+    stream.answer(takes_pages=True, examine=agent_pb2.Examine(examine_id=examine_id, volumes=volumes))
+    bodies, told = [], []
+    while len(told) < len(volumes):
+        message = await stream.next(where=lambda message: message.examine_id == examine_id)
+        bodies.append(message.WhichOneof("body"))
+        told += [page.replica.volume for page in (message.pages.pages or [message.replica])]
+    return bodies, told
+
+
+async def test_answers_to_one_examine_come_together_where_they_are_taken(leader, xfs, tmp_path):
+    volumes = tuple(f"vm{number}" for number in range(1, 9))
+    place = xfs / uuid.uuid4().hex
+    place.mkdir()
+    for volume in volumes:
+        write_image(place / f"{volume}.img", 2 * MIB)
+    async with running(AgentProcess("a", tmp_path, place, volumes, coordinator_port=leader[1])):
+        opened = await leader[0].stream()
+        await opened.next()
+        opened.answer()  # as a coordinator that does not know of it
+        bodies, told = await examined(opened, "x1", volumes)
+        assert (set(bodies), sorted(told)) == ({"replica"}, [*volumes])
+        opened.answers.put_nowait(None)
+        opened = await leader[0].stream()
+        await opened.next()
+        opened.answer(takes_pages=True)
+        async with asyncio.timeout(DEADLINE_S):
+            for number in itertools.count(2):
+                bodies, told = await examined(opened, f"x{number}", volumes)
+                assert sorted(told) == [*volumes], "each once"
+                if "pages" in bodies:
+                    break
 
 
 async def test_a_record_is_stored_beside_the_data(agent, stream):

@@ -69,6 +69,10 @@ def page(volume="vm1", last=True) -> agent_pb2.ReplicaPage:
     return whole
 
 
+def together(*volumes) -> agent_pb2.ReplicaPages:
+    return agent_pb2.ReplicaPages(pages=[page(one) for one in volumes])
+
+
 async def volume(stub, name):
     return (await stub.GetVolume(api.GetVolumeRequest(volume=name))).volume
 
@@ -111,6 +115,16 @@ async def test_what_is_not_newer_is_dropped(coordinator):
         await line.say(6, replica=page("db1"))
         await eventually(lambda: volume(stub, "db1"), lambda one: one.replicas[0].HasField("live"))
         assert not (await volume(stub, "vm1")).replicas[0].HasField("live")
+
+
+async def test_several_replicas_come_in_one_message(coordinator):
+    async with client(coordinator) as stub, Line(coordinator) as line:
+        await line.say(1, hello=hello(volumes=["vm1", "db1"]))
+        assert (await line.hear()).takes_pages
+        await line.say(2, pages=together("vm1", "db1"))
+        for name in ("vm1", "db1"):
+            await eventually(lambda name=name: volume(stub, name), lambda one: one.replicas[0].HasField("live"))
+        assert (await line.hear()).acked_seq == 2
 
 
 async def test_silence_is_absence(coordinator):
@@ -172,6 +186,10 @@ async def test_an_agent_of_another_store_is_told_to_adopt_this_one_after_an_oper
         ({"heartbeat": agent_pb2.Heartbeat()}, "another-boot"),
         ({"replica": page("db1")}, ""),
         ({"replica": agent_pb2.ReplicaPage(last=True)}, ""),
+        ({"pages": together("vm1", "vm1")}, ""),
+        ({"pages": together("vm1", "db1")}, ""),
+        ({"pages": agent_pb2.ReplicaPages(pages=[page("vm1", last=False)])}, ""),
+        ({"pages": agent_pb2.ReplicaPages(pages=[page("vm1")] * 101)}, ""),
     ],
 )
 async def test_what_no_agent_says_ends_the_stream(coordinator, second, boot):

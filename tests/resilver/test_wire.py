@@ -178,6 +178,23 @@ def test_a_long_lineage_travels_in_pages_of_500(count, note, pages):
     assert assemble(report) == report
 
 
+def test_reports_of_one_page_go_together_as_far_as_they_fit():
+    reports = [ReplicaReport(f"vm{at}", Presence.PRESENT, lineage=chain(count)) for at, count in enumerate(
+        [3] * 130 + [501] + [0] * 2 + [500, 500, 1])]  # fmt: skip
+    bodies = list(wire.bodies_of(reports, node="a"))
+    assert [
+        (kind, len(body.pages) if kind == "pages" else len(body.records))
+        for one in bodies
+        for kind, body in one.items()
+    ] == [("pages", 100), ("pages", 30), ("replica", 500), ("replica", 1), ("pages", 5)]
+    assembler = wire.ReportAssembler()
+    pages = [page for one in bodies for page in (one["pages"].pages if "pages" in one else [one["replica"]])]
+    assert [came for page in pages if (came := assembler.add(page)) is not None] == reports
+    long = [ReplicaReport(f"vm{at}", Presence.PRESENT, lineage=chain(400, "x" * 1000)) for at in range(3)]
+    assert max(body.ByteSize() for one in wire.bodies_of(long) for body in one.values()) <= wire.PAGE_BYTES_MAX
+    assert len(list(wire.bodies_of(long))) > 1
+
+
 def test_no_message_is_over_1_mib_whatever_the_notes_and_paths_are():
     copies = tuple(
         PreservedCopy(str(uuid.UUID(int=at)), "/" + "€" * 5000, "", ConsistencyPoint(), live=True, create_time_ms=at,
