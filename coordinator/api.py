@@ -29,7 +29,7 @@ from coordinator.core.orders import Dropped, Exported
 from coordinator.core.requests import Planned, Pruned, Request, ResyncsStarted, SnapshotsTaken
 from coordinator.idempotency import Answered
 from coordinator.office import Engine, Office
-from coordinator.paging import MESSAGE_BYTES_MAX, PAGE_BYTES_MAX, chunks
+from coordinator.paging import MESSAGE_BYTES_MAX, chunks
 from coordinator.plans import Plans
 from coordinator.reports import peer_host
 from coordinator.requests import Names, check_request_id
@@ -38,6 +38,7 @@ from coordinator.wire import (
     election_to_proto,
     pruned_to_proto,
     resync_to_proto,
+    started_to_proto,
     volume_refusal_to_proto,
 )
 from resilver.errors import Conflict, Exhausted, Invalid, NotFound, Refused
@@ -136,13 +137,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
         asked = requests.resync(request, self._names(), principal_of(context))
 
         async def run() -> api.StartResyncResponse:
-            started = await self._ask(asked, ResyncsStarted)
-            return _shortened(
-                api.StartResyncResponse(
-                    resyncs=map(resync_to_proto, started.resyncs),
-                    refusals=map(volume_refusal_to_proto, started.refusals),
-                )
-            )
+            return started_to_proto(await self._ask(asked, ResyncsStarted))
 
         return await self._once(request, run)
 
@@ -356,14 +351,6 @@ def bounded(message: M) -> M:
     size = message.ByteSize()
     if size > MESSAGE_BYTES_MAX - 1024:
         raise Exhausted("TOO_LARGE", f"the answer has {size} bytes, more than one message holds; ask for fewer volumes")
-    return message
-
-
-def _shortened(message: api.StartResyncResponse) -> api.StartResyncResponse:
-    """The answer without the plans, if it is too long with them: `GetResync` has them."""
-    if message.ByteSize() > PAGE_BYTES_MAX:
-        for resync in message.resyncs:
-            resync.ClearField("plan")
     return message
 
 

@@ -25,7 +25,7 @@ from coordinator.core.cluster import Resync
 from coordinator.office import Engine, Office
 from coordinator.paging import chunks
 from coordinator.queries import about, found_in, volume
-from coordinator.requests import VOLUMES_MAX, Names
+from coordinator.requests import Names
 from coordinator.wire import event_to_proto, resync_to_proto
 from resilver.errors import Conflict, Invalid, Unavailable
 from resilver.fields import check_count, check_id
@@ -35,6 +35,8 @@ from resilver.wire import time_to_proto
 
 KEEPALIVE_S: Final = 10.0
 PUSH_INTERVAL_S: Final = 0.2
+IDS_MAX: Final = 20_000
+"""Of one watch; they fit one message."""
 
 M = TypeVar("M")
 
@@ -122,7 +124,7 @@ async def watch_resyncs(
 
 def _watched(engine: Engine, request: api.WatchResyncsRequest) -> dict[str, None]:
     """Ids, in order."""
-    check_count(request.ids, "ids", VOLUMES_MAX)
+    check_count(request.ids, "ids", IDS_MAX)
     known = engine.resyncs()
     ids = [found_in(known, check_id(one, f"ids[{at}]")).id for at, one in enumerate(request.ids)]
     volumes = Names.of(engine).some_volumes(request.volumes)

@@ -30,7 +30,7 @@ from coordinator.core.cluster import (
     VolumePlan,
     VolumeState,
 )
-from coordinator.core.requests import Planned, Pruned, VolumeRefusal
+from coordinator.core.requests import Planned, Pruned, ResyncsStarted, VolumeRefusal
 from resilver.errors import ResilverError
 from resilver.fields import LIVE_STATES, NOTE_CHARS_MAX, RESYNC_STATES, TEXT_CHARS_MAX
 from resilver.v1 import coordinator_pb2, error_pb2, volume_pb2
@@ -41,6 +41,7 @@ ENTRIES_MAX: Final = 256
 """Nodes, candidates, losses or preserved copies in one message."""
 REASONS_MAX: Final = 32
 PRUNED_SHOWN_MAX: Final = 1000
+STARTED_BYTES_MAX: Final = 900 << 10
 SPACE_LEAST_BYTES: Final = 64 << 20
 RANGE_BYTES: Final = 34
 """What a changed range costs in metadata: 17 bytes for its extent and as much for the clone's."""
@@ -132,6 +133,36 @@ def volume_refusal_to_proto(refused: VolumeRefusal) -> coordinator_pb2.VolumeRef
     return coordinator_pb2.VolumeRefusal(
         volume=refused.volume, refusal=refusal_to_proto(refused.refusal), node=refused.node
     )
+
+
+def started_to_proto(started: ResyncsStarted) -> coordinator_pb2.StartResyncResponse:
+    """Of many, only what a resync is found by: `GetResync` has the rest. What does not fit even so is counted at the
+    end, in a refusal of no volume: what is begun is begun, however long the answer is.
+    """
+    message = coordinator_pb2.StartResyncResponse(
+        resyncs=map(resync_to_proto, started.resyncs), refusals=map(volume_refusal_to_proto, started.refusals)
+    )
+    if message.ByteSize() <= STARTED_BYTES_MAX:
+        return message
+    short = coordinator_pb2.StartResyncResponse()
+    left = STARTED_BYTES_MAX - 1024
+    for one in message.resyncs:
+        named = volume_pb2.Resync(id=one.id, volume=one.volume, node=one.node, state=one.state)
+        left -= named.ByteSize() + 8
+        if left < 0:
+            break
+        short.resyncs.append(named)
+    for refused in message.refusals:
+        left -= refused.ByteSize() + 8
+        if left < 0:
+            break
+        short.refusals.append(refused)
+    untold = len(message.resyncs) - len(short.resyncs), len(message.refusals) - len(short.refusals)
+    if any(untold):
+        said = f"{untold[0]} more resyncs and {untold[1]} more refusals do not fit one answer"
+        refusal = Refusal(("TOO_LARGE",), said, next_command="resilver resyncs --active")
+        short.refusals.append(volume_refusal_to_proto(VolumeRefusal("", refusal)))
+    return short
 
 
 def candidate_to_proto(candidate: Candidate) -> volume_pb2.Candidate:

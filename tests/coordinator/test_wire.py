@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import uuid
 from dataclasses import replace
 
 import pytest
@@ -23,7 +25,7 @@ from coordinator.core.cluster import (
     VolumePlan,
     VolumeState,
 )
-from coordinator.core.requests import Planned, Pruned
+from coordinator.core.requests import Planned, Pruned, ResyncsStarted, VolumeRefusal
 from coordinator.wire import (
     ACTIONS,
     REPLICA_STATES,
@@ -41,6 +43,7 @@ from coordinator.wire import (
     remaining_ms,
     replica_plan_to_proto,
     resync_to_proto,
+    started_to_proto,
 )
 from resilver.lineage import ConsistencyPoint
 from resilver.v1 import volume_pb2
@@ -200,3 +203,26 @@ def test_the_rest():
     pruned = pruned_to_proto(Pruned((("a", "s1", 4096),), (("a", "s2", ("tip",)),)))
     assert (pruned.dropped[0].freed_bytes, pruned.kept[0].pinned_by) == (4096, ["tip"])
     assert duration_to_proto(-5).ToMilliseconds() == 0
+
+
+@pytest.mark.parametrize(("begun", "refused", "more"), [
+    (3, 2, ""), (6_000, 1_000, ""), (7_000, 12_000, "0 more resyncs"), (20_000, 9, "9 more refusals")
+])  # fmt: skip
+def test_what_was_begun_is_told_in_one_message_however_much_it_is(begun, refused, more):
+    resyncs = tuple(
+        replace(RESYNC, id=str(uuid.UUID(int=at)), volume=f"v{at:05d}", node="n0001") for at in range(begun)
+    )
+    why = Refusal(("NODE_OFFLINE",), "n0002 has not been heard of for 3 minutes", next_command="resilver nodes")
+    refusals = tuple(VolumeRefusal(f"v{at:05d}", why, "n0002") for at in range(refused))
+    told = started_to_proto(ResyncsStarted(resyncs, refusals))
+    assert told.ByteSize() < 1 << 20
+    assert [one.id for one in told.resyncs] == [one.id for one in resyncs[: len(told.resyncs)]]
+    assert {(one.volume, one.node, one.state) for one in told.resyncs[:1]} == {("v00000", "n0001", 1)}
+    assert told.resyncs[0].HasField("plan") == (begun < 1000)
+    if more:
+        assert told.refusals[-1].refusal.reasons == ["TOO_LARGE"]
+        assert more in told.refusals[-1].refusal.message
+        counted = re.findall(r"\d+", told.refusals[-1].refusal.message)
+        assert (len(told.resyncs) + int(counted[0]), len(told.refusals) - 1 + int(counted[1])) == (begun, refused)
+    else:
+        assert (len(told.resyncs), len(told.refusals)) == (begun, refused)
