@@ -165,6 +165,8 @@ class SqliteStore:
             return True
         if found == 0 and not self._rows("SELECT name FROM sqlite_master"):
             return False
+        if self._rows("PRAGMA application_id")[0][0] == APPLICATION_ID:
+            return True  # another process has made it between the two looks
         raise _invalid(self._path, "is a database of another program; name another file")
 
     def _initialise(self) -> None:

@@ -56,7 +56,7 @@ def test_a_hello_introduces_a_node():
         ({"stream_address": "10.0.0.1:70000"}, "hello.stream_address"),
         ({"stream_address": "x" * 400 + ":1"}, "hello.stream_address"),
         ({"volumes": ["vm1", ".."]}, "hello.volumes[1]"),
-        ({"volumes": [f"v{number}" for number in range(1001)]}, "hello.volumes"),
+        ({"volumes": [f"v{number}" for number in range(10_001)]}, "hello.volumes"),
         ({"highest_term": 2**63}, "hello.highest_term"),
         ({"highest_leader_id": "a\nb"}, "hello.highest_leader_id"),
     ],
