@@ -4,6 +4,9 @@ Jobs run one after another in the order they came. A disk that hangs holds its o
 is bounded, and a job that cannot be taken is refused with how long the disk has been silent. The thread is a daemon,
 because no one can end a thread that the kernel does not let go, and a process must be able to leave.
 
+There is a thread only while there is work, and for a second after: a node may have thousands of volumes, most of which
+nobody asks for anything.
+
 Whatever a disk's failing call was, whoever waits for the job is told by a reason. What a job logs carries
 what its caller had bound, and what the worker is about.
 """
@@ -11,10 +14,11 @@ what its caller had bound, and what the worker is about.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
@@ -27,6 +31,7 @@ from resilver.errors import Unavailable
 T = TypeVar("T")
 
 JOBS_MAX: Final = 64
+IDLE_S: Final = 1.0
 
 _Job = tuple[Callable[[], Any], "Future[Any]", contextvars.Context]
 
@@ -34,13 +39,16 @@ _Job = tuple[Callable[[], Any], "Future[Any]", contextvars.Context]
 class Worker:
     """A queue and the thread that works it off."""
 
-    def __init__(self, name: str, *, jobs_max: int = JOBS_MAX, **about: str) -> None:
+    def __init__(self, name: str, *, jobs_max: int = JOBS_MAX, idle_s: float = IDLE_S, **about: str) -> None:
         self._name = name
         self._about = about
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(jobs_max)
+        self._jobs_max = jobs_max
+        self._idle_s = idle_s
+        self._turn = threading.Condition()
+        self._jobs: deque[_Job] = deque()
         self._since: float | None = None
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        self._closed = False
 
     @property
     def busy_s(self) -> float:
@@ -51,22 +59,43 @@ class Worker:
     @property
     def waiting(self) -> bool:
         """Whether a job waits for the present one."""
-        return not self._jobs.empty()
+        return bool(self._jobs)
 
-    def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Puts a job in the queue; `Unavailable("DEADLINE")` if it is full."""
+    def submit(self, job: Callable[[], T], *, later: bool = False) -> Future[T]:
+        """Puts a job in the queue; `Unavailable("DEADLINE")` if it is full. `later`: until `wake`, or another job."""
         future: Future[T] = Future()
         context = contextvars.copy_context()
         context.run(bind_contextvars, **self._about)
-        try:
-            self._jobs.put_nowait((job, future, context))
-        except queue.Full as error:
-            raise Unavailable(
-                "DEADLINE",
-                f"{self._name}: {self._jobs.maxsize} jobs are waiting for its disk, "
-                f"which has been at the present one for {self.busy_s:.0f} s",
-            ) from error
+        with self._turn:
+            if self._closed:
+                raise Unavailable("DEADLINE", f"{self._name}: the agent is stopping")
+            if len(self._jobs) >= self._jobs_max:
+                raise Unavailable(
+                    "DEADLINE",
+                    f"{self._name}: {self._jobs_max} jobs are waiting for its disk, "
+                    f"which has been at the present one for {self.busy_s:.0f} s",
+                )
+            self._jobs.append((job, future, context))
+            if not later:
+                try:
+                    self._wake()
+                except RuntimeError as error:
+                    self._jobs.pop()
+                    raise Unavailable("DEADLINE", f"{self._name}: no thread can be had: {error}") from error
         return future
+
+    def wake(self) -> None:
+        """Has what waits worked off."""
+        with self._turn, contextlib.suppress(RuntimeError):  # without a thread it goes on waiting
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            thread.start()
+            self._thread = thread
+        else:
+            self._turn.notify()
 
     async def run(self, job: Callable[[], T]) -> T:
         """Waits for a job without blocking the event loop. If the caller goes away, a job that has begun is finished,
@@ -80,13 +109,21 @@ class Worker:
 
     def close(self) -> None:
         """Lets the thread end after what is in the queue; does not wait for it."""
-        try:
-            self._jobs.put_nowait(None)
-        except queue.Full:
-            return
+        with self._turn:
+            self._closed = True
+            self._turn.notify()
+
+    def _next(self) -> _Job | None:
+        """None ends the thread: whoever comes after that has another one started."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._jobs or self._closed, self._idle_s)
+            if self._jobs:
+                return self._jobs.popleft()
+            self._thread = None
+            return None
 
     def _work(self) -> None:
-        while (taken := self._jobs.get()) is not None:
+        while (taken := self._next()) is not None:
             job, future, context = taken
             if not future.set_running_or_notify_cancel():
                 continue

@@ -31,10 +31,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from agent.backends.image_kept import Kept, Stamp, stamp_of
 from agent.disk.durable import Json, append_log, disk_errors, make_dir, read_json, read_log, write_json
 from agent.lineages import record_from_json, record_to_json
 from resilver.errors import Damaged, Invalid
@@ -52,6 +53,7 @@ class Layout:
     volume: str
     live: Path
     root: Path
+    kept: Kept = field(default_factory=Kept, init=False, compare=False, repr=False)
 
     @property
     def ancestry(self) -> Path:
@@ -199,11 +201,35 @@ def read_state(layout: Layout, left: set[str]) -> State:
     """As `load_state`, for a backend whose commits have a journal of another kind: `left` are directories that do not
     count while one is under way.
     """
-    stored = {entry: load_stored(layout.snapshot(entry)) for entry in _directories(layout) if entry not in left}
-    known = {record.id: record for line in read_log(layout.ancestry) for record in _records(line)}
-    known.update({key: value.snapshot for key, value in stored.items()})
+    kept, root = layout.kept, str(layout.root)
+    stored: dict[str, Stored] = {}
+    for name, stamp in _directories(layout):
+        if name not in left:
+            stored[name] = kept.read(f"{root}/{name}/record.json", stamp, _load_record_at)
+    ancestry = f"{root}/ancestry.jsonl"
+    with disk_errors(layout.root):
+        logged = kept.read(ancestry, stamp_of(ancestry), _read_ancestry)
+        present = {key for key in stored if stamp_of(f"{root}/{key}/data") is not None}
+    facts = (stored, logged, present)
+    if kept.state[0] == facts:
+        same: State = kept.state[1]
+        return same
+    kept.forget_all_but({ancestry, *(f"{root}/{key}/record.json" for key in stored)})
+    state = _state_of(layout, stored, {**logged, **{key: value.snapshot for key, value in stored.items()}}, present)
+    kept.state = facts, state
+    return state
+
+
+def _load_record_at(path: str) -> Stored:
+    return load_stored(Path(path).parent)
+
+
+def _read_ancestry(path: str) -> dict[str, Snapshot]:
+    return {record.id: record for line in read_log(Path(path)) for record in _records(line)}
+
+
+def _state_of(layout: Layout, stored: dict[str, Stored], known: dict[str, Snapshot], present: set[str]) -> State:
     tip = _tip_of(layout, stored, known)
-    present = {key for key in stored if layout.data(key).exists()}
     try:
         lineage = Lineage.from_tip(tip, known).with_presence(present)
     except ValueError as error:
@@ -230,18 +256,17 @@ def _tip_of(layout: Layout, stored: dict[str, Stored], known: dict[str, Snapshot
     )
 
 
-def _directories(layout: Layout) -> list[str]:
+def _directories(layout: Layout) -> list[tuple[str, Stamp]]:
+    """The snapshots' directories, and what tells their records from others."""
     with disk_errors(layout.root):
         try:
             entries = list(os.scandir(layout.root))
         except (FileNotFoundError, NotADirectoryError):
             return []
         names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return [
-        name
-        for name in names
-        if _ID.fullmatch(name) and name not in _RESERVED and (layout.snapshot(name) / "record.json").exists()
-    ]
+        names = [name for name in names if _ID.fullmatch(name) and name not in _RESERVED]
+        stamps = [(name, stamp_of(f"{layout.root}/{name}/record.json")) for name in names]
+    return [(name, stamp) for name, stamp in stamps if stamp is not None]
 
 
 def append_records(layout: Layout, records: Iterable[Snapshot], state: State, logged: Iterable[str] = ()) -> None:

@@ -7,7 +7,9 @@ looked for in every mount namespace that a process lives in, not only in ours.
 from __future__ import annotations
 
 import os
+import select
 import stat as modes
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +112,49 @@ def _stacked(entry: Path) -> Iterator[Path]:
         yield from _stacked(holder.resolve())
 
 
+class _OwnMounts:
+    """The mounts of our own namespace, read again when the kernel says that they have changed: it is asked of each
+    volume every few seconds, and a machine may have hundreds.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._where: tuple[int, int] = (0, 0)
+        self._fd = -1
+        self._mounts: list[Mount] = []
+
+    def get(self) -> list[Mount]:
+        with self._mutex:
+            try:
+                # A child after a fork shares the descriptor, and what one of both is told the other one is not.
+                where = (os.getpid(), os.stat("/proc/thread-self/ns/mnt").st_ino)  # noqa: PTH116 - asked very often
+                changed = where != self._where or self._told()
+            except OSError:
+                return _parse(Path("/proc/self/mountinfo"), Path("/"))
+            if changed:
+                self._read(where)
+            return self._mounts
+
+    def _told(self) -> bool:
+        asked = select.poll()
+        asked.register(self._fd, select.POLLPRI)
+        return bool(asked.poll(0))
+
+    def _read(self, where: tuple[int, int]) -> None:
+        fd = os.open("/proc/thread-self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        old, self._fd, self._where = self._fd, fd, (0, 0)
+        if old >= 0:
+            os.close(old)
+        self._mounts = _parse(Path("/proc/thread-self/mountinfo"), Path("/"))
+        self._where = where
+
+
+_own_mounts: Final = _OwnMounts()
+
+
 def own_mounts() -> list[Mount]:
     """The mounts of our own namespace."""
-    return _parse(Path("/proc/self/mountinfo"), Path("/"))
+    return list(_own_mounts.get())
 
 
 def all_mounts() -> Iterator[Mount]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from functools import partial
 
 import pytest
 
@@ -110,4 +112,59 @@ def test_whoever_works_long_can_see_that_others_wait():
     first.result(10)
     second.result(10)
     assert seen[1]
+    worker.close()
+
+
+def alive(name):
+    return [thread for thread in threading.enumerate() if thread.name == name]
+
+
+def gone(name):
+    for thread in alive(name):
+        thread.join(10)
+    return not alive(name)
+
+
+def test_there_is_a_thread_only_while_there_is_work():
+    worker, order = Worker("a quiet disk", idle_s=0.05), []
+    assert not alive("a quiet disk")
+    for number in range(3):
+        assert worker.call(partial(order.append, number)) is None
+        assert len(alive("a quiet disk")) <= 1
+        assert gone("a quiet disk")
+    # Ends and beginnings that fall together lose nothing and keep the order.
+    worker = Worker("a hasty disk", idle_s=0.0, jobs_max=1000)
+    order = []
+    for number in range(1000):
+        worker.submit(partial(order.append, number))
+        if number % 10 == 0:
+            time.sleep(0)
+    worker.call(lambda: None)
+    assert order == list(range(1000))
+    worker.close()
+
+
+def test_ten_thousand_quiet_disks_are_no_threads():
+    before = threading.active_count()
+    workers = [Worker(f"disk {number}") for number in range(10_000)]
+    assert threading.active_count() == before
+    workers[-1].call(lambda: None)
+    assert threading.active_count() == before + 1
+    workers[-1].close()
+
+
+def test_what_is_for_later_comes_before_what_is_asked_next():
+    worker, order = Worker("disk"), []
+    first = worker.submit(partial(order.append, "recover"), later=True)
+    assert not first.running()
+    worker.call(partial(order.append, "order"))
+    assert order == ["recover", "order"]
+    other = Worker("another disk")
+    waiting = other.submit(lambda: 7, later=True)
+    assert not alive("another disk")
+    other.wake()
+    assert waiting.result(5) == 7
+    other.close()
+    with pytest.raises(Unavailable, match="stopping"):
+        other.submit(lambda: 1)
     worker.close()
