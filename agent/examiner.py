@@ -37,6 +37,7 @@ class ReplicaSettings:
     keep_last: int = 16
     group: str = ""
     hooks: Hooks = NO_HOOKS
+    resync_priority: int = 0
 
 
 def now_ms() -> int:
@@ -133,6 +134,7 @@ class Examiner:
             problems=(*examined.problems, *self.hook_problems, *forgotten),
             examine_time_ms=now_ms(),
             group=self.settings.group,
+            resync_priority=self.settings.resync_priority,
         )
         lost = "" if remembered is None else _loss(examined, remembered)
         if lost:
@@ -178,7 +180,8 @@ class Examiner:
     def _unreadable(self, why: str) -> ReplicaReport:
         settings = self.settings
         made = ReplicaReport(self._volume, Presence.LOST, backend=self._backend.kind, priority=settings.priority)
-        return replace(made, problems=(why,), examine_time_ms=now_ms(), group=settings.group)
+        made = replace(made, group=settings.group, resync_priority=settings.resync_priority)
+        return replace(made, problems=(why,), examine_time_ms=now_ms())
 
     def _as_compared(self, live: LiveCopy) -> LiveCopy:
         last = self.last

@@ -34,14 +34,15 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Ordered:
-    """`ends_at` is in seconds of the clock that does not jump."""
+    """`ends_at` is in seconds of the clock that does not jump, `until_ms` what that was in wall time at first."""
 
     bytes_s: int
     ends_at: float
+    until_ms: int
 
 
 class Caps:
-    """Both directions. Methods may block on the disk, and may be called from several threads."""
+    """Both directions, for several threads. `order` blocks on the disk; nothing else does."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Caps:
         self._path: Final = path
         self._clock: Final = clock
         self._wall: Final = wall
+        self._ordering: Final = threading.Lock()
         self._mutex: Final = threading.Lock()
         self._limits = limits
         self._ordered: dict[str, _Ordered] = {}
@@ -70,15 +72,18 @@ class Caps:
 
     def order(self, change: LimitChange) -> NodeLimits:
         """Takes on what an operator wants, on the disk when this returns; what holds then."""
-        with self._mutex:
+        with self._ordering:
             ordered = {} if change.clear else dict(self._ordered)
             ends_at = self._clock() + change.duration_s
+            until_ms = round((self._wall() + change.duration_s) * 1000)
             for side, bytes_s in (("receive", change.receive_bytes_s), ("send", change.send_bytes_s)):
                 if bytes_s is not None:
-                    ordered[side] = _Ordered(bytes_s, ends_at)
+                    ordered[side] = _Ordered(bytes_s, ends_at, until_ms)
             self._save(ordered)
-            self._apply()
-            return self._now()
+            with self._mutex:
+                self._ordered = ordered
+                self._apply()
+                return self._now()
 
     def now(self) -> NodeLimits:
         """What holds; an order whose time has come is over with this."""
@@ -93,16 +98,15 @@ class Caps:
             self._ordered = left  # the file on the disk says when it ended: nothing is to be written for it
             self._apply()
         return NodeLimits(
-            self._cap("receive", self.receive, now),
-            self._cap("send", self.send, now),
+            self._cap("receive", self.receive),
+            self._cap("send", self.send),
             self._limits.receive_max_count,
             self._limits.send_max_count,
         )
 
-    def _cap(self, side: str, throttle: Throttle, now: float) -> Cap:
+    def _cap(self, side: str, throttle: Throttle) -> Cap:
         ordered = self._ordered.get(side)
-        until = 0 if ordered is None else round((self._wall() + ordered.ends_at - now) * 1000)
-        return Cap(throttle.bytes_s, until)
+        return Cap(throttle.bytes_s, 0 if ordered is None else ordered.until_ms)
 
     def _apply(self) -> None:
         stated = {"receive": self._limits.receive_max_bytes_s, "send": self._limits.send_max_bytes_s}
@@ -116,7 +120,6 @@ class Caps:
             side: {"bytes_s": one.bytes_s, "ends_at": wall + one.ends_at - now} for side, one in ordered.items()
         }
         write_json(self._path, value)
-        self._ordered = ordered
 
     def _load(self) -> None:
         now, wall = self._clock(), self._wall()
@@ -127,6 +130,7 @@ class Caps:
                     continue
                 bytes_s, left_s = int(value[side]["bytes_s"]), float(value[side]["ends_at"]) - wall
                 if left_s > 0 and not rate_fault(bytes_s):
-                    self._ordered[side] = _Ordered(bytes_s, now + min(left_s, LIMIT_SECONDS_MAX))
+                    left_s = min(left_s, LIMIT_SECONDS_MAX)
+                    self._ordered[side] = _Ordered(bytes_s, now + left_s, round((wall + left_s) * 1000))
         except (ResilverError, ValueError, TypeError, KeyError) as error:
             _log.warning("limits not read", path=str(self._path), why=str(error))

@@ -57,6 +57,7 @@ CLOSE_S: Final = 4.0
 FIRST_LOOK_S: Final = 3.0
 AUTHORIZE_TIMEOUT_S: Final = 30.0
 RENEW_S: Final = 2.0
+LIMITS_LOOK_S: Final = 0.5
 COMPACT_REST_S: Final = 1.0
 COMPACT_LOOK_S: Final = 10.0
 
@@ -129,6 +130,7 @@ class AgentNode:
             runs=self._runs,
             tickets=self._tickets,
             control=self._control,
+            caps=self._caps,
         )
         agent_pb2_grpc.add_AgentServicer_to_server(AgentService(node), self._server)
         agent_pb2_grpc.add_PeerServicer_to_server(PeerService(node), self._server)
@@ -150,9 +152,16 @@ class AgentNode:
             runs=self._runs,
             outbox=self._outbox,
             control=self._control,
+            caps=self._caps,
             look_s=self._look_s,
         )
-        jobs = (reporter.run(), reporter.look(), self._sweep(), *map(_compact, self._replicas.values()))
+        jobs = (
+            reporter.run(),
+            reporter.look(),
+            self._sweep(),
+            self._end_limits(),
+            *map(_compact, self._replicas.values()),
+        )
         self._tasks = [asyncio.create_task(job) for job in jobs]
         _log.info("serving", port=self._port, stream_port=self._blocks.port, boot=self._identity.boot)
 
@@ -259,6 +268,12 @@ class AgentNode:
             stream_address=_advertised(config.stream_advertise, config.stream_listen, self._blocks.port),
         )
 
+    async def _end_limits(self) -> None:
+        """An order ends in time also with nobody to tell it to."""
+        while True:
+            self._caps.now()
+            await asyncio.sleep(LIMITS_LOOK_S)
+
     async def _sweep(self) -> None:
         while True:
             for volume, replica in self._replicas.items():
@@ -306,7 +321,7 @@ def _close_late(opening: Any) -> None:
 
 
 def _settings(volume: VolumeConfig) -> ReplicaSettings:
-    return ReplicaSettings(volume.priority, volume.keep_last, volume.group, volume.hooks)
+    return ReplicaSettings(volume.priority, volume.keep_last, volume.group, volume.hooks, volume.resync_priority)
 
 
 def _advertised(stated: str, listen: Address, port: int) -> str:

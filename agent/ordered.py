@@ -49,6 +49,8 @@ def about(request: Any) -> dict[str, object]:
     found: dict[str, object] = {}
     if header is not None:
         found = {"volume": header.volume[:FIELD_CHARS_MAX], "term": header.term, "epoch": header.epoch}
+        if not header.volume:  # an order to the node itself
+            found = {"term": header.term}
     if group:
         del found["volume"]
         found["volumes"] = [one.header.volume[:FIELD_CHARS_MAX] for one in group[:FIELD_CHARS_MAX]]

@@ -30,15 +30,18 @@ from agent.outbox import Answer
 from resilver.address import Address, parse_address
 from resilver.errors import ResilverError, Unavailable
 from resilver.fields import check_id, check_number
+from resilver.limits import NodeLimits
 from resilver.rpc import make_channel, to_error
-from resilver.v1 import agent_pb2, agent_pb2_grpc
+from resilver.v1 import agent_pb2, agent_pb2_grpc, volume_pb2
 from resilver.volume import Progress
 from resilver.wire import PAGES_TOGETHER_MAX, bodies_of, progress_to_proto, record_from_proto
+from resilver.wire_limits import limits_to_proto
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from agent.identity import Identity
+    from agent.limits import Caps
     from agent.outbox import Outbox
     from agent.replica import Replica
     from agent.runs import Runs
@@ -94,6 +97,7 @@ class Reporter:
         runs: Runs,
         outbox: Outbox,
         control: Worker,
+        caps: Caps,
         look_s: float = LOOK_S,
     ) -> None:
         self._coordinators: Final = tuple(coordinators)
@@ -103,6 +107,8 @@ class Reporter:
         self._runs: Final = runs
         self._outbox: Final = outbox
         self._control: Final = control
+        self._caps: Final = caps
+        self._told_limits = NodeLimits()
         self._look_s: Final = look_s
         self._seq = 0
         self._said = ""
@@ -205,8 +211,10 @@ class Reporter:
     async def _send(self, call: aio.StreamStreamCall[Any, Any]) -> None:
         while True:
             told = await self._outbox.next(HEARTBEAT_S)
+            if told is not None and self._told_limits != self._caps.now():
+                await call.write(self._message(heartbeat=self._heartbeat()))
             if told is None:
-                await call.write(self._message(heartbeat=agent_pb2.Heartbeat(now_time=_now())))
+                await call.write(self._message(heartbeat=self._heartbeat()))
             elif isinstance(told, Progress):
                 await call.write(self._message(resync=progress_to_proto(told)))
             else:
@@ -309,8 +317,18 @@ class Reporter:
                 highest_term=pin.term,
                 highest_leader_id=pin.leader_id,
                 volumes=sorted(self._replicas),
+                limits=self._limits(),
             )
         )
+
+    def _heartbeat(self) -> agent_pb2.Heartbeat:
+        """With what is allowed here, if that has changed: a reload, or an order that has ended."""
+        changed = self._told_limits != self._caps.now()
+        return agent_pb2.Heartbeat(now_time=_now(), limits=self._limits() if changed else None)
+
+    def _limits(self) -> volume_pb2.NodeLimits:
+        self._told_limits = self._caps.now()
+        return limits_to_proto(self._told_limits)
 
     def _message(self, **fields: Any) -> agent_pb2.ReportRequest:
         self._seq += 1

@@ -102,7 +102,7 @@ class Run:
     def work(self, slots: Slots) -> None:
         """The whole run, once there is a slot for it. Returns when it has ended, whatever happened."""
         try:
-            slots.take(self.stop)
+            slots.take(self.stop, self.wanted.priority)
             try:
                 self._run()
             finally:

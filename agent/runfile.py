@@ -25,6 +25,7 @@ class RunOrder:
     sources: tuple[Source, ...]
     replace_own_data: bool = False
     replace_unrelated: bool = False
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@
   agent that is started again goes on by itself, with no coordinator in reach, and answers for a run that has ended.
 * The same resync asked for again gets the answer of the run there is. Another resync replaces the run; the stage,
   which belongs to (base, target), is used again where these agree.
-* Runs beyond the bound wait as QUEUED, the first come first.
+* Runs beyond the bound wait as QUEUED; the higher priority goes first, and then the first come.
 * A stage that no run has used for a day is discarded, at start and once an hour.
 """
 

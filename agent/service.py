@@ -41,6 +41,7 @@ from resilver.wire import (
     report_pages,
     snapshot_to_proto,
 )
+from resilver.wire_limits import change_from_proto, limits_to_proto
 
 if TYPE_CHECKING:
     from grpc import aio
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from agent.backends.base import StreamBackend
     from agent.delta import DeltaMap
     from agent.identity import Identity
+    from agent.limits import Caps
     from agent.replica import Replica
     from agent.runs import Runs
     from agent.tickets import Tickets
@@ -77,6 +79,7 @@ class Node:
     runs: Runs
     tickets: Tickets
     control: Worker
+    caps: Caps
 
     def replica(self, volume: str) -> Replica:
         """The replica of that name; NotFound suggests the nearest one."""
@@ -206,6 +209,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             sources=_sources(request),
             replace_own_data=request.replace_own_data,
             replace_unrelated=request.replace_unrelated,
+            priority=request.priority,
         )
         if not order.volume_id:
             raise invalid("header.volume_id", "is missing: what is received belongs to a volume")
@@ -245,6 +249,15 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         export = partial(replica.export, order, check_id(request.id, "id"), path, writable=request.writable)
         size_bytes = await replica.worker.run(export)
         return agent_pb2.CloneSnapshotResponse(path=str(path), size_bytes=size_bytes)
+
+    @ordered
+    async def SetLimits(self, request: agent_pb2.SetLimitsRequest, context: Context) -> agent_pb2.SetLimitsResponse:  # noqa: N802
+        del context
+        order = order_from_proto(request.header, of_volume=False)
+        change = change_from_proto(request.change, "change")
+        await self._node.control.run(partial(self._node.identity.admit, order))
+        limits = await self._node.control.run(partial(self._node.caps.order, change))
+        return agent_pb2.SetLimitsResponse(limits=limits_to_proto(limits))
 
     async def _admitted(self, header: agent_pb2.OrderHeader) -> tuple[Order, Replica]:
         order = order_from_proto(header)

@@ -1,9 +1,10 @@
-"""So many at once, in the order in which they came."""
+"""So many at once: the higher priority first, and among equals the first come."""
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import threading
-from collections import deque
 
 from agent.stream.work import Stopped
 
@@ -15,7 +16,9 @@ class Slots:
         self._turn = threading.Condition()
         self._count_max = count_max
         self._count = 0
-        self._waiting: deque[object] = deque()
+        self._numbers = itertools.count()
+        self._waiting: list[tuple[int, int]] = []
+        """A heap of (minus the priority, number)."""
 
     @property
     def waiting_count(self) -> int:
@@ -26,11 +29,11 @@ class Slots:
             self._count_max = count_max
             self._turn.notify_all()
 
-    def take(self, stop: threading.Event) -> None:
+    def take(self, stop: threading.Event, priority: int = 0) -> None:
         """Returns with a slot; Stopped if `stop` is set first."""
-        me = object()
         with self._turn:
-            self._waiting.append(me)
+            me = (-priority, next(self._numbers))
+            heapq.heappush(self._waiting, me)
             try:
                 while self._waiting[0] is not me or self._count >= self._count_max:
                     self._turn.wait(0.2)
@@ -39,6 +42,7 @@ class Slots:
                 self._count += 1
             finally:
                 self._waiting.remove(me)
+                heapq.heapify(self._waiting)
                 self._turn.notify_all()
 
     def give_back(self) -> None:

@@ -34,6 +34,7 @@ from coordinator.core.orders import (
     OrderResult,
     PrepareSend,
     Receive,
+    SetLimits,
     StopTransfer,
     Taken,
     TakenTogether,
@@ -46,6 +47,7 @@ from resilver.rpc import to_error
 from resilver.telemetry import bound
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from resilver.wire import order_to_proto, progress_from_proto, record_to_proto, snapshot_from_proto
+from resilver.wire_limits import change_to_proto, limits_from_proto
 
 DEADLINES_S: Final[dict[type, float]] = {
     OpenEpoch: 20.0,
@@ -56,6 +58,7 @@ DEADLINES_S: Final[dict[type, float]] = {
     StopTransfer: 20.0,
     DropSnapshot: 60.0,
     CloneSnapshot: 600.0,
+    SetLimits: 20.0,
 }
 TICKET_LIFETIME_S: Final = 3600
 CHANNELS_MAX: Final = 256
@@ -164,6 +167,8 @@ def _about(given: GiveOrder) -> dict[str, object]:
         "order": type(order).__name__, "node": given.node, "volume": header.volume,
         "term": header.term, "epoch": header.epoch,
     }  # fmt: skip
+    if isinstance(order, SetLimits):
+        del found["volume"], found["epoch"]
     if isinstance(order, TakeSnapshots):
         del found["volume"]
         found["volumes"] = [one.order.volume for one in order.orders]
@@ -213,6 +218,9 @@ async def _call(  # noqa: PLR0911 - one return for each kind of order
                 timeout=timeout_s,
             )
             return Exported(check_text(cloned.path, "path"), check_number(cloned.size_bytes, "size_bytes"))
+        case SetLimits():
+            wanted = agent_pb2.SetLimitsRequest(header=header, change=change_to_proto(order.change))
+            return limits_from_proto((await stub.SetLimits(wanted, timeout=timeout_s)).limits)
 
 
 def _take_snapshot(header: agent_pb2.OrderHeader, order: TakeSnapshot) -> agent_pb2.TakeSnapshotRequest:
@@ -272,6 +280,7 @@ def _receive(header: agent_pb2.OrderHeader, order: Receive) -> agent_pb2.Receive
         ],
         replace_own_data=order.replace_own_data,
         replace_unrelated=order.replace_unrelated,
+        priority=order.priority,
     )
 
 

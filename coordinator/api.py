@@ -42,6 +42,7 @@ from coordinator.wire import (
     volume_refusal_to_proto,
 )
 from resilver.errors import Conflict, Exhausted, Invalid, NotFound, Refused
+from resilver.limits import NodeLimits
 from resilver.lineage import Snapshot
 from resilver.v1 import coordinator_pb2 as api
 from resilver.v1 import coordinator_pb2_grpc, volume_pb2
@@ -236,6 +237,17 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
             if asked.volumes and not request.validate_only:
                 await self._ask(asked, object)
             return api.ResumeVolumeResponse(volumes=self._volumes(asked.volumes))
+
+        return await self._once(request, run)
+
+    async def UpdateNode(self, request: api.UpdateNodeRequest, context: Context) -> api.UpdateNodeResponse:
+        asked = requests.limit(request, self._names(), principal_of(context))
+
+        async def run() -> api.UpdateNodeResponse:
+            if not request.validate_only:
+                await self._ask(asked, NodeLimits)
+            found = queries.get_node(self._office.engine(), api.GetNodeRequest(node=asked.node), self._office.now_ms())
+            return api.UpdateNodeResponse(node=found.node)
 
         return await self._once(request, run)
 

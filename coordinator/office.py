@@ -20,6 +20,7 @@ from coordinator.core.context import RefusedAgent
 from coordinator.core.events import Changed, Event, RefuseAgent, SendExamine, SendRecord
 from coordinator.core.requests import Request
 from coordinator.store.base import Health, Leader
+from resilver.limits import NodeLimits
 
 
 class Identity(Protocol):
@@ -53,6 +54,9 @@ class Engine(Protocol):
         """One volume, where fresh means connected. Raises `NotFound("VOLUME_NOT_FOUND")` with the nearest name."""
 
     def nodes(self) -> Mapping[str, NodeView]: ...
+
+    def limits(self, node: str) -> NodeLimits | None:
+        """What is allowed on a node; None while it is away."""
 
     def refused(self) -> Mapping[str, RefusedAgent]:
         """The agents that were turned away lately, by the names that they gave."""

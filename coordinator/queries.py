@@ -62,7 +62,7 @@ def _node(engine: Engine, name: str, now_ms: int) -> volume_pb2.Node:
     problems = views.problems_of_node(known, now_ms) if name in nodes else ()
     if refused is not None:
         problems = (refused.problem, *problems)
-    return node_to_proto(known, views.problems_to_proto(problems))
+    return node_to_proto(known, views.problems_to_proto(problems), engine.limits(name))
 
 
 def get_node(engine: Engine, request: api.GetNodeRequest, now_ms: int) -> api.GetNodeResponse:

@@ -42,6 +42,7 @@ from resilver.errors import Conflict, Exhausted, ResilverError, Superseded, Unav
 from resilver.fields import check_count, check_id, check_name, check_number, check_text, invalid
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from resilver.wire import PAGES_TOGETHER_MAX, ReportAssembler, is_whole, progress_from_proto, record_to_proto
+from resilver.wire_limits import limits_from_proto
 
 STREAMS_MAX: Final = 2000
 VOLUMES_MAX: Final = 10_000
@@ -239,7 +240,9 @@ class _Session:
                 self._check_volume(progress.volume, "resync.volume")
                 return [ProgressReported(stream, progress)]
             case "heartbeat":
-                return [AgentHeard(stream)]
+                told = message.heartbeat
+                limits = limits_from_proto(told.limits, "heartbeat.limits") if told.HasField("limits") else None
+                return [AgentHeard(stream, limits)]
             case "hello":
                 raise invalid("hello", "was said before: a stream has one")
             case _:
@@ -344,6 +347,7 @@ def read_hello(message: agent_pb2.ReportRequest, peer: str, stream: str, now_ms:
         store_id=check_id(hello.store_id, "hello.store_id", required=False),
         highest_term=check_number(hello.highest_term, "hello.highest_term"),
         highest_leader_id=check_id(hello.highest_leader_id, "hello.highest_leader_id", required=False),
+        limits=limits_from_proto(hello.limits, "hello.limits"),
     )
 
 

@@ -26,6 +26,7 @@ from coordinator.core.requests import (
     DropRequest,
     ElectRequest,
     ExportRequest,
+    LimitRequest,
     PauseRequest,
     PlanRequest,
     PruneRequest,
@@ -47,8 +48,10 @@ from resilver.fields import (
     check_text,
     invalid,
 )
+from resilver.limits import LimitChange
 from resilver.lineage import Origin
 from resilver.v1 import coordinator_pb2
+from resilver.wire_limits import change_from_proto
 
 VOLUMES_MAX: Final = 1000
 NODES_MAX: Final = 256
@@ -208,6 +211,13 @@ def pause(message: coordinator_pb2.PauseVolumeRequest, names: Names, principal: 
 
 def resume(message: coordinator_pb2.ResumeVolumeRequest, names: Names, principal: str) -> PauseRequest:
     return PauseRequest(names.volumes_or_all(message.volumes, every=message.all), None, principal)
+
+
+def limit(message: coordinator_pb2.UpdateNodeRequest, names: Names, principal: str) -> LimitRequest:
+    node, change = names.node(message.node), change_from_proto(message.limits)
+    if change == LimitChange(duration_s=change.duration_s):
+        raise invalid("limits", "change nothing: set a cap, or clear to end what was ordered before")
+    return LimitRequest(node, change, principal)
 
 
 def remove_replica(message: coordinator_pb2.RemoveReplicaRequest, names: Names, principal: str) -> RemoveRequest:

@@ -33,9 +33,11 @@ from coordinator.core.cluster import (
 from coordinator.core.requests import Planned, Pruned, ResyncsStarted, VolumeRefusal
 from resilver.errors import ResilverError
 from resilver.fields import LIVE_STATES, NOTE_CHARS_MAX, RESYNC_STATES, TEXT_CHARS_MAX
+from resilver.limits import NodeLimits
 from resilver.v1 import coordinator_pb2, error_pb2, volume_pb2
 from resilver.volume import Progress, ResyncState, SourceShare
 from resilver.wire import SOURCES_MAX, cp_to_proto, time_to_proto
+from resilver.wire_limits import limits_to_proto
 
 ENTRIES_MAX: Final = 256
 """Nodes, candidates, losses or preserved copies in one message."""
@@ -350,7 +352,9 @@ def event_to_proto(event: ClusterEvent) -> volume_pb2.Event:
     )
 
 
-def node_to_proto(node: NodeView, problems: Iterable[volume_pb2.Problem] = ()) -> volume_pb2.Node:
+def node_to_proto(
+    node: NodeView, problems: Iterable[volume_pb2.Problem] = (), limits: NodeLimits | None = None
+) -> volume_pb2.Node:
     return volume_pb2.Node(
         name=node.name,
         reachable=node.reachable,
@@ -360,6 +364,7 @@ def node_to_proto(node: NodeView, problems: Iterable[volume_pb2.Problem] = ()) -
         report_time=time_or_unset(node.last_heard_ms),
         volume_count=len(node.volumes),
         problems=problems,
+        limits=None if limits is None else limits_to_proto(limits),
     )
 
 

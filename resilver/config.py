@@ -70,6 +70,7 @@ IoPriority = Literal["normal", "idle"]
 
 Count = Annotated[int, Meta(ge=1, le=1024)]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 62)]
+Priority = Annotated[int, Meta(ge=-1_000_000, le=1_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 
 
@@ -109,17 +110,19 @@ class VolumeConfig(Struct, frozen=True, kw_only=True):
 
     `path` is what the backend calls the live copy: a file, a subvolume, `pool/dataset`, `vg/lv`. `adopt` are patterns
     of snapshots that other tools have made or received, beside those that the live copy itself shows.
-    Volumes of one node with the same `group` are snapshotted together.
+    Volumes of one node with the same `group` are snapshotted together. `priority` is the node's in an election,
+    `resync_priority` the volume's among resyncs that wait for a place: the highest that any of its nodes says.
     """
 
     name: str
     backend: str
     path: Path
-    priority: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)] = 0
+    priority: Priority = 0
     snapshot_dir: Path = Path()
     keep_last: Annotated[int, Meta(ge=1, le=10_000)] = 16
     adopt: tuple[str, ...] = ()
     group: str = ""
+    resync_priority: Priority = 0
     hooks: Hooks = NO_HOOKS
 
 
@@ -212,6 +215,7 @@ RELOADABLE_AGENT: Final = frozenset(
         "volumes.priority",
         "volumes.keep_last",
         "volumes.group",
+        "volumes.resync_priority",
         "volumes.hooks",
     }
 )

@@ -33,6 +33,9 @@ class NodeLimits:
     send_max_count: int = 0
 
 
+NOT_KNOWN: Final = NodeLimits()
+
+
 @dataclass(frozen=True, slots=True)
 class LimitChange:
     """What an operator orders. None: as it is. `clear`: what the file says counts again, at once."""
@@ -48,3 +51,15 @@ def rate_fault(bytes_s: int) -> str:
     if bytes_s == 0 or RATE_MIN_BYTES_S <= bytes_s <= RATE_MAX_BYTES_S:
         return ""
     return f"should be 0 (no cap), or at least {RATE_MIN_BYTES_S} bytes a second, and is {bytes_s}"
+
+
+def described(change: LimitChange) -> str:
+    """What an operator ordered, in words."""
+    rates = {"receive": change.receive_bytes_s, "send": change.send_bytes_s}
+    parts = [
+        f"{side} {f'{rate} bytes/s' if rate else 'without a cap'}" for side, rate in rates.items() if rate is not None
+    ]
+    said = ["as its file says"] if change.clear else []
+    if parts:
+        said.append(f"{', '.join(parts)}, for {change.duration_s} s")
+    return "; then ".join(said) or "unchanged"

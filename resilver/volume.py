@@ -127,6 +127,7 @@ class ReplicaReport:
     problems: tuple[str, ...] = ()
     examine_time_ms: int = 0
     group: str = ""
+    resync_priority: int = 0
     others: tuple[Snapshot, ...] = ()
 
 

@@ -315,6 +315,7 @@ def report_to_proto(report: ReplicaReport, *, node: str = "") -> volume_pb2.Repl
         reflink=report.reflink,
         group=report.group,
         others=_others_that_fit(report),
+        resync_priority=report.resync_priority,
     )
 
 
@@ -344,6 +345,7 @@ def report_from_proto(
         examine_time_ms=time_from_proto(message.examine_time, f"{field}.examine_time"),
         group=check_name(message.group, f"{field}.group") if message.group else "",
         others=tuple(snapshot_from_proto(one, f"{field}.others[{index}]") for index, one in enumerate(message.others)),
+        resync_priority=message.resync_priority,
     )
 
 
@@ -516,13 +518,14 @@ def order_to_proto(order: Order) -> agent_pb2.OrderHeader:
     )
 
 
-def order_from_proto(message: agent_pb2.OrderHeader, field: str = "header") -> Order:
+def order_from_proto(message: agent_pb2.OrderHeader, field: str = "header", *, of_volume: bool = True) -> Order:
+    """Not `of_volume`: it is about the node itself, and names none."""
     return Order(
         cluster=check_name(message.cluster, f"{field}.cluster"),
         store_id=check_id(message.store_id, f"{field}.store_id"),
         term=check_number(message.term, f"{field}.term", least=1),
         leader_id=check_id(message.leader_id, f"{field}.leader_id"),
-        volume=check_name(message.volume, f"{field}.volume"),
+        volume=check_name(message.volume, f"{field}.volume") if of_volume else "",
         volume_id=check_id(message.volume_id, f"{field}.volume_id", required=False),
         epoch=check_number(message.epoch, f"{field}.epoch"),
         epoch_id=check_id(message.epoch_id, f"{field}.epoch_id", required=False),

@@ -322,8 +322,9 @@ class VolumePlan:
 class Resync:
     """Bringing one replica to one snapshot, as the store keeps it (`resyncs/<volume>/<id>`).
 
-    Only `state`, the times and the counts change after it is made. `held_before`: the goal was in the replica's
-    lineage from the start (only its live copy is to be set right).
+    Only `state`, the times, the counts and the order of the sources change after it is made. `held_before`: the goal
+    was in the replica's lineage from the start (only its live copy is to be set right). The higher `priority` begins
+    first.
     """
 
     id: str
@@ -341,6 +342,7 @@ class Resync:
     progress: Progress | None = None
     refusal: Refusal | None = None
     held_before: bool = False
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

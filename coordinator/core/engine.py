@@ -47,6 +47,7 @@ from coordinator.core.requests import (
     DropRequest,
     ElectRequest,
     ExportRequest,
+    LimitRequest,
     PauseRequest,
     Planned,
     PlanRequest,
@@ -61,6 +62,7 @@ from coordinator.core.requests import (
 )
 from coordinator.core.tasks import Flow, Task, at_once, join
 from resilver.errors import Conflict, Invalid, NotFound, Refused, ResilverError
+from resilver.limits import NodeLimits
 from resilver.volume import ResyncState
 
 FLOW_MAX_MS: Final = 15 * 60 * 1000
@@ -105,6 +107,10 @@ class Engine:
     def nodes(self) -> Mapping[str, NodeView]:
         return self._context.nodes
 
+    def limits(self, node: str) -> NodeLimits | None:
+        """What is allowed on a node; None while it is away."""
+        return self._context.limits.get(node) if self._context.reachable(node) else None
+
     def refused(self) -> Mapping[str, RefusedAgent]:
         """The agents that were turned away lately, by the names that they gave."""
         return self._context.refused
@@ -143,7 +149,7 @@ class Engine:
             case AgentDisconnected():
                 hearing.disconnected(context, event.stream)
             case AgentHeard():
-                hearing.heard_from(context, event.stream)
+                hearing.heartbeat(context, event)
             case ReplicaReported():
                 hearing.reported(context, event)
             case ProgressReported():
@@ -184,6 +190,7 @@ class Engine:
             PauseRequest: self._pause,
             RemoveRequest: self._remove,
             AdoptStoreRequest: self._adopt,
+            LimitRequest: partial(upkeep.limit, self._context),
         }
         return (yield from handlers[type(request)](request))
 

@@ -18,6 +18,7 @@ from coordinator.core.cluster import (
 from coordinator.core.orders import AnyOrder, OrderResult
 from coordinator.core.requests import Request
 from resilver.errors import ResilverError
+from resilver.limits import NOT_KNOWN, NodeLimits
 from resilver.volume import Progress, ReplicaReport, VolumeRecord
 
 
@@ -34,6 +35,7 @@ class AgentConnected:
     store_id: str
     highest_term: int
     highest_leader_id: str = ""
+    limits: NodeLimits = NOT_KNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,10 @@ class AgentDisconnected:
 
 @dataclass(frozen=True, slots=True)
 class AgentHeard:
-    """A heartbeat."""
+    """A heartbeat, with what is allowed on the node where that has changed."""
 
     stream: str
+    limits: NodeLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from coordinator.core.cluster import NodeView
 from coordinator.core.context import Context, Heard, RefusedAgent
 from coordinator.core.events import (
     AgentConnected,
+    AgentHeard,
     Forgotten,
     ProgressReported,
     RaiseTerm,
@@ -58,6 +59,7 @@ def connected(context: Context, event: AgentConnected) -> None:
         _store_forgot(context, event)
         context.emit(RaiseTerm(event.highest_term))
     context.open_stream(event.stream, node)
+    context.allow(node.name, event.limits)
     boots = {one.boot for one in context.streams.of(node.name).values()}
     known = context.nodes.get(node.name)
     if len(boots) > 1:
@@ -151,6 +153,13 @@ def disconnected(context: Context, stream: str) -> None:
     context.tasks.touch(f"node:{name}")
     for volume in known.volumes:
         context.changed(volume)
+
+
+def heartbeat(context: Context, event: AgentHeard) -> None:
+    heard_from(context, event.stream)
+    name = context.speaker(event.stream).name
+    if name and event.limits is not None:
+        context.allow(name, event.limits)
 
 
 def heard_from(context: Context, stream: str) -> None:

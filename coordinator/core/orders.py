@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from coordinator.core.cluster import (
     Size,
 )
+from resilver.limits import LimitChange, NodeLimits
 from resilver.lineage import Snapshot
 from resilver.volume import Order, Progress, VolumeRecord
 
@@ -68,6 +69,7 @@ class Receive:
     sources: tuple[Source, ...]
     replace_own_data: bool = False
     replace_unrelated: bool = False
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,24 @@ class CloneSnapshot:
     writable: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class SetLimits:
+    """Of a node, for a while; its order names no volume."""
+
+    order: Order
+    change: LimitChange
+
+
 AnyOrder = (
-    OpenEpoch | TakeSnapshot | TakeSnapshots | PrepareSend | Receive | StopTransfer | DropSnapshot | CloneSnapshot
+    OpenEpoch
+    | TakeSnapshot
+    | TakeSnapshots
+    | PrepareSend
+    | Receive
+    | StopTransfer
+    | DropSnapshot
+    | CloneSnapshot
+    | SetLimits
 )
 
 
@@ -127,4 +145,4 @@ class Done:
     """An order that has nothing to tell."""
 
 
-OrderResult = Taken | TakenTogether | Size | Progress | Exported | Dropped | Done
+OrderResult = Taken | TakenTogether | Size | Progress | Exported | Dropped | NodeLimits | Done

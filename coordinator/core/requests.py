@@ -10,6 +10,7 @@ from coordinator.core.cluster import (
     Resync,
     VolumePlan,
 )
+from resilver.limits import LimitChange
 from resilver.lineage import Snapshot
 
 
@@ -128,6 +129,15 @@ class AdoptStoreRequest:
     principal: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LimitRequest:
+    """Caps of a node for a while."""
+
+    node: str
+    change: LimitChange
+    principal: str = ""
+
+
 Request = (
     ResyncRequest
     | PlanRequest
@@ -140,6 +150,7 @@ Request = (
     | PauseRequest
     | RemoveRequest
     | AdoptStoreRequest
+    | LimitRequest
 )
 
 # ---------------------------------------------------------------- answers

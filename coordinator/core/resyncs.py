@@ -17,6 +17,7 @@ from coordinator.core.cluster import (
 )
 from coordinator.core.context import Context
 from coordinator.core.orders import PrepareSend, Receive, Source
+from coordinator.core.places import Busy, priority_of
 from coordinator.core.tasks import Flow, Wait
 from resilver.errors import ResilverError, Superseded, Unavailable
 from resilver.volume import Progress, ResyncState
@@ -60,6 +61,7 @@ def begin(context: Context, volume: str, row: ReplicaPlan, principal: str) -> Re
         term=context.identity.term,
         create_time_ms=context.now_ms,
         held_before=lineage.find(row.target) is not None,
+        priority=priority_of(context.view(volume)),
     )
     context.persist(resync)
     context.tell(
@@ -79,12 +81,14 @@ def lead(context: Context, resync_id: str) -> Flow[None]:
 
     def place() -> bool:
         known = context.resyncs
-        return known[resync_id].state is not S.QUEUED or known.running < context.settings.resyncs_max
+        return known[resync_id].state is not S.QUEUED or context.may_begin(resync_id)
 
     yield Wait(frozenset({"slots", f"resync:{resync_id}"}), place, context.now_ms + context.settings.queued_max_ms)
     resync = context.resyncs[resync_id]
     if resync.state is S.QUEUED:
-        advance(context, resync, S.PREPARING)
+        # Whom it asks first is decided now, by what each serves now; the plan has said only who can.
+        sources = Busy.with_all(context.resyncs.running()).in_order(resync.plan.sources)
+        advance(context, replace(resync, plan=replace(resync.plan, sources=sources)), S.PREPARING)
     heard_ms = context.now_ms
     while not context.resyncs[resync_id].state.final:
         resync = context.resyncs[resync_id]
@@ -127,6 +131,7 @@ def _order(context: Context, resync: Resync) -> Flow[ResilverError | None]:
         tuple(sources.values()),
         replace_own_data=row.replace_own_data,
         replace_unrelated=row.replace_unrelated,
+        priority=resync.priority,
     )
     if context.reachable(resync.node):
         context.persist(replace(context.resyncs[resync.id], attempt_count=resync.attempt_count + 1))

@@ -8,7 +8,7 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from coordinator.core.cluster import NodeView, Resync
@@ -83,22 +83,55 @@ class Streams(dict[str, NodeView]):
 
 
 class Resyncs(dict[str, Resync]):
-    """Every resync that is kept, by id. `running` is how many have a place."""
+    """Every resync that is kept, by id. `changes` counts what may change which of those that wait begin next, and
+    `come` are those that have begun to wait since that was last worked out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._of: dict[str, dict[str, None]] = {}
-        self.running = 0
+        self._running: dict[str, None] = {}
+        self._queued: dict[int, dict[str, None]] = {}
+        self.changes = 0
+        self.come: list[Resync] = []
 
     def put(self, resync: Resync) -> None:
         old = self.get(resync.id)
-        self.running += (resync.state in RUNNING) - (old is not None and old.state in RUNNING)
         self[resync.id] = resync
         self._of.setdefault(resync.volume, {})[resync.id] = None
+        if old is not None and old.state is resync.state:
+            return
+        if resync.state is ResyncState.QUEUED:
+            self._queued.setdefault(resync.priority, {})[resync.id] = None
+            self.come.append(resync)
+            return
+        self._forget_place(old)
+        if resync.state in RUNNING:
+            self._running[resync.id] = None
+
+    def running(self) -> list[Resync]:
+        """Those that have a place."""
+        return [self[one] for one in self._running]
+
+    def queued(self) -> Iterator[Resync]:
+        """Those that wait for one: the higher priority first, then the first come."""
+        for priority in sorted(self._queued, reverse=True):
+            for one in self._queued[priority]:
+                yield self[one]
+
+    def _forget_place(self, old: Resync | None) -> None:
+        self.changes += 1
+        if old is None:
+            return
+        self._running.pop(old.id, None)
+        waiting = self._queued.get(old.priority, {})
+        waiting.pop(old.id, None)
+        if not waiting:
+            self._queued.pop(old.priority, None)
 
     def drop(self, resync_id: str) -> None:
         resync = self.pop(resync_id)
-        self.running -= resync.state in RUNNING
+        self._forget_place(resync)
         there = self._of[resync.volume]
         del there[resync_id]
         if not there:

@@ -13,11 +13,12 @@ from coordinator.core.context import Context, nearest
 from coordinator.core.decide import examine, learn, settle
 from coordinator.core.election import elect
 from coordinator.core.events import DeletedNode, Volume
-from coordinator.core.orders import CloneSnapshot, Dropped, DropSnapshot, Exported, Taken
+from coordinator.core.orders import CloneSnapshot, Dropped, DropSnapshot, Exported, SetLimits, Taken
 from coordinator.core.points import groups, take_snapshot, take_together
 from coordinator.core.requests import (
     DropRequest,
     ExportRequest,
+    LimitRequest,
     PauseRequest,
     Pruned,
     PruneRequest,
@@ -30,6 +31,7 @@ from coordinator.core.resyncs import refusal_of
 from coordinator.core.status import status_of
 from coordinator.core.tasks import Flow, join
 from resilver.errors import NotFound, Refused, ResilverError
+from resilver.limits import NodeLimits, described
 from resilver.lineage import Origin, Snapshot
 
 PRUNED_AT_ONCE_MAX: Final = 4
@@ -277,6 +279,20 @@ def export(context: Context, request: ExportRequest) -> Flow[Exported]:
     if isinstance(answer, ResilverError):
         raise answer
     assert isinstance(answer, Exported)
+    return answer
+
+
+def limit(context: Context, request: LimitRequest) -> Flow[NodeLimits]:
+    """Caps a node for a while. The node keeps that itself, because it has to hold without a coordinator too."""
+    require_node(context, request.node)
+    order = SetLimits(context.header(), request.change)
+    answer = (yield from context.give({request.node: order}))[request.node]
+    if isinstance(answer, ResilverError):
+        raise answer
+    assert isinstance(answer, NodeLimits)
+    context.allow(request.node, answer)
+    said = described(request.change)
+    context.tell("LIMITED", f"{request.node}: {said}", node=request.node, principal=request.principal)
     return answer
 
 

@@ -50,6 +50,7 @@ SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "pause": ("pause:pause", "Holds back resyncs of volumes."),
         "unpause": ("pause:unpause", "Lets them go on."),
         "cancel": ("resync:cancel", "Ends running resyncs."),
+        "limit": ("limit", "Caps what mirroring moves on a node, for a while."),
         "export": ("snapshots:export", "Copies a snapshot or a preserved copy out."),
         "drop": ("snapshots:drop", "Lets a snapshot or a preserved copy go."),
         "prune": ("snapshots:prune", "Lets the oldest snapshots of a volume go."),

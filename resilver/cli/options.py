@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from resilver.limits import rate_fault
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COORDINATOR_DEFAULT: Final = "127.0.0.1:7400"
 _META: Final = "resilver.options"
 _GLOBALS: Final = ("coordinator", "output", "timeout", "yes")
+_RATE: Final = re.compile(
+    r"(?P<number>[0-9]{1,15}(?:\.[0-9]+)?) ?(?P<unit>(?P<prefix>[kKMGT])?(?P<binary>(?<=[kKMGT])i)?B(?:/s)?)?"
+)
 _SPAN: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)?")
 _SPAN_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 
@@ -48,6 +53,27 @@ class Span(click.ParamType[float]):
 
 
 SPAN: Final = Span()
+
+
+class Rate(click.ParamType[int]):
+    """Bytes a second: `50MB`, `50MiB`, `800kB`, `1.5GB`; 0 is no cap."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = _RATE.fullmatch(str(value).strip())
+        if match is None or (match["unit"] is None and float(match["number"])):
+            self.fail(f"{value!r} is no rate; write it like 50MB, 50MiB or 800kB a second, or 0 for none", param, ctx)
+        power = "kmgt".find((match["prefix"] or "").lower()[:1] or "?") + 1
+        bytes_s = int(float(match["number"]) * float(1024 if match["binary"] else 1000) ** power)
+        if fault := rate_fault(bytes_s):
+            self.fail(f"{value!r} {fault}", param, ctx)
+        return bytes_s
+
+
+RATE: Final = Rate()
 
 
 def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

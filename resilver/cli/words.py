@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 KIB: Final = 1024
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_RATE_UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 _FINE_FROM: Final = 3
 """From GiB on, two decimals: a tenth of a GiB is too coarse to plan by."""
 
@@ -54,6 +55,14 @@ def state(name: str) -> Text:
 def size(count: int) -> str:
     """Bytes for a person: `0 B`, `234.9 MiB`, `1.31 GiB`, `96 GiB`."""
     return f"{_scaled(count, _unit(count)).removesuffix('.00')} {_UNITS[_unit(count)]}"
+
+
+def rate(bytes_s: int) -> str:
+    """A cap for a person, in the units of networks: `50 MB/s`, `1.5 GB/s`, `65.5 kB/s`."""
+    value, unit = float(bytes_s), 0
+    while value >= 1000 and unit < len(_RATE_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.1f}".removesuffix(".0") + f" {_RATE_UNITS[unit]}/s"
 
 
 def size_of(done: int, total: int, *, about: str = "") -> str:

@@ -60,9 +60,18 @@ def cluster():
 def nodes():
     return [
         pb.Node(name=name, reachable=True, address=f"{name}:7401", stream_address=f"{name}:7402", version="0.1.0",
-                report_time=at(1), volume_count=2)
+                report_time=at(1), volume_count=2, limits=limits(name))
         for name in "abc"
     ]  # fmt: skip
+
+
+def limits(node):
+    """The file caps what b receives, and an operator what it sends for another hour."""
+    found = pb.NodeLimits(receive=pb.Cap(), send=pb.Cap(), receive_max_count=2, send_max_count=4)
+    if node == "b":
+        found.receive.bytes_per_second = 52_428_800
+        found.send.CopyFrom(pb.Cap(bytes_per_second=800_000, until_time=at(-3600)))
+    return found
 
 
 def vm1():

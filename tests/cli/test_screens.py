@@ -38,6 +38,8 @@ SCREENS = {
     "elect_refused": lambda: election.screen(sample.election(refused=True), dry_run=True),
     "history": lambda: lists.history([sample.election(), sample.election(refused=True)]),
     "nodes": lambda: lists.nodes(sample.nodes(), sample.NOW),
+    "limits": lambda: lists.limits(sample.nodes()[1], sample.NOW),
+    "limits-none": lambda: lists.limits(sample.nodes()[0], sample.NOW),
     "volumes": lambda: lists.volumes([sample.vm1(), sample.db1()], sample.NOW),
     "resyncs": lambda: lists.resyncs(
         [

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from resilver.cli.plainjson import cp_text, word
 from resilver.cli.screens.layout import table
-from resilver.cli.words import age, clock, count, listing, seconds_of, short_id, since, size, state
+from resilver.cli.words import age, clock, count, listing, rate, seconds_of, short_id, since, size, state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,18 +35,58 @@ def volumes(items: Iterable[pb.Volume], now: float) -> Table:
     return rows
 
 
-def nodes(items: Iterable[pb.Node], now: float) -> Table:
-    rows = table("NODE", "STATE", "SEEN", "VOLUMES", "ADDRESS", "STREAM", "VERSION", "PROBLEMS", wrap=("PROBLEMS",))
+def nodes(items: Sequence[pb.Node], now: float) -> Table:
+    """The caps have a column only where there are some."""
+    capped = any(_caps(node, now) for node in items)
+    limits = ["LIMITS"] if capped else []
+    columns = ("NODE", "STATE", "SEEN", "VOLUMES", *limits, "ADDRESS", "STREAM", "VERSION", "PROBLEMS")
+    rows = table(*columns, wrap=("LIMITS", "PROBLEMS"))
     for node in items:
         rows.add_row(
             Text(node.name, style="bold"),
             Text("reachable", style="green") if node.reachable else Text("away", style="red"),
             since(node.report_time, now),
             str(node.volume_count),
+            *([_caps(node, now) or "-"] if capped else []),
             node.address or "-",
             node.stream_address or "-",
             node.version or "-",
             "; ".join(f"{problem.reason}: {problem.message}" for problem in node.problems) or "-",
+        )
+    return rows
+
+
+def _caps(node: pb.Node, now: float) -> str:
+    """`in 50 MB/s, out 800 kB/s for 1h`; empty where nothing is capped, and by nobody's order."""
+    said = []
+    for way, cap in (("in", node.limits.receive), ("out", node.limits.send)):
+        left = f" for {age(seconds_of(cap.until_time) - now)}" if cap.until_time.seconds else ""
+        if cap.bytes_per_second or left:
+            said.append(f"{way} {_rate(cap)}{left}")
+    return ", ".join(said)
+
+
+def _rate(cap: pb.Cap) -> str:
+    return rate(cap.bytes_per_second) if cap.bytes_per_second else "no cap"
+
+
+def limits(node: pb.Node, now: float) -> Table:
+    """What holds on one node, each way, and until when."""
+    rows = table("NODE", "", "CAP", "UNTIL", "AT ONCE")
+    known = node.HasField("limits")
+    ways = (
+        ("in", node.limits.receive, node.limits.receive_max_count),
+        ("out", node.limits.send, node.limits.send_max_count),
+    )
+    for way, cap, at_once in ways:
+        ordered = cap.until_time.seconds
+        until = seconds_of(cap.until_time)
+        rows.add_row(
+            Text(node.name, style="bold"),
+            way,
+            _rate(cap) if known else "not known: it is away",
+            f"{clock(until)} ({age(until - now)} left)" if ordered else "its file says otherwise" if known else "-",
+            str(at_once or "-"),
         )
     return rows
 

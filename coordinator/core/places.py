@@ -1,0 +1,94 @@
+"""Which resyncs begin, and whom each asks first: no node is swamped, and none is idle while there is work for it.
+
+The rules:
+
+* So many run at once in the cluster (`resyncs_max`), and on a target no more than it takes (`receive_max_count`). One
+  begins only if the least busy of its sources has room (`send_max_count`). Those who are passed over for a node that is
+  full do not hold up others.
+* The higher priority goes first, and among equals the first come. A volume's is the highest that any node says of it.
+* The sources stand in a plan in a fixed order, and are asked in that of what each serves at the moment a resync begins:
+  a plan does not change with the load.
+
+Pure: what runs, and what nodes allow, in; ids and names out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from resilver.limits import NOT_KNOWN
+
+if TYPE_CHECKING:
+    from coordinator.core.cluster import Resync, VolumeView
+    from resilver.limits import NodeLimits
+
+
+@dataclass(slots=True)
+class Busy:
+    """How many resyncs run, and how many of them each node receives and serves."""
+
+    running: int = 0
+    receiving: Counter[str] = field(default_factory=Counter)
+    serving: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def with_all(cls, resyncs: Iterable[Resync]) -> Busy:
+        busy = cls()
+        for resync in resyncs:
+            busy.add(resync, resync.plan.sources)
+        return busy
+
+    def add(self, resync: Resync, sources: Sequence[str]) -> None:
+        """One that runs. Who sends is what its target tells; before it does, whoever it was to ask first."""
+        self.running += 1
+        self.receiving[resync.node] += 1
+        shares = resync.progress.sources if resync.progress is not None else ()
+        sending = {share.node for share in shares if share.bytes_per_second}
+        self.serving.update(sending or sources[:1])
+
+    def in_order(self, sources: Sequence[str]) -> tuple[str, ...]:
+        """Whoever serves the fewest first; among equals as they stood."""
+        return tuple(sorted(sources, key=lambda node: self.serving[node]))
+
+    def has_room(self, resync: Resync, limits: Mapping[str, NodeLimits]) -> bool:
+        """Whether its target and its least busy source can take one more; a count of 0 is no bound.
+
+        A target that has said nothing in this reign is waited for: it would hold a place, and cannot be told anything.
+        """
+        if resync.node not in limits:
+            return False
+        receive_max = limits[resync.node].receive_max_count
+        if receive_max and self.receiving[resync.node] >= receive_max:
+            return False
+        for node in self.in_order(resync.plan.sources)[:1]:
+            send_max = limits.get(node, NOT_KNOWN).send_max_count
+            return not send_max or self.serving[node] < send_max
+        return True
+
+
+@dataclass(slots=True)
+class Turns:
+    """Who begins next, as long as nothing else changes; those who come meanwhile take what room is left."""
+
+    busy: Busy
+    limits: Mapping[str, NodeLimits]
+    resyncs_max: int
+    begin: set[str] = field(default_factory=set)
+
+    def consider(self, queued: Iterable[Resync]) -> None:
+        """In the order in which they go."""
+        for resync in queued:
+            if self.busy.running >= self.resyncs_max:
+                return
+            if self.busy.has_room(resync, self.limits):
+                self.begin.add(resync.id)
+                self.busy.add(resync, self.busy.in_order(resync.plan.sources))
+
+
+def priority_of(view: VolumeView) -> int:
+    """The highest that any node says of the volume."""
+    said = [one.report.resync_priority for one in view.replicas.values() if one.report is not None]
+    return max(said, default=0)
