@@ -87,7 +87,7 @@ def delta(asked: Asked) -> Case:
     case = Case(
         "delta",
         "A delta, cold",
-        f"1 % of {asked.image_bytes / GIB:g} GiB of incompressible data changed in {count:,} scattered blocks of "
+        f"1 % of {data.amount(asked.image_bytes)} of incompressible data changed in {count:,} scattered blocks of "
         "4 KiB; caches dropped before each run; from one XFS (for Btrfs: one Btrfs) to another, each on a loop device; "
         "the target's file system is synced within the time.",
         count * BLOCK,
@@ -153,7 +153,7 @@ def first_copy(asked: Asked) -> Case:
     case = Case(
         "first-copy",
         "A first copy, warm, to memory",
-        f"{asked.image_bytes / GIB:g} GiB of incompressible data, read into the cache before each run, from XFS on a "
+        f"{data.amount(asked.image_bytes)} of incompressible data, read into the cache before each run, from XFS on a "
         "loop device to a tmpfs, where a sync costs nothing.",
         asked.image_bytes,
     )
@@ -194,7 +194,7 @@ def selecting(asked: Asked) -> Case:
     case = Case(
         "selecting",
         "Selecting the changed ranges",
-        f"An image on XFS with {asked.image_bytes / GIB:g} GiB of data, in which {count:,} scattered blocks were "
+        f"An image on XFS with {data.amount(asked.image_bytes)} of data, in which {count:,} scattered blocks were "
         f"changed between two snapshots, and one of {FACTOR} times its size with the same data and the same changes; "
         "the second snapshot has two extents for each change. Cold: the caches were dropped.",
         count * BLOCK,
@@ -225,7 +225,7 @@ def killed(asked: Asked) -> Case:
     case = Case(
         "killed",
         "The target is killed at half",
-        f"A volume of {size // MIB} MiB on a cluster of a coordinator and two agents, from one XFS to another. Once "
+        f"A volume of {data.amount(size)} on a cluster of a coordinator and two agents, from one XFS to another. Once "
         "half of a delta has arrived the target is killed with SIGKILL and started again; it goes on where its journal "
         "ends. The source is capped, so that there is a half to wait for.",
         size // 4,
@@ -252,7 +252,7 @@ def sources(asked: Asked) -> Case:
     case = Case(
         "sources",
         "Two sources against one",
-        f"A volume of {size // MIB} MiB on a cluster of a coordinator and three agents, each of which sends at most "
+        f"A volume of {data.amount(size)} on a cluster of a coordinator and three agents, each of which sends at most "
         f"{cap / 1e6:g} MB/s; half of it has changed while the target was away. The rate is that of the middle part.",
         size // 2,
     )

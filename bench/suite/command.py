@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.suite.data import Images, change, clone, remove
-from bench.suite.measure import Used, Watch, cpu_s
+from bench.suite.measure import Used, Watch, children_cpu_s, cpu_s
 from tests.cluster import Cluster
 
 VOLUME: Final = "vm1"
@@ -54,19 +54,19 @@ class Standing:
 
     def resync(self) -> Used:
         """The command, with what all daemons used meanwhile."""
-        before = sum(cpu_s(pid) for pid in self.pids())
+        before = sum(cpu_s(pid) for pid in self.pids()) + children_cpu_s()
         with Watch(*(self.made.processes[node].pid for node in self.directories)) as watch:
             started: dict[str, Any] = self.made.ok("resync", VOLUME, timeout_s=_RESYNC_TIMEOUT_S)
         runs = started["resyncs"]
         if not runs or any(run["state"] != "SUCCEEDED" for run in runs):
             raise RuntimeError(f"the resync has not succeeded: {runs}")
-        used = sum(cpu_s(pid) for pid in self.pids()) - before
+        used = sum(cpu_s(pid) for pid in self.pids()) + children_cpu_s() - before
         stream_bytes = sum(run["wire_bytes"] for run in runs)
         return Used(used, watch.peak_bytes, parts={"stream_bytes": stream_bytes})
 
 
 class Command:
-    """What both kinds of it have in common. CPU is the daemons', without the command's own half second."""
+    """What both kinds of it have in common."""
 
     name = "resilver resync, the whole command"
     how = (

@@ -29,6 +29,11 @@ _DISK_BYTES_MIN: Final = 512 * MIB  # mkfs.xfs takes no less than 300 MiB
 POOL_BYTES_MIN: Final = 128 * MIB
 
 
+def amount(count: int) -> str:
+    """So many bytes, for people."""
+    return f"{count / GIB:g} GiB" if count >= GIB else f"{count / MIB:g} MiB"
+
+
 def run(*command: str | Path, timeout_s: float = TOOL_TIMEOUT_S) -> str:
     """Runs a command that is not measured and answers its output; its errors go into the exception."""
     words = [str(part) for part in command]
@@ -79,19 +84,25 @@ def attach(image: Path) -> str:
 
 @contextlib.contextmanager
 def disk(work: Path, name: str, kind: str, size_bytes: int) -> Iterator[Disk]:
-    """A file system of `kind` (xfs, btrfs) in a sparse file below `work`."""
+    """A file system of `kind` (xfs, btrfs) in a sparse file below `work`.
+
+    The file has no name any more once it is attached, and the device goes with its last mount, which goes with this
+    process's namespace and whoever is in it: so a suite that is killed leaves neither mounts nor disks behind.
+    """
     image, point = work / f"{name}.disk", work / name
     point.mkdir()
     with image.open("wb") as file:
         file.truncate(max(size_bytes, _DISK_BYTES_MIN))
     with contextlib.ExitStack() as stack:
-        stack.callback(image.unlink)
+        stack.callback(image.unlink, missing_ok=True)
         device = attach(image)
-        stack.callback(run, "losetup", "--detach", device)
-        run(f"mkfs.{kind}", "-q", "-f", device)
-        run("mount", device, point)
-        # Lazily: a run that failed may hold a file open, and the mount namespace ends with this process anyway.
-        stack.callback(run, "umount", "--lazy", point)
+        image.unlink()
+        with contextlib.ExitStack() as attached:
+            attached.callback(run, "losetup", "--detach", device)  # while it is mounted: once it is no more
+            run(f"mkfs.{kind}", "-q", "-f", device)
+            run("mount", device, point)
+            # Lazily: a run that failed may hold a file open.
+            stack.callback(run, "umount", "--lazy", point)
         yield Disk(point, Path(device).name)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from bench.suite.data import MIB, clone, remove
+from bench.suite.data import BLOCK, MIB, clone, remove
 from bench.suite.measure import Used, Worker, answer, orders
 
 PIECE_BYTES: Final = 4 * MIB
@@ -28,7 +28,15 @@ _MODULE: Final = "bench.suite.limit"
 
 
 def save_ranges(path: Path, offsets: Any, lengths: Any) -> None:
-    np.save(path, np.stack([np.asarray(offsets, dtype=np.int64), np.asarray(lengths, dtype=np.int64)]))
+    """Writes down what is to be copied, and a beginning of it beside it, for `rehearsal`."""
+    rows = np.stack([np.asarray(offsets, dtype=np.int64), np.asarray(lengths, dtype=np.int64)])
+    np.save(path, rows)
+    np.save(rehearsal(path), np.minimum(rows[:, :1], [[np.iinfo(np.int64).max], [BLOCK]]))
+
+
+def rehearsal(path: Path) -> Path:
+    """The first block of the ranges in such a file, as another file."""
+    return path.with_suffix(".first.npy")
 
 
 def pieces(path: Path) -> list[tuple[int, int]]:
@@ -58,12 +66,18 @@ class Limit:
         return ""
 
     def before(self) -> None:
+        self._workers = [Worker(_MODULE, "serve"), Worker(_MODULE, "receive")]
+        self._prepare(rehearsal(self._ranges))  # so that the program itself is in memory
+        self.run()
+        self._prepare(self._ranges)
+
+    def _prepare(self, ranges: Path) -> None:
         remove(self._target)
         if self._base is not None:
             clone(self._base, self._target)
-        serve, receive = self._workers = [Worker(_MODULE, "serve"), Worker(_MODULE, "receive")]
-        self._port = serve.tell(path=str(self._source), ranges=str(self._ranges))["port"]
-        receive.tell(path=str(self._target), ranges=str(self._ranges), size=self._source.stat().st_size)
+        serve, receive = self._workers
+        self._port = serve.tell(path=str(self._source), ranges=str(ranges))["port"]
+        receive.tell(path=str(self._target), ranges=str(ranges), size=self._source.stat().st_size)
 
     def run(self) -> Used:
         _, receive = self._workers
@@ -92,7 +106,8 @@ def serve() -> None:
         taken, _ = listener.accept()
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         ahead = threading.Semaphore(min(AHEAD_PIECES, max(1, AHEAD_BYTES // max(length for _, length in todo))))
-        threading.Thread(target=announce, args=(fd, todo, ahead), daemon=True).start()
+        announcing = threading.Thread(target=announce, args=(fd, todo, ahead))
+        announcing.start()
         for offset, length in todo:
             at, end = offset, offset + length
             while at < end:
@@ -100,6 +115,7 @@ def serve() -> None:
             ahead.release()
         taken.close()
         listener.close()
+        announcing.join()
         os.close(fd)
 
 

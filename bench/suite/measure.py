@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import select
 import subprocess
 import sys
@@ -35,6 +36,7 @@ SLOW_S: Final = 60.0
 SLOW_ROUNDS: Final = 2
 WORKER_TIMEOUT_S: Final = 600.0
 NOT_COUNTED: Final = -1
+DIES_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL")  # before a command: it must not outlive this process
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _SAMPLE_S: Final = 0.05
 
@@ -198,6 +200,12 @@ def cpu_s(pid: int) -> float:
     return sum(int(rest[column]) for column in (11, 12, 13, 14)) / _TICKS
 
 
+def children_cpu_s() -> float:
+    """Of this process's children that have ended and were waited for: a command that was run meanwhile."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def peak_bytes(pid: int) -> int:
     """The largest resident set so far; 0 once the process has ended."""
     with contextlib.suppress(OSError, ProcessLookupError):
@@ -303,7 +311,7 @@ class Worker:
     """A Python process that is told a line and answers one: what starting it takes is not what is measured."""
 
     def __init__(self, module: str, role: str) -> None:
-        words = [sys.executable, "-m", module, role]
+        words = [*DIES_WITH_US, sys.executable, "-m", module, role]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def tell(self, **what: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.suite.data import Disk, Images, clone, remove, run
-from bench.suite.measure import NOT_COUNTED, Used, tool
+from bench.suite.measure import DIES_WITH_US, NOT_COUNTED, Used, tool
 from tests.zfsfs import running, unavailable
 
 PORT_TIMEOUT_S: Final = 20.0
@@ -50,7 +50,10 @@ class Daemon:
 
     def __init__(self, port: int, *words: str | Path) -> None:
         self.process = subprocess.Popen(
-            [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [*DIES_WITH_US, *(str(word) for word in words)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         end = time.monotonic() + PORT_TIMEOUT_S
         while True:

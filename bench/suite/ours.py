@@ -27,6 +27,7 @@ from agent.stream.link import SourceAddress
 from agent.stream.mapfile import JournalKey
 from agent.stream.receiver import Counters, receive, verify
 from agent.stream.sender import Authorize, BlockServer, ServedSnapshot
+from bench.suite.limit import rehearsal
 from bench.suite.measure import Used, Worker, answer, orders
 from resilver.address import Address
 from resilver.lineage import ConsistencyPoint
@@ -89,7 +90,7 @@ class Ours:
         self._port = serve.tell(directory=str(self._source.directory))["port"]
         size = self._source.data(self._goal).stat().st_size
         what = {"base": self._base, "target": self._goal, "size": size, "ranges": str(self._ranges)}
-        receive.tell(directory=str(self._target.directory), **what)
+        receive.tell(directory=str(self._target.directory), rehearse_from=self._port, **what)
 
     def run(self) -> Used:
         _, receive = self._workers
@@ -132,14 +133,24 @@ def receiving() -> None:
     for order in orders():
         if "directory" in order:
             backend = Replica(Path(order["directory"])).backend
-            delta = delta_of(Path(order["ranges"]), order["size"])
-            begun = time.perf_counter()
-            stage = backend.open_stage(order["base"], order["target"], order["size"])
-            journal = Journal.open(stage.directory, JournalKey.of(order["base"], order["target"], delta), delta)
-            opened = {"stage": stage, "delta": delta, "journal": journal}
-            answer(stage_s=time.perf_counter() - begun)
+            # A rehearsal, in a stage of its own, so that the program itself is in memory.
+            rehearsed = prepared(backend, order, rehearsal(Path(order["ranges"])))
+            moved(order["rehearse_from"], **rehearsed)
+            for each in ("journal", "stage"):
+                rehearsed[each].close()
+            backend.discard_stage()
+            opened = prepared(backend, order, Path(order["ranges"]))
+            answer()
             continue
         answer(**moved(order["port"], **opened))
+
+
+def prepared(backend: ImageBackend, order: dict[str, Any], ranges: Path) -> dict[str, Any]:
+    """A stage for these ranges, and its journal."""
+    delta = delta_of(ranges, order["size"])
+    stage = backend.open_stage(order["base"], order["target"], order["size"])
+    journal = Journal.open(stage.directory, JournalKey.of(order["base"], order["target"], delta), delta)
+    return {"stage": stage, "delta": delta, "journal": journal}
 
 
 def moved(port: int, stage: Any, delta: DeltaMap, journal: Journal) -> dict[str, float]:
