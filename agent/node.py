@@ -22,6 +22,7 @@ from agent.backends.kinds import make_backend
 from agent.deltas import Deltas
 from agent.disk.ioprio import io_priority
 from agent.examiner import ReplicaSettings
+from agent.few import PACE_S, Few
 from agent.identity import Identity
 from agent.limits import Caps
 from agent.outbox import Outbox
@@ -42,7 +43,8 @@ from resilver.rpc import add_health_and_reflection, bind, make_server, stop
 from resilver.v1 import agent_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+    from concurrent.futures import Future
 
     from agent.backends.base import SendStream, SnapshotReader
     from agent.stream.frame import Hello
@@ -88,6 +90,7 @@ class AgentNode:
         self._tickets: Final = Tickets(config.state_dir / "tickets.json")
         self._caps: Final = Caps(config.state_dir / "limits.json", config.limits)
         self._outbox: Final = Outbox(loop)
+        self._few: Final = Few(config.limits.disk_threads)
         self._received: Final = metrics.Received()
         self._runs: Final = Runs(
             config.state_dir / "runs",
@@ -113,6 +116,7 @@ class AgentNode:
         self._health: Any = None
         self._port = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self._starting: asyncio.Task[None] | None = None
 
     @property
     def config(self) -> AgentConfig:
@@ -139,8 +143,10 @@ class AgentNode:
         self._blocks.start()
         # Recovery is the first job of each volume's thread: whatever is asked comes after it, and one that hangs holds
         # up nobody else.
-        looked = [replica.worker.submit(replica.recover) for replica in self._replicas.values()]
-        looked += [replica.worker.submit(replica.check_config) for replica in self._replicas.values()]
+        for replica in self._replicas.values():
+            replica.worker.submit(replica.recover, later=True)
+        looked = [replica.worker.submit(replica.check_config, later=True) for replica in self._replicas.values()]
+        self._starting = asyncio.create_task(self._wake(looked))
         await self._refuse_mistakes([asyncio.wrap_future(each) for each in looked])
         await self._control.run(self._runs.resume)
         await self._server.start()
@@ -153,6 +159,7 @@ class AgentNode:
             outbox=self._outbox,
             control=self._control,
             caps=self._caps,
+            few=self._few,
             look_s=self._look_s,
         )
         jobs = (
@@ -160,10 +167,14 @@ class AgentNode:
             reporter.look(),
             self._sweep(),
             self._end_limits(),
-            *map(_compact, self._replicas.values()),
+            _compact_all(self._replicas.values(), self._few),
         )
         self._tasks = [asyncio.create_task(job) for job in jobs]
         _log.info("serving", port=self._port, stream_port=self._blocks.port, boot=self._identity.boot)
+
+    async def _wake(self, looked: list[Future[None]]) -> None:
+        for replica, last in zip(self._replicas.values(), looked, strict=True):
+            await self._few.begin(replica.worker, partial(_woken, replica, last))
 
     async def _refuse_mistakes(self, looked: list[asyncio.Future[None]]) -> None:
         """A path that can never be served is told at once, unless its disk does not answer."""
@@ -181,9 +192,10 @@ class AgentNode:
 
     async def close(self) -> None:
         """Runs pause where they are, connections end, and nothing waits for a disk that hangs."""
-        for task in self._tasks:
+        ending = [*self._tasks, *([self._starting] if self._starting is not None else [])]
+        for task in ending:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*ending, return_exceptions=True)
         await asyncio.gather(
             asyncio.to_thread(self._runs.close, CLOSE_S / 2),
             asyncio.to_thread(self._blocks.stop, CLOSE_S / 2),
@@ -277,19 +289,32 @@ class AgentNode:
     async def _sweep(self) -> None:
         while True:
             for volume, replica in self._replicas.items():
-                with contextlib.suppress(Unavailable):
-                    replica.worker.submit(partial(self._runs.sweep, volume))
+                await self._few.begin(replica.worker, partial(replica.worker.submit, partial(self._runs.sweep, volume)))
             await asyncio.sleep(SWEEP_S)
 
 
-async def _compact(replica: Replica) -> None:
+async def _compact_all(replicas: Iterable[Replica], few: Few) -> None:
+    """Asks each volume now and then whether it has fragments; one that has some is at it until it has none."""
+    busy: dict[str, asyncio.Task[None]] = {}
+    async with asyncio.TaskGroup() as group:
+        while True:
+            for replica in replicas:
+                if replica.volume not in busy or busy[replica.volume].done():
+                    begun = await few.begin(replica.worker, partial(replica.worker.submit, replica.compact))
+                    if begun is not None:
+                        busy[replica.volume] = group.create_task(_compact(replica, begun))
+                await asyncio.sleep(PACE_S)
+            await asyncio.sleep(COMPACT_LOOK_S)
+
+
+async def _compact(replica: Replica, first: asyncio.Future[bool]) -> None:
     """Puts a volume's fragments together, half of the time at most, and only between its other jobs."""
-    while True:
-        begun, more = time.monotonic(), False
-        with contextlib.suppress(Unavailable):
+    begun, more = time.monotonic(), await first
+    with contextlib.suppress(Unavailable):
+        while more:
+            await asyncio.sleep(max(COMPACT_REST_S, time.monotonic() - begun))
+            begun = time.monotonic()
             more = await replica.worker.run(replica.compact)
-        took = time.monotonic() - begun
-        await asyncio.sleep(max(COMPACT_REST_S, took) if more else COMPACT_LOOK_S)
 
 
 class _Renewal:
@@ -312,6 +337,12 @@ def _with_priority(priority: IoPriority, open_it: Callable[[], Opened]) -> Opene
     """Where a file system's own command is started, which reads for the whole transfer."""
     with io_priority(priority):
         return open_it()
+
+
+def _woken(replica: Replica, last: Future[None]) -> Future[None]:
+    """Has what waits for its thread worked off, of which that is the last."""
+    replica.worker.wake()
+    return last
 
 
 def _close_late(opening: Any) -> None:

@@ -4,7 +4,7 @@ Jobs run one after another in the order they came. A disk that hangs holds its o
 is bounded, and a job that cannot be taken is refused with how long the disk has been silent. The thread is a daemon,
 because no one can end a thread that the kernel does not let go, and a process must be able to leave.
 
-There is a thread only while there is work, and for a second after: a node may have thousands of volumes, most of which
+There is a thread only while there is work, and for a moment after: a node may have thousands of volumes, most of which
 nobody asks for anything.
 
 Whatever a disk's failing call was, whoever waits for the job is told by a reason. What a job logs carries
@@ -31,7 +31,7 @@ from resilver.errors import Unavailable
 T = TypeVar("T")
 
 JOBS_MAX: Final = 64
-IDLE_S: Final = 1.0
+IDLE_S: Final = 0.1
 
 _Job = tuple[Callable[[], Any], "Future[Any]", contextvars.Context]
 

@@ -11,6 +11,7 @@ import pytest
 from agent import node
 from agent.backends.image_compact import PART_BYTES
 from agent.examiner import ReplicaSettings
+from agent.few import Few
 from agent.identity import Identity
 from agent.replica import Replica
 from tests.agent.backends.replica import BLOCK, noise
@@ -46,7 +47,7 @@ async def until_compacted(image):
 async def test_a_torn_image_is_compacted(image, replica, monkeypatch):
     monkeypatch.setattr(node, "COMPACT_LOOK_S", 0.1)
     before = Picture(image)
-    task = asyncio.create_task(node._compact(replica))
+    task = asyncio.create_task(node._compact_all([replica], Few(4)))
     await until_compacted(image)
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):

@@ -145,11 +145,14 @@ def test_there_is_a_thread_only_while_there_is_work():
 
 
 def test_ten_thousand_quiet_disks_are_no_threads():
-    before = threading.active_count()
-    workers = [Worker(f"disk {number}") for number in range(10_000)]
-    assert threading.active_count() == before
+    workers = [Worker(f"silent disk {number}", idle_s=60) for number in range(10_000)]
+
+    def threads():
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("silent disk")]
+
+    assert threads() == []
     workers[-1].call(lambda: None)
-    assert threading.active_count() == before + 1
+    assert threads() == ["silent disk 9999"]
     workers[-1].close()
 
 
