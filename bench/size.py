@@ -280,6 +280,7 @@ def main() -> None:
     kinds = ("volumes", "lineage", "sparse", "ranges")
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--volumes", type=int, nargs="+", help="other numbers of volumes")
     parser.add_argument("--json", type=Path, help="where to write the figures too")
     asked = parser.parse_args()
     namespace.enter()
