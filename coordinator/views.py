@@ -106,6 +106,7 @@ def replica_to_proto(engine: Engine, view: VolumeView, node: str, now_ms: int, *
         common_name=_name(status.common),
         backend=report.backend if report is not None else "",
         priority=replica.priority,
+        resync_priority=replica.report.resync_priority if replica.report is not None else 0,
         resync=resync.id if resync is not None else "",
         free_bytes=report.free_bytes if report is not None else 0,
         problems=problems_to_proto(problems_of_replica(view, node, now_ms)),

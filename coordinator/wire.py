@@ -310,6 +310,7 @@ def resync_to_proto(resync: Resync) -> volume_pb2.Resync:
         total_bytes=total_bytes if progress is None or progress.total_bytes is None else progress.total_bytes,
         range_count=range_count,
         estimated=estimated,
+        priority=resync.priority,
         done_bytes=None if progress is None else progress.done_bytes,
         wire_bytes=None if progress is None else progress.wire_bytes,
         resent_bytes=None if progress is None else progress.resent_bytes,

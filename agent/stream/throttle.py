@@ -5,7 +5,7 @@ The rules:
 * Each connection has a share. It moves at most a piece of bytes (`room`), pays for them, and waits for its turn before
   it moves more (`spend`). Turns are taken in the order in which they were asked for and pieces are alike, so none of
   the connections starves, and each of those that are busy gets as much as the others.
-* The cap holds over any few seconds: the bucket holds less than a tenth of a second's worth, and what all shares
+* The cap holds over any few seconds: the bucket holds a tenth of a second's worth, and what all shares
   together have moved before they paid is half of that. Nothing else is saved up: no pause is followed by a burst.
 * Pieces get smaller with the cap and with the number of shares. Whoever is at the other end of a slow connection sees
   a few bytes every moment, and never takes the wait for a node that hangs.
@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-BURST_S: Final = 0.08
+BURST_S: Final = 0.1
 UNPAID_S: Final = 0.04
 LOOK_S: Final = 0.25
 BUFFER_S: Final = 0.05

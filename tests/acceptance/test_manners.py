@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agent.disk.ioprio import io_class
 from resilver.v1 import coordinator_pb2 as api
 from resilver.v1 import volume_pb2 as pb
 from tests.acceptance import images
@@ -24,6 +29,8 @@ pytestmark = [needs_root, pytest.mark.timeout(300)]
 SIZE_BYTES = 24 * MIB
 CAP_BYTES_S = 8_000_000
 WINDOW_S = 2.5
+SMALL = {"w1": 0, "w2": 5, "w3": 1, "w4": 5}
+"""Volumes beside the large one, with the priorities that they get by a reload."""
 
 
 def _seconds(time_text: str) -> float:
@@ -82,11 +89,16 @@ def scene(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Scen
         wire = Wire()
         with Proxy(made.ports["a-stream"], wire.passed) as proxy:
             images.make(disk / "a" / "vm1.img", SIZE_BYTES, SIZE_BYTES, seed=1)
+            for name in SMALL:
+                images.make(disk / "a" / f"{name}.img", MIB, MIB, seed=3)
             (disk / "b").mkdir()
-            made.start_agent("a", {"vm1": disk / "a" / "vm1.img"}, f'stream_advertise = "127.0.0.1:{proxy.port}"')
-            b = {"vm1": disk / "b" / "vm1.img"}
-            made.start_agent("b", b, f"[limits]\nreceive_max_bytes_s = {CAP_BYTES_S}", "resync_priority = 7")
-            made.wait_reachable("vm1", "a", "b")
+            for node, extra in (
+                ("a", f'stream_advertise = "127.0.0.1:{proxy.port}"'),
+                ("b", f"[limits]\nreceive_max_bytes_s = {CAP_BYTES_S}"),
+            ):
+                made.start_agent(node, {name: disk / node / f"{name}.img" for name in ("vm1", *SMALL)}, extra)
+            for name in ("vm1", *SMALL):
+                made.wait_reachable(name, "a", "b")
             yield Scene(made, wire, made.directory / "b.toml")
 
 
@@ -144,9 +156,50 @@ def test_a_wrong_limit_is_told_and_changes_nothing(scene: Scene) -> None:
     assert scene.limits() == before
 
 
-def test_a_reload_takes_on_what_the_file_says(scene: Scene) -> None:
-    scene.config.write_text(
-        scene.config.read_text().replace("[limits]", '[limits]\nio_priority = "idle"\nsend_max_count = 9')
-    )
-    scene.made.processes["b"].send(1)
-    wait_for(lambda: scene.limits()["send_max_count"] == 9, "the new bound is told")
+def idle_threads(pid: int) -> int:
+    found = 0
+    for each in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # it has ended
+            found += io_class(int(each.name)) == 3
+    return found
+
+
+def test_a_reload_and_places_that_are_scarce(scene: Scene) -> None:
+    """One at a time on b, by priority, and at the I/O priority of its file."""
+    made = scene.made
+    text = scene.config.read_text()
+    text = text.replace("[limits]", '[limits]\nio_priority = "idle"\nreceive_max_count = 1\nsend_max_count = 9')
+    for name, priority in SMALL.items():
+        text = text.replace(f'name = "{name}"', f'name = "{name}"\nresync_priority = {priority}')
+    scene.config.write_text(text)
+    made.processes["b"].send(signal.SIGHUP)
+    wait_for(lambda: scene.limits()["receive_max_count"] == 1, "the new bound is told")
+    for name, priority in SMALL.items():
+        said = partial(made.replicas, name)
+        wait_for(lambda said=said, p=priority: said()["b"]["resync_priority"] == p, f"the priority of {name} is told")
+
+    # One holds the only place, and is slow.
+    change = pb.NodeLimitChange(receive_bytes_per_second=1_000_000)
+    made.ask("UpdateNode", api.UpdateNodeRequest(node="b", limits=change))
+    images.make(made.image("a", "vm1"), SIZE_BYTES, SIZE_BYTES, seed=4)
+    resync_id = scene.resync()
+    wait_for(lambda: (scene.run(resync_id).get("done_bytes") or 0) >= MIB, "it has begun")
+    wait_for(lambda: idle_threads(made.processes["b"].pid) >= 2, "what receives and what writes is idle")
+    assert not idle_threads(made.processes["a"].pid)
+    queued = made.ask("StartResync", api.StartResyncRequest(volumes=list(SMALL))).resyncs
+    ids = {one.id: one.volume for one in queued}
+    assert len(ids) == len(SMALL)
+
+    def small() -> list[dict[str, Any]]:
+        return [run for name in SMALL for run in made.resyncs(name) if run["id"] in ids]
+
+    assert {run["state"] for run in small()} == {"QUEUED"}
+    assert {run["volume"]: run["priority"] for run in small()} == SMALL
+    made.ask("UpdateNode", api.UpdateNodeRequest(node="b", limits=pb.NodeLimitChange(clear=True)))
+    scene.done(resync_id)
+    wait_for(lambda: all(run["state"] == "SUCCEEDED" for run in small()), "all are done")
+    runs = sorted([*small(), scene.run(resync_id)], key=lambda run: str(run["start_time"]))
+    assert runs[0]["volume"] == "vm1"
+    assert [run["priority"] for run in runs[1:]] == [5, 5, 1, 0]
+    for before, after in pairwise(runs):
+        assert _seconds(before["end_time"]) <= _seconds(after["start_time"])
