@@ -30,7 +30,7 @@ class Counters:
     sources: tuple[SourceShare, ...] = ()
 
 
-class _Rate:
+class Rate:
     """Bytes per second over the last few seconds, from samples a quarter of a second apart."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Meter:
         self._done = done_bytes
         self._total = total_bytes
         self._resent = 0
-        self._rates = {node: _Rate() for node in nodes}
+        self._rates = {node: Rate() for node in nodes}
 
     def came(self, node: str, count: int) -> None:
         """Bytes read from a source's socket."""

@@ -1,4 +1,4 @@
-"""Syncs a stage in the background and journals what a sync has covered.
+"""Syncs a stage in the background and journals what a sync has covered; for several writers at once.
 
 While one mark's worth is being synced the next one is written; when that is full too, the writer waits. So what a
 crash can lose is at most two marks: 16 MiB, whether the writes are scattered or sequential. (A larger mark for
@@ -10,6 +10,7 @@ succeeds would prove nothing.
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
@@ -22,12 +23,13 @@ MARK_CHUNKS: Final = 4096
 
 
 class Flusher:
-    """One writer's chunks on their way to the disk; `finish` or `close` ends it."""
+    """Chunks on their way to the disk; `finish` or `close` ends it."""
 
     def __init__(self, stage: Stage, journal: Journal) -> None:
         self._stage = stage
         self._journal = journal
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream-flush")
+        self._adding = threading.Lock()
         self._running: Future[None] | None = None
         self._numbers: list[int] = []
         self._digests: list[bytes] = []
@@ -35,16 +37,18 @@ class Flusher:
 
     def add(self, number: int, digest: bytes, data_bytes: int) -> None:
         """Takes a chunk that has been written; may wait for the disk. Raises what the last sync raised."""
-        self._numbers.append(number)
-        self._digests.append(digest)
-        self._bytes += data_bytes
-        if self._bytes > MARK_BYTES - CHUNK_BYTES_MAX or len(self._numbers) >= MARK_CHUNKS:
-            self._hand_over()
+        with self._adding:
+            self._numbers.append(number)
+            self._digests.append(digest)
+            self._bytes += data_bytes
+            if self._bytes > MARK_BYTES - CHUNK_BYTES_MAX or len(self._numbers) >= MARK_CHUNKS:
+                self._hand_over()
 
     def finish(self) -> None:
         """Returns when everything that was added is on the disk and journaled."""
-        self._hand_over()
-        self._wait()
+        with self._adding:
+            self._hand_over()
+            self._wait()
 
     def close(self) -> None:
         """Ends the thread; what was not handed over is not journaled."""

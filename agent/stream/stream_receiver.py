@@ -145,7 +145,7 @@ class _StreamRun:
     def is_still(self, key: StreamKey) -> bool:
         """Whether the node of an earlier stream is a source now, and the stream is between the same ends."""
         return (
-            any(source.node == key.node for source in self.rounds.alive)
+            any(source.node == key.node for source in self.rounds.sources.alive)
             and key.format in self.formats
             and (self.origin.native_base, self.origin.native_target) == (key.native_base, key.native_target)
         )
@@ -153,15 +153,15 @@ class _StreamRun:
     def fetch_all(self) -> None:
         """Goes from source to source until one has sent its stream to the end."""
         at = fruitless = 0
-        alive = self.rounds.alive
         while not self.stage.complete:
             self.rounds.check()
+            alive = self.rounds.sources.alive
             source = self.begun_by() or alive[at % len(alive)]
             before = self.position
             try:
                 self.fetch(source)
             except SourceFailed as failed:
-                self.rounds.leave(source, failed)
+                self.rounds.sources.leave(source, failed)
                 if failed.verdict is Verdict.AWAY:
                     at += 1
                     fruitless = 1 if self.position > before else fruitless + 1
@@ -171,9 +171,9 @@ class _StreamRun:
         """The source whose stream was begun, while it is worth waiting for."""
         if self.key is None:
             return None
-        mine = next((source for source in self.rounds.alive if source.node == self.key.node), None)
+        mine = next((source for source in self.rounds.sources.alive if source.node == self.key.node), None)
         waited_s = 0.0 if self.away_since is None else time.monotonic() - self.away_since
-        if mine is None or (waited_s > STAY_S and len(self.rounds.alive) > 1):
+        if mine is None or (waited_s > STAY_S and len(self.rounds.sources.alive) > 1):
             self.forget()
             return None
         return mine

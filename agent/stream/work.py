@@ -46,6 +46,7 @@ class Work:
         self._again: deque[Chunk] = deque()
         self._ahead: deque[Chunk] = deque()
         self._cursor = 0
+        self._taken_count = 0
 
     def take(self, chunks_max: int, bytes_max: int) -> list[Chunk]:
         """The next data chunks, at most so many and so much, but at least one; nothing if all have been taken."""
@@ -57,12 +58,26 @@ class Work:
                 if taken and size > bytes_max:
                     break
                 taken.append(queue.popleft())
+            self._taken_count += len(taken)
         return taken
 
     def give_back(self, chunks: Iterable[Chunk]) -> None:
         """Takes back what was not finished; it is handed out before anything else."""
+        back = list(chunks)
         with self._lock:
-            self._again.extendleft(reversed(list(chunks)))
+            self._again.extendleft(reversed(back))
+            self._taken_count -= len(back)
+
+    def finished(self) -> None:
+        """A chunk that was taken is in the stage."""
+        with self._lock:
+            self._taken_count -= 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether all has been taken, and finished by whoever took it."""
+        with self._lock:
+            return not self._taken_count and not self._next_queue()
 
     @property
     def left(self) -> bool:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from agent.delta import DeltaMap, DeltaRange
-from agent.stream import lifesign
+from agent.stream import lane, lanes, lifesign
 from agent.stream.frame import HEADER_BYTES, Hello
 from agent.stream.receiver import Stopped
 from agent.stream.sender import BlockServer
@@ -131,23 +131,56 @@ def test_a_source_without_the_snapshot_is_passed_over_at_once(transfer, source, 
     assert server.stop(5)
 
 
-def test_a_silent_source_is_left_for_another(transfer, source):
+def test_a_source_that_never_answers_holds_nobody_up(transfer, source):
     with socket.create_server(("127.0.0.1", 0)) as silent, serving(source) as server:
-        received = transfer.run(at(silent.getsockname()[1], "silent"), at(server.port, "b"), silence=0.6)
-    assert [(problem.node, problem.reason) for problem in received.problems] == [("silent", "DEADLINE")]
+        received = transfer.run(at(silent.getsockname()[1], "silent"), at(server.port, "b"), silence=20.0)
+    assert {share.node: share.wire_bytes > 0 for share in received.counters.sources} == {"silent": False, "b": True}
+    assert transfer.stage.path.read_bytes() == source.read_bytes()
+
+
+def sticks(path, stuck, gate):
+    """A source whose first read never ends before the gate is open; `stuck` is set when it has begun."""
+
+    def before_read(_offset):
+        stuck.set()
+        gate.wait(30)
+
+    return FileReader(path, before_read)
 
 
 def test_a_source_that_falls_silent_in_the_middle_is_left_for_another(transfer, source):
-    gate = threading.Event()
-
-    def stuck(path):
-        return FileReader(path, lambda offset: gate.wait(30) if offset >= 4 * MIB else None)
-
-    with serving(source, stuck) as first, serving(source) as second:
+    stuck, gate = threading.Event(), threading.Event()
+    with (
+        serving(source, lambda path: sticks(path, stuck, gate), wait_s=60.0) as first,
+        serving(source, lambda path: FileReader(path, lambda _offset: stuck.wait(30))) as second,
+    ):
         received = transfer.run(at(first.port, "a"), at(second.port, "b"), silence=0.6)
         gate.set()
     assert [(problem.node, problem.reason) for problem in received.problems] == [("a", "DEADLINE")]
-    assert all(share.wire_bytes for share in received.counters.sources)
+    assert transfer.stage.path.read_bytes() == source.read_bytes()
+
+
+def test_a_source_that_lives_and_is_too_slow_loses_its_work_to_those_who_wait(monkeypatch, transfer, source):
+    monkeypatch.setattr(lanes, "SLOW_S", 0.5)
+    monkeypatch.setattr(lane, "RATE_WINDOW_S", 0.5)
+    stuck, gate = threading.Event(), threading.Event()
+    with (
+        serving(source, lambda path: sticks(path, stuck, gate), wait_s=0.2) as first,
+        serving(source, lambda path: FileReader(path, lambda _offset: stuck.wait(30))) as second,
+    ):
+        received = transfer.run(at(first.port, "slow"), at(second.port, "b"))
+        gate.set()
+    assert [(problem.node, problem.reason) for problem in received.problems] == [("slow", "DEADLINE")]
+    assert transfer.stage.writes == SIZE // MIB
+    assert transfer.stage.path.read_bytes() == source.read_bytes()
+
+
+def test_a_slow_source_that_is_alone_is_waited_for(monkeypatch, transfer, source):
+    monkeypatch.setattr(lanes, "SLOW_S", 0.1)
+    monkeypatch.setattr(lane, "RATE_WINDOW_S", 0.1)
+    with serving(source, lambda path: FileReader(path, lambda _offset: time.sleep(0.2))) as server:
+        received = transfer.run(at(server.port))
+    assert received.problems == ()
     assert transfer.stage.path.read_bytes() == source.read_bytes()
 
 

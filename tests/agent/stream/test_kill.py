@@ -84,7 +84,7 @@ def test_a_killed_source_is_followed_by_another(tmp_path):
         write = transfer.stage.write
 
         def killing_write(offset, data):
-            if offset == 16 * MIB:
+            if transfer.stage.writes == 16:
                 first.kill()
                 first.wait()
             write(offset, data)
@@ -92,8 +92,9 @@ def test_a_killed_source_is_followed_by_another(tmp_path):
         transfer.stage.write = killing_write
         received = transfer.run(at(port, "a"), at(second.port, "b"))
     shares = {share.node: share.wire_bytes for share in received.counters.sources}
-    assert shares["a"] >= 16 * MIB
+    assert shares["a"] > 0
     assert shares["b"] > 0
+    assert transfer.stage.writes == size // MIB
     assert [(problem.node, problem.reason) for problem in received.problems] == [("a", "NODE_UNREACHABLE")]
     assert received.counters.resent_bytes == 0
     assert transfer.stage.path.read_bytes() == image.read_bytes()

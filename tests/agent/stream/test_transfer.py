@@ -11,6 +11,7 @@ import pytest
 from agent.delta import DeltaMap, DeltaRange
 from agent.stream.flusher import MARK_BYTES
 from agent.stream.journal import Journal
+from agent.stream.lanes import ALONE_TWICE_BYTES, LANES_MAX
 from agent.stream.receiver import Stopped, verify
 from resilver.errors import Damaged
 from tests.agent.stream.support import (
@@ -18,6 +19,7 @@ from tests.agent.stream.support import (
     MIB,
     FileReader,
     FileStage,
+    Proxy,
     Transfer,
     at,
     random_file,
@@ -109,6 +111,44 @@ def test_what_is_read_was_announced(tmp_path, source):
     with serving(source, make) as server:
         Transfer(FileStage(tmp_path / "stage", 24 * MIB), delta).run(at(server.port))
     assert readers[0].announced > 0
+
+
+def slow_reader(pause_s):
+    return lambda path: FileReader(path, lambda _offset: time.sleep(pause_s))
+
+
+def test_several_sources_share_one_transfer_and_the_faster_gives_more(tmp_path, source):
+    delta = DeltaMap.of(24 * MIB, [DeltaRange(0, 24 * MIB)])
+    transfer = Transfer(FileStage(tmp_path / "stage", 24 * MIB), delta)
+    with serving(source, slow_reader(0.02)) as fast, serving(source, slow_reader(0.2)) as slow:
+        received = transfer.run(at(slow.port, "slow"), at(fast.port, "fast"))
+    shares = {share.node: share.wire_bytes for share in received.counters.sources}
+    assert shares["fast"] > shares["slow"] > MIB
+    assert received.counters.wire_bytes < 1.01 * 24 * MIB
+    assert transfer.stage.writes == 24
+    assert transfer.stage.path.read_bytes() == source.read_bytes()
+    assert verify(transfer.stage, delta, transfer.journal) == 24 * MIB
+
+
+def test_more_sources_than_lanes_are_a_reserve(tmp_path, source):
+    delta = DeltaMap.of(24 * MIB, [DeltaRange(0, 24 * MIB)])
+    transfer = Transfer(FileStage(tmp_path / "stage", 24 * MIB), delta)
+    gone = [at(1, f"gone{number}") for number in range(LANES_MAX + 1)]
+    with serving(source) as server:
+        received = transfer.run(*gone, at(server.port, "z"))
+    assert {problem.node for problem in received.problems} >= {f"gone{number}" for number in range(LANES_MAX)}
+    assert transfer.stage.path.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize(("size", "connections"), [(24 * MIB, 1), (ALONE_TWICE_BYTES + MIB, 2)])
+def test_a_source_that_is_alone_and_has_much_to_give_is_asked_twice(tmp_path, size, connections):
+    image = random_file(tmp_path / "source", size)
+    transfer = Transfer(FileStage(tmp_path / "stage", size), DeltaMap.of(size, [DeltaRange(0, size)]))
+    with serving(image) as server, Proxy(server.port) as proxy:
+        received = transfer.run(at(proxy.port))
+        assert proxy.connections == connections
+    assert received.counters.wire_bytes < 1.01 * size
+    assert transfer.stage.path.read_bytes() == image.read_bytes()
 
 
 def test_progress_only_grows_and_never_exceeds_the_total(tmp_path, source):

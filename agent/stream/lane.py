@@ -1,0 +1,204 @@
+"""One connection after another, in a thread of its own, each to the source whose turn it is.
+
+A lane takes as much work at a time as its source does in about half a second, so that a slow one never holds much that
+others could do. What it could not finish it gives back.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from agent.stream.counters import RATE_WINDOW_S, Rate
+from agent.stream.frame import FrameBuffer, Hello, Kind, encode_request, zero_digest
+from agent.stream.link import Link, SourceAddress, SourceFailed, Verdict
+from resilver.errors import Damaged, Unavailable
+
+if TYPE_CHECKING:
+    from agent.backends.base import Stage
+    from agent.stream.counters import Meter
+    from agent.stream.flusher import Flusher
+    from agent.stream.frame import Frame
+    from agent.stream.lanes import Lanes
+    from agent.stream.sources import Sources
+    from agent.stream.throttle import Throttle
+    from agent.stream.work import Chunk, Work
+
+# Requests for a whole window fit the socket's buffers, so that neither side can wait for the other to read first.
+IN_FLIGHT_CHUNKS_MAX: Final = 2048
+IN_FLIGHT_BYTES_MAX: Final = 32 << 20
+IN_FLIGHT_BYTES_MIN: Final = 2 << 20
+"""Of scattered blocks of 4 KiB as many as a source announces to its disk."""
+IN_FLIGHT_S: Final = 0.5
+BUFFER_BYTES: Final = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What all lanes of one transfer work on."""
+
+    stage: Stage
+    work: Work
+    flusher: Flusher
+    meter: Meter
+    sources: Sources
+    throttle: Throttle
+    hello: Hello
+    capacity_bytes: int
+    silence_timeout_s: float
+
+
+class Lane:
+    """`run` is the thread's; the rest of what is public may be read by others."""
+
+    def __init__(self, desk: Desk, lanes: Lanes, number: int) -> None:
+        self._desk: Final = desk
+        self._lanes: Final = lanes
+        self._buffer: Final = FrameBuffer(buffer_bytes=BUFFER_BYTES)
+        self._in_flight: Final[deque[Chunk]] = deque()
+        self._in_flight_bytes = 0
+        self._rate = Rate()
+        self._since = 0.0
+        self._cut = threading.Event()
+        self.source: SourceAddress | None = None
+        self.at_disk = False
+        """Whether it is busy with what has come; its source's silence means nothing meanwhile."""
+        self.good_frames = 0
+        # What is logged in the thread carries what the transfer's own logs do.
+        run = partial(contextvars.copy_context().run, self._run)
+        self.thread: Final = threading.Thread(target=run, name=f"stream-lane-{number}", daemon=True)
+
+    def left_s(self, now: float, *, lanes: int) -> float:
+        """How long its source will take for what it was asked for, as it goes; 0 if nothing can be said yet.
+
+        What this node's own cap makes of it, which so many lanes share, is not the source's doing.
+        """
+        left_bytes, cap = self._in_flight_bytes, self._desk.throttle.bytes_s
+        if self.source is None or not left_bytes or now - self._since < RATE_WINDOW_S:
+            return 0.0
+        own_s = lanes * left_bytes / cap if cap else 0.0
+        return left_bytes / max(1, self._rate.per_second(now)) - own_s
+
+    def cut(self) -> None:
+        """Its source is to be left: others can do sooner what it was asked for."""
+        self._cut.set()
+
+    def _run(self) -> None:
+        try:
+            while (turn := self._lanes.next_turn()) is not None:
+                before = self.good_frames
+                try:
+                    self._fetch(turn.source)
+                except SourceFailed as failed:
+                    self._desk.sources.leave(turn.source, failed)
+                    self._lanes.failed(turn, fruitful=self.good_frames > before)
+                else:
+                    self._lanes.give_back(turn)
+        except BaseException as error:  # noqa: BLE001 - the thread's end: the transfer's own thread raises it
+            self._lanes.end(error)
+
+    def _fetch(self, source: SourceAddress) -> None:
+        """Takes work and has it done by one source, until nothing is left to take or the source fails."""
+        desk = self._desk
+        self.source, self._since, self._rate = source, time.monotonic(), Rate()
+        self._cut.clear()
+        try:
+            with Link(
+                source,
+                self._buffer,
+                desk.meter,
+                waited=self._waited,
+                silence_timeout_s=desk.silence_timeout_s,
+                throttle=desk.throttle,
+            ) as link:
+                _check_size(source, link.greet(desk.hello).size_bytes, desk.capacity_bytes)
+                while self._ask(link):
+                    link.wait()
+                    self._take_all(link, source)
+                link.bye()
+        except SourceFailed as failed:
+            if failed.verdict is Verdict.DAMAGED and self._in_flight:
+                desk.meter.resent(self._in_flight[0].length)
+            raise
+        finally:
+            self.source = None
+            desk.work.give_back(self._in_flight)
+            self._in_flight.clear()
+            self._in_flight_bytes = 0
+
+    def _waited(self, _seconds: float) -> None:
+        self._lanes.check()
+        if self._cut.is_set():
+            raise SourceFailed(Verdict.AWAY, Unavailable("DEADLINE", "it is slow, and others have nothing left to do"))
+
+    def _ask(self, link: Link) -> bool:
+        """Fills the window up once it is half empty; False if nothing is left to wait for."""
+        pending, waiting = len(self._in_flight), self._in_flight_bytes
+        window = self._window()
+        if pending <= IN_FLIGHT_CHUNKS_MAX // 2 and waiting <= window // 2:
+            chunks = self._desk.work.take(IN_FLIGHT_CHUNKS_MAX - pending, window - waiting)
+            if chunks:
+                self._in_flight.extend(chunks)
+                self._in_flight_bytes += sum(chunk.length for chunk in chunks)
+                link.send(encode_request([(chunk.offset, chunk.length) for chunk in chunks]))
+        return bool(self._in_flight)
+
+    def _window(self) -> int:
+        fair = int(IN_FLIGHT_S * self._rate.per_second(time.monotonic()))
+        return min(max(fair, IN_FLIGHT_BYTES_MIN), IN_FLIGHT_BYTES_MAX)
+
+    def _take_all(self, link: Link, source: SourceAddress) -> None:
+        """Whatever has come whole."""
+        taken = 0
+        self.at_disk = True
+        try:
+            while (frame := link.next()) is not None:
+                taken += self._take_in(frame, link, source)
+        finally:
+            self.at_disk = False
+            if taken:
+                self._rate.add(taken, time.monotonic())
+                self._lanes.good()
+
+    def _take_in(self, frame: Frame, link: Link, source: SourceAddress) -> int:
+        """Writes the answer to the oldest request, or puts the request back if the answer is damaged; its bytes."""
+        kind, _flags, offset, length, _stored, digest = frame.header
+        desk, in_flight = self._desk, self._in_flight
+        if kind is Kind.WAIT:
+            return 0
+        if kind not in {Kind.DATA, Kind.ZERO} or not in_flight or in_flight[0][1:] != (offset, length):
+            raise link.unexpected(frame)
+        chunk = in_flight[0]
+        try:
+            body = frame.payload()
+        except Damaged as error:
+            desk.sources.damaged_payload(source, error)
+            desk.meter.resent(chunk.length)
+            self._answered()
+            desk.work.give_back([chunk])
+            return 0
+        if kind is Kind.ZERO:
+            desk.stage.zero(offset, length)
+            digest = zero_digest(length)
+        else:
+            desk.stage.write(offset, body)
+        desk.flusher.add(chunk.number, digest, length)
+        self._answered()
+        desk.work.finished()
+        desk.meter.done(length)
+        self.good_frames += 1
+        return length
+
+    def _answered(self) -> None:
+        self._in_flight_bytes -= self._in_flight.popleft().length
+
+
+def _check_size(source: SourceAddress, there: int, here: int) -> None:
+    if there != here:
+        said = f"{source.node} has the target with {there} bytes, and the delta map is of one with {here}"
+        raise SourceFailed(Verdict.GONE, Damaged("SOURCE_DAMAGED", said, node=source.node))
