@@ -1,7 +1,8 @@
 """One connection after another, in a thread of its own, each to the source whose turn it is.
 
-A lane takes as much work at a time as its source does in about half a second, so that a slow one never holds much that
-others could do. What it could not finish it gives back.
+A lane takes no more work at a time than its source does in about half a second, so that a slow one never holds much
+that others could do; and no more than the way to it holds, beside a few MiB, so that little is lost by a crash. What it
+could not finish it gives back.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
 # Requests for a whole window fit the socket's buffers, so that neither side can wait for the other to read first.
 IN_FLIGHT_CHUNKS_MAX: Final = 2048
 IN_FLIGHT_BYTES_MAX: Final = 32 << 20
-IN_FLIGHT_BYTES_MIN: Final = 2 << 20
+IN_FLIGHT_BYTES_MIN: Final = 1 << 20
 """Of scattered blocks of 4 KiB as many as a source announces to its disk."""
+IN_FLIGHT_BYTES: Final = 6 << 20
+"""Of all lanes together, beside what a long way holds by itself: with the two marks of the flusher that is what a crash
+can lose."""
 IN_FLIGHT_S: Final = 0.5
 BUFFER_BYTES: Final = 4 << 20
 
@@ -56,8 +60,9 @@ class Desk:
 class Lane:
     """`run` is the thread's; the rest of what is public may be read by others."""
 
-    def __init__(self, desk: Desk, lanes: Lanes, number: int) -> None:
+    def __init__(self, desk: Desk, lanes: Lanes, number: int, *, share: int) -> None:
         self._desk: Final = desk
+        self._share: Final = share
         self._lanes: Final = lanes
         self._buffer: Final = FrameBuffer(buffer_bytes=BUFFER_BYTES)
         self._in_flight: Final[deque[Chunk]] = deque()
@@ -66,12 +71,18 @@ class Lane:
         self._since = 0.0
         self._cut = threading.Event()
         self.source: SourceAddress | None = None
-        self.at_disk = False
-        """Whether it is busy with what has come; its source's silence means nothing meanwhile."""
+        self._link: Link | None = None
+        self._at_disk = False
         self.good_frames = 0
         # What is logged in the thread carries what the transfer's own logs do.
         run = partial(contextvars.copy_context().run, self._run)
         self.thread: Final = threading.Thread(target=run, name=f"stream-lane-{number}", daemon=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is at what has come already: no source is waited for meanwhile."""
+        link = self._link
+        return self._at_disk or (link is not None and link.paying)
 
     def left_s(self, now: float, *, lanes: int) -> float:
         """How long its source will take for what it was asked for, as it goes; 0 if nothing can be said yet.
@@ -116,6 +127,7 @@ class Lane:
                 silence_timeout_s=desk.silence_timeout_s,
                 throttle=desk.throttle,
             ) as link:
+                self._link = link
                 _check_size(source, link.greet(desk.hello).size_bytes, desk.capacity_bytes)
                 while self._ask(link):
                     link.wait()
@@ -126,7 +138,7 @@ class Lane:
                 desk.meter.resent(self._in_flight[0].length)
             raise
         finally:
-            self.source = None
+            self.source = self._link = None
             desk.work.give_back(self._in_flight)
             self._in_flight.clear()
             self._in_flight_bytes = 0
@@ -139,7 +151,7 @@ class Lane:
     def _ask(self, link: Link) -> bool:
         """Fills the window up once it is half empty; False if nothing is left to wait for."""
         pending, waiting = len(self._in_flight), self._in_flight_bytes
-        window = self._window()
+        window = self._window(link)
         if pending <= IN_FLIGHT_CHUNKS_MAX // 2 and waiting <= window // 2:
             chunks = self._desk.work.take(IN_FLIGHT_CHUNKS_MAX - pending, window - waiting)
             if chunks:
@@ -148,19 +160,22 @@ class Lane:
                 link.send(encode_request([(chunk.offset, chunk.length) for chunk in chunks]))
         return bool(self._in_flight)
 
-    def _window(self) -> int:
-        fair = int(IN_FLIGHT_S * self._rate.per_second(time.monotonic()))
-        return min(max(fair, IN_FLIGHT_BYTES_MIN), IN_FLIGHT_BYTES_MAX)
+    def _window(self, link: Link) -> int:
+        """How much may be asked for and not answered, in bytes."""
+        rate = self._rate.per_second(time.monotonic())
+        useful = IN_FLIGHT_BYTES // self._share + int(2 * rate * link.round_trip_s())
+        fair = int(rate * IN_FLIGHT_S)
+        return min(max(min(useful, fair), IN_FLIGHT_BYTES_MIN), IN_FLIGHT_BYTES_MAX)
 
     def _take_all(self, link: Link, source: SourceAddress) -> None:
         """Whatever has come whole."""
         taken = 0
-        self.at_disk = True
+        self._at_disk = True
         try:
             while (frame := link.next()) is not None:
                 taken += self._take_in(frame, link, source)
         finally:
-            self.at_disk = False
+            self._at_disk = False
             if taken:
                 self._rate.add(taken, time.monotonic())
                 self._lanes.good()

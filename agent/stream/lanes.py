@@ -9,7 +9,7 @@ The rules:
   what it was given loses it to those who wait (`SLOW_S`).
 * A source that is away gets its turn again after a pause that grows while it brings nothing.
 * The transfer ends when all is done; by an error of its own side, at once; with the reason why no source is left; or
-  after `idle_timeout_s` without one good frame, not counting the time in which this side's own disk is busy.
+  after `idle_timeout_s` without one good frame, not counting the time in which this side's own disk or cap holds it up.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Lanes:
         self._changed: Final = threading.Condition()
         twice = len(sources) == 1 and left_bytes > ALONE_TWICE_BYTES
         self._turns = [Turn(source) for source in (*sources, *sources[: int(twice)])]
-        self._lanes = [Lane(desk, self, number) for number in range(min(LANES_MAX, len(self._turns)))]
+        count = min(LANES_MAX, len(self._turns))
+        self._lanes = [Lane(desk, self, number, share=count) for number in range(count)]
         self._ended = False
         self._error: BaseException | None = None
         self._is_good = False
@@ -156,7 +157,7 @@ class Lanes:
         was_good, self._is_good = self._is_good, False
         if was_good:
             self._idle_s = 0.0
-        elif not any(lane.at_disk for lane in self._lanes):
+        elif not any(lane.busy for lane in self._lanes):
             self._idle_s += passed_s
 
     def _cut_slow(self, now: float) -> None:

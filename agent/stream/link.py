@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from resilver.errors import Damaged, Refused, ResilverError, Unavailable
 
 TICK_S: Final = 0.25
 CONNECT_TIMEOUT_S: Final = 5.0
+
+# `tcpi_rtt` of struct tcp_info (linux/tcp.h), in microseconds.
+_RTT_US: Final = struct.Struct("=I")
+_RTT_US_AT: Final = 68
 
 # A source that says one of these may serve later; every other reason holds for the whole run.
 _PASSING: Final = frozenset({"TOO_MANY_RESYNCS", "INTERNAL", "CANCELLED"})
@@ -77,6 +82,8 @@ class Link:
         self._waited = waited
         self._silence_timeout_s = silence_timeout_s
         self._silent_s = 0.0
+        self.paying = False
+        """Whether it waits for this node's own cap; its source's silence means nothing meanwhile."""
         buffer.clear()
         self._share = (throttle or Throttle()).share()
         self._socket = self._connected()
@@ -114,6 +121,11 @@ class Link:
         finally:
             self._waited(time.monotonic() - started)
 
+    def round_trip_s(self) -> float:
+        """How long the way to the source and back takes, as the kernel has measured it."""
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RTT_US.size + _RTT_US_AT)
+        return float(_RTT_US.unpack_from(info, _RTT_US_AT)[0]) / 1e6
+
     def bye(self) -> None:
         """Ends politely; whether the source hears it does not matter."""
         with contextlib.suppress(OSError):
@@ -140,7 +152,9 @@ class Link:
             self._silent_s += waited
         self._waited(waited)
         if count > 0:
+            self.paying = True
             self._share.spend(count, lambda: self._waited(0.0))
+            self.paying = False
         if self._silent_s >= self._silence_timeout_s:
             raise SourceFailed(Verdict.AWAY, self._silent())
 

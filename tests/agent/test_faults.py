@@ -137,6 +137,7 @@ def test_a_transfer_goes_on_from_another_source(scene):
     first.reached_at = 0
     assert second.resync(scene.leader, first, "", scene.first).state == SUCCEEDED
     first.reached_at = scene.relay.port
+    scene.relay.hold(MIB)
     resync_id = scene.begin(first, second)
     first.kill()
     scene.relay.release()

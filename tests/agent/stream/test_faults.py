@@ -13,6 +13,7 @@ from agent.stream import lane, lanes, lifesign
 from agent.stream.frame import HEADER_BYTES, Hello
 from agent.stream.receiver import Stopped
 from agent.stream.sender import BlockServer
+from agent.stream.sources import Sources
 from resilver.address import Address
 from resilver.errors import Damaged, Refused, Unauthenticated
 from tests.agent.stream.support import (
@@ -39,6 +40,21 @@ def source(tmp_path):
 @pytest.fixture
 def transfer(tmp_path):
     return Transfer(FileStage(tmp_path / "stage", SIZE), DeltaMap.of(SIZE, [DeltaRange(0, SIZE)]))
+
+
+@pytest.fixture
+def after_one_is_gone(monkeypatch, source):
+    """A source that answers once another one has been left for good."""
+    gone, leave = threading.Event(), Sources.leave
+
+    def noted(self, one, failed):
+        leave(self, one, failed)
+        if one not in self.alive:
+            gone.set()
+
+    monkeypatch.setattr(Sources, "leave", noted)
+    with serving(source, lambda path: FileReader(path, lambda _offset: gone.wait(30))) as server:
+        yield server
 
 
 def flip(*positions):
@@ -80,13 +96,13 @@ def test_a_damaged_header_costs_the_connection_and_no_data(transfer, source):
     assert transfer.stage.path.read_bytes() == source.read_bytes()
 
 
-def test_a_source_that_keeps_sending_damaged_frames_is_left(transfer, source):
+def test_a_source_that_keeps_sending_damaged_frames_is_left(transfer, source, after_one_is_gone):
     def hurt(data, passed):
         if passed > 1000:
             data[0] ^= 1
 
     with serving(source) as server, Proxy(server.port, hurt) as proxy:
-        received = transfer.run(at(proxy.port, "bad"), at(server.port, "good"))
+        received = transfer.run(at(proxy.port, "bad"), at(after_one_is_gone.port, "good"))
     assert [(problem.node, problem.reason) for problem in received.problems] == [("bad", "SOURCE_DAMAGED")]
     assert 0 < received.counters.resent_bytes <= 3 * MIB
     assert received.counters.done_bytes == SIZE
@@ -112,16 +128,13 @@ def test_a_wrong_ticket_is_refused_at_once(transfer, source):
 
 
 @pytest.mark.parametrize("reason", ["TARGET_GONE", "BASE_GONE"])
-def test_a_source_without_the_snapshot_is_passed_over_at_once(transfer, source, reason):
+def test_a_source_without_the_snapshot_is_passed_over_at_once(transfer, after_one_is_gone, reason):
     def gone(_hello):
         raise Refused(reason, "pruned")
 
     server = BlockServer(Address("127.0.0.1", 0), gone)
     server.start()
-    started = time.monotonic()
-    with serving(source) as other:
-        received = transfer.run(at(server.port, "a"), at(other.port, "b"))
-    assert time.monotonic() - started < 30
+    received = transfer.run(at(server.port, "a"), at(after_one_is_gone.port, "b"))
     assert [(problem.node, problem.reason) for problem in received.problems] == [("a", reason)]
 
     again = Transfer(FileStage(transfer.stage.path.with_name("other"), SIZE), transfer.delta)
@@ -205,8 +218,13 @@ def test_a_source_whose_disk_is_slow_is_not_silent(transfer, source):
 
 def test_a_source_whose_disk_hangs_is_left_for_another(monkeypatch, transfer, source):
     monkeypatch.setattr(lifesign, "DISK_MAX_S", 0.5)
-    with slow_disk(source, first_read_s=8.0) as hanging, serving(source) as server:
+    stuck, gate = threading.Event(), threading.Event()
+    with (
+        serving(source, lambda path: sticks(path, stuck, gate), wait_s=0.1) as hanging,
+        serving(source, lambda path: FileReader(path, lambda _offset: stuck.wait(30))) as server,
+    ):
         received = transfer.run(at(hanging.port, "slow"), at(server.port, "b"), silence=0.8)
+        gate.set()
     assert [(problem.node, problem.reason) for problem in received.problems] == [("slow", "DEADLINE")]
     assert transfer.stage.path.read_bytes() == source.read_bytes()
 
@@ -270,15 +288,15 @@ def test_a_source_of_another_size_is_not_believed(transfer, tmp_path):
     assert failed.value.reason == "SOURCE_DAMAGED"
 
 
-def test_a_source_that_cannot_read_its_disk_is_left(transfer, source):
-    def torn(offset):
-        if offset >= 4 * MIB:
-            raise Damaged("IO_ERROR", "sector 17")
+def test_a_source_that_cannot_read_its_disk_is_left(transfer, source, after_one_is_gone):
+    def torn(_offset):
+        raise Damaged("IO_ERROR", "sector 17")
 
-    with serving(source, lambda path: FileReader(path, torn)) as first, serving(source) as second:
-        received = transfer.run(at(first.port, "a"), at(second.port, "b"))
+    with serving(source, lambda path: FileReader(path, torn)) as first:
+        received = transfer.run(at(first.port, "a"), at(after_one_is_gone.port, "b"))
     assert [(problem.node, problem.reason) for problem in received.problems] == [("a", "SOURCE_DAMAGED")]
     assert "sector 17" in received.problems[0].message
+    assert transfer.stage.path.read_bytes() == source.read_bytes()
 
 
 def test_a_source_that_stops_says_so_and_the_next_one_goes_on(tmp_path, source):
@@ -286,14 +304,9 @@ def test_a_source_that_stops_says_so_and_the_next_one_goes_on(tmp_path, source):
     transfer = Transfer(FileStage(tmp_path / "stage", SIZE), delta)
     reading, gate = threading.Event(), threading.Event()
 
-    def slow(offset):
-        if offset >= 3 * MIB:
-            reading.set()
-            gate.wait(30)
-
-    first = serving(source, lambda path: FileReader(path, slow))
+    first = serving(source, lambda path: sticks(path, reading, gate))
     server = first.__enter__()
-    with serving(source) as second:
+    with serving(source, lambda path: FileReader(path, lambda _offset: reading.wait(30))) as second:
         run = threading.Thread(target=transfer.run, args=(at(server.port, "a"), at(second.port, "b")))
         run.start()
         assert reading.wait(10)
