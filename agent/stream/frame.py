@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, TypeVar
@@ -196,17 +196,29 @@ def _sound(header: Header) -> bool:
     return offset == 0 and flags == 0 and stored == length <= CONTROL_BYTES_MAX
 
 
-def seal_data(view: memoryview, at: int, offset: int, length: int) -> int:
+def _as_it_is(_body: memoryview) -> bytes | None:
+    return None
+
+
+def seal_data(
+    view: memoryview, at: int, offset: int, length: int, pack: Callable[[memoryview], bytes | None] = _as_it_is
+) -> int:
     """Writes the header for a payload that already stands HEADER_BYTES after `at`; the size of the whole frame.
 
-    A payload of zeros becomes a header alone.
+    A payload of zeros becomes a header alone. What `pack` makes of another one stands in its place, if it makes any.
     """
-    body = view[at + HEADER_BYTES : at + HEADER_BYTES + length]
+    start = at + HEADER_BYTES
+    body = view[start : start + length]
     if reads_as_zero(body):
         pack_header(view, at, Header(Kind.ZERO, 0, offset, length, 0, NO_DIGEST))
         return HEADER_BYTES
-    pack_header(view, at, Header(Kind.DATA, 0, offset, length, length, blake3(body).digest()))
-    return HEADER_BYTES + length
+    digest, packed = blake3(body).digest(), pack(body)
+    if packed is None:
+        pack_header(view, at, Header(Kind.DATA, 0, offset, length, length, digest))
+        return HEADER_BYTES + length
+    view[start : start + len(packed)] = packed
+    pack_header(view, at, Header(Kind.DATA, FLAG_ZSTD, offset, length, len(packed), digest))
+    return HEADER_BYTES + len(packed)
 
 
 def encode(kind: Kind, body: Bytes = b"", *, offset: int = 0, compress: bool = False) -> bytes:

@@ -25,6 +25,7 @@ from agent.backends.base import SendStream
 from agent.stream import frame as frames
 from agent.stream.frame import HEADER_BYTES, PAYLOAD_BYTES_MAX, Kind, StreamEnd, StreamWish
 from agent.stream.lifesign import WAIT_S
+from agent.stream.packing import Packer
 from resilver.errors import Invalid, Refused
 from resilver.fields import check_text, check_texts
 
@@ -53,6 +54,7 @@ class Pump:
         self._ready: Final[queue.SimpleQueue[_Piece]] = queue.SimpleQueue()
         for _ in range(PIECES_MAX):
             self._free.put(memoryview(bytearray(HEADER_BYTES + PAYLOAD_BYTES_MAX)))
+        self._packer: Final = Packer(time.monotonic())
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read, name=f"stream-read-{name}", daemon=True)
         self._thread.start()
@@ -95,9 +97,10 @@ class Pump:
         """The digest of a piece, which is sent if anybody wants it."""
         if send is None:
             return blake3(piece.buffer[HEADER_BYTES : HEADER_BYTES + piece.length]).digest()
-        size = frames.seal_data(piece.buffer, 0, position, piece.length)
-        send(piece.buffer[:size])
+        size = frames.seal_data(piece.buffer, 0, position, piece.length, self._packer.pack)
         header = frames.unpack_header(piece.buffer)
+        send(piece.buffer[:size])
+        self._packer.chooser.sent(piece.length, size, time.monotonic())
         return frames.zero_digest(header.length) if header.kind is Kind.ZERO else header.digest
 
     def close(self) -> None:

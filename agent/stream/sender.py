@@ -5,7 +5,8 @@ The rules:
 * A connection begins with a HELLO within `hello_timeout_s`; `authorize` decides on it, and its refusal is told as an
   ERROR frame. Only then is anything read from a disk or any buffer of size made. What a HELLO names is checked
   before: ids and names become paths.
-* Requests are answered in their order, one DATA or ZERO frame for each range, many to one system call.
+* Requests are answered in their order, one DATA or ZERO frame for each range, many to one system call; compressed where
+  that is seen to be faster (`packing.py`).
 * Whoever sends nothing for `idle_timeout_s`, takes so long over one request or reads nothing for that time, is dropped.
   So is whoever sends a damaged frame: that ends its own connection, with an ERROR frame if it still listens, and no
   other.
@@ -50,6 +51,7 @@ from agent.stream.frame import (
     Range,
 )
 from agent.stream.lifesign import WAIT_S, LifeSign
+from agent.stream.packing import Packer
 from agent.stream.pump import Pump, check_wish
 from agent.stream.throttle import Throttle
 from resilver.address import Address
@@ -362,15 +364,16 @@ class _Connection:
 
     def _answer(self, served: ServedSnapshot, announcer: Announcer) -> None:
         """Takes requests and sends answers, until the client says BYE or goes."""
-        view = memoryview(bytearray(SEND_BUFFER_BYTES))
+        view, packer = memoryview(bytearray(SEND_BUFFER_BYTES)), Packer(time.monotonic())
         while not self._server.stopping:
             if not self._pending:
                 self._take(self._frame(self._server.idle_timeout_s), served.reader.size_bytes, announcer)
             while (frame := self._frame_at_hand()) is not None:
                 self._take(frame, served.reader.size_bytes, announcer)
             with self.life.at_disk():
-                size = self._fill(view, served.reader, announcer)
+                size, raw_bytes = self._fill(view, served.reader, announcer, packer)
             self._send(view[:size])
+            packer.chooser.sent(raw_bytes, size, time.monotonic())
             served.on_sent(size)
         raise _Gone
 
@@ -388,16 +391,17 @@ class _Connection:
         self._pending.extend(ranges)
         announcer.add(ranges)
 
-    def _fill(self, view: memoryview, reader: SnapshotReader, announcer: Announcer) -> int:
-        """Answers as many ranges as the buffer holds; the bytes to send."""
-        at = count = 0
+    def _fill(self, view: memoryview, reader: SnapshotReader, announcer: Announcer, packer: Packer) -> tuple[int, int]:
+        """Answers as many ranges as the buffer holds; the bytes to send, and what they are as they read."""
+        at = count = raw_bytes = 0
         while self._pending and at + HEADER_BYTES + self._pending[0].length <= len(view):
             offset, length = self._pending.popleft()
             reader.read_into(offset, view[at + HEADER_BYTES : at + HEADER_BYTES + length])
-            at += frames.seal_data(view, at, offset, length)
+            at += frames.seal_data(view, at, offset, length, packer.pack)
+            raw_bytes += length
             count += 1
         announcer.sent(count)
-        return at
+        return at, raw_bytes
 
     def _frame(self, timeout_s: float) -> Frame:
         """The next frame, whole within the timeout; DEADLINE if it is not, _Gone if the client is.
