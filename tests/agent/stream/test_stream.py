@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from agent.stream.pump import Pump
 from agent.stream.sender import BlockServer, ServedStream
 from agent.stream.spool import Spool
 from agent.stream.stream_receiver import receive_stream
+from agent.stream.throttle import Throttle
 from agent.stream.work import Stopped
 from resilver.address import Address
 from resilver.errors import Damaged, Refused, ResilverError, Unauthenticated
@@ -119,7 +121,11 @@ def nothing(_at: int) -> None:
 
 @contextlib.contextmanager
 def serving(
-    path: Path, *, formats: tuple[str, ...] = ("cat-2", "cat-1"), before: Callable[[int], None] = nothing
+    path: Path,
+    *,
+    formats: tuple[str, ...] = ("cat-2", "cat-1"),
+    before: Callable[[int], None] = nothing,
+    throttle: Throttle | None = None,
 ) -> Iterator[BlockServer]:
     def authorize(hello: Hello) -> ServedStream:
         assert hello.stream is not None
@@ -128,7 +134,7 @@ def serving(
             raise Refused("NOT_SUPPORTED", "no such format")
         return ServedStream(CatStream(path, chosen, before))
 
-    server = BlockServer(Address("127.0.0.1", 0), authorize)
+    server = BlockServer(Address("127.0.0.1", 0), authorize, throttle=throttle)
     server.start()
     try:
         yield server
@@ -160,6 +166,7 @@ class Call:
         self.stop = threading.Event()
         self.last = Counters()
         self.on_progress: Callable[[Counters], None] = lambda _counters: None
+        self.throttle = Throttle()
 
     def run(self, *sources: SourceAddress, idle: float = 20.0, formats: tuple[str, ...] = ("cat-1",)) -> Counters:
         def tell(counters: Counters) -> None:
@@ -177,6 +184,7 @@ class Call:
             stop=self.stop,
             idle_timeout_s=idle,
             silence_timeout_s=5.0,
+            throttle=self.throttle,
         )
 
     def in_background(self, *sources: SourceAddress, idle: float = 20.0) -> threading.Thread:
@@ -207,6 +215,29 @@ def broken_off(stage: CatStage, source: Path, after: int, spool_bytes: int = 1 <
         held.set()
     stage.close()
     return stage.fed
+
+
+@pytest.mark.parametrize("side", ["send", "receive"])
+def test_a_stream_keeps_to_the_cap_of_either_side(tmp_path, stage, side):
+    source, samples = tmp_path / "stream", []
+    source.write_bytes(os.urandom(3 * MIB))
+    call, throttle = Call(stage), Throttle(1_000_000)
+    if side == "receive":
+        call.throttle = throttle
+
+    def passed(data: bytearray, _passed: int) -> None:
+        samples.append((time.monotonic(), len(data)))
+
+    with (
+        serving(source, throttle=throttle if side == "send" else None) as server,
+        Proxy(server.port, passed) as proxy,
+    ):
+        call.run(at(proxy.port))
+    assert stage.digest == digest(source)
+    assert samples[-1][0] - samples[0][0] > 2.5
+    for at_first, (start, _) in enumerate(samples):
+        window = sum(count for when, count in samples[at_first:] if when - start < 2.0)
+        assert window <= 1.2 * 2_000_000
 
 
 @pytest.mark.parametrize("size", [0, 1, MIB - 1, MIB, MIB + 1, 3 * MIB, WHOLE])
