@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import resource
 import signal
 import sys
 from contextlib import suppress
@@ -64,6 +65,8 @@ def _run(path: str, *, only_check: bool) -> int:
         marked(node=config.node)
         configure_logs(config.log_level, config.log_format)
         bound_arenas()
+        # A volume that is compacted has all its snapshots open, and there may be thousands.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
         # Not asyncio.run: at its end it waits for the threads of its executor, and those may wait for a disk.
         asyncio.new_event_loop().run_until_complete(_serve(path, config))
     except ResilverError as error:

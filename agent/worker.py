@@ -18,7 +18,6 @@ import contextlib
 import contextvars
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
@@ -44,8 +43,10 @@ class Worker:
         self._about = about
         self._jobs_max = jobs_max
         self._idle_s = idle_s
-        self._turn = threading.Condition()
-        self._jobs: deque[_Job] = deque()
+        # A few words for each of thousands: a condition and a deque would be a KiB more.
+        self._turn = threading.Lock()
+        self._news: threading.Event | None = None
+        self._jobs: list[_Job] = []
         self._since: float | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -94,8 +95,8 @@ class Worker:
             thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             thread.start()
             self._thread = thread
-        else:
-            self._turn.notify()
+        elif self._news is not None:
+            self._news.set()
 
     async def run(self, job: Callable[[], T]) -> T:
         """Waits for a job without blocking the event loop. If the caller goes away, a job that has begun is finished,
@@ -111,14 +112,22 @@ class Worker:
         """Lets the thread end after what is in the queue; does not wait for it."""
         with self._turn:
             self._closed = True
-            self._turn.notify()
+            if self._news is not None:
+                self._news.set()
 
     def _next(self) -> _Job | None:
         """None ends the thread: whoever comes after that has another one started."""
         with self._turn:
-            self._turn.wait_for(lambda: self._jobs or self._closed, self._idle_s)
             if self._jobs:
-                return self._jobs.popleft()
+                return self._jobs.pop(0)
+            news = self._news = threading.Event()
+            if self._closed:
+                news.set()
+        news.wait(self._idle_s)
+        with self._turn:
+            self._news = None
+            if self._jobs:
+                return self._jobs.pop(0)
             self._thread = None
             return None
 

@@ -247,6 +247,7 @@ def write(image: Path, size_bytes: int, blocks: list[int]) -> None:
         file.truncate(size_bytes)
         for at in blocks:
             os.pwrite(file.fileno(), at.to_bytes(8, "little") + block[8:], at * BLOCK)
+        os.fsync(file.fileno())
 
 
 def sparse(size_bytes: int, kind: str) -> Row:
@@ -287,7 +288,8 @@ def main() -> None:
     times = 10 if asked.large else 1
     jobs: dict[str, list[tuple[str, Callable[[], Row]]]] = {
         "volumes": [
-            (f"{count:,} volumes", lambda count=count: volumes(count)) for count in (100 * times, 1000 * times)
+            (f"{count:,} volumes", lambda count=count: volumes(count))
+            for count in asked.volumes or (100 * times, 1000 * times)
         ],
         "lineage": [(f"{count:,} snapshots", lambda count=count: lineage(count)) for count in (100, 1000)],
         "sparse": [

@@ -91,7 +91,6 @@ class Compactor:
         self._copier: Final = copier
         self._step: Final = step
         self._seams_max: Final = seams_max
-        self._buffer: Final = bytearray(_READ_BYTES)
         self._tip = ""
         self._failed = ""
         self._parts: list[int] = []
@@ -194,9 +193,10 @@ class Compactor:
         """Makes a file share these blocks of the source where they are the same; bytes that are."""
         if not mask.any():
             return 0
+        buffer = bytearray(_READ_BYTES)
         for offset in range(at.low, at.low + PART_BYTES, _READ_BYTES):
             # The kernel reads what it compares page by page, unless it has been read.
-            os.preadv(file.fd, [self._buffer], offset)
+            os.preadv(file.fd, [buffer], offset)
         return sum(
             _same_shared(source_fd, file.fd, offset, length, at.block)
             for offset, length in at.ranges(mask, _LOCKED_BYTES)
@@ -212,7 +212,7 @@ class Compactor:
             path.unlink()
             ioctl.copy_nocow(file.fd, fd)
             os.ftruncate(fd, os.fstat(file.fd).st_size)
-            buffer = memoryview(self._buffer)
+            buffer = memoryview(bytearray(_READ_BYTES))
             for offset, length in at.ranges(mask, _READ_BYTES):
                 contents.read_exactly(file.fd, offset, buffer[:length])
                 contents.write_all(fd, offset, buffer[:length])
