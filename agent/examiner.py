@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from agent.backends.base import Glancing
 from agent.disk.durable import disk_errors
 from agent.identity import Remembered
 from resilver.config import NO_HOOKS, Hooks
@@ -57,6 +58,7 @@ class Examiner:
         self._backend: Final = backend
         self._identity: Final = identity
         self._outline: object = None
+        self._seen: object = None
         self._broken: str | None = "the volume has not been recovered since the agent started"
 
     def recover(self) -> None:
@@ -79,7 +81,7 @@ class Examiner:
             self.recover()
         with disk_errors(self._volume):
             examined = self._backend.examine(compare_live=compare_live)
-        self._outline = _outline(examined)
+        self._outline, self._seen = _outline(examined), None
         self.last = self._report(examined, compared=compare_live)
         return self.last
 
@@ -88,20 +90,29 @@ class Examiner:
         try:
             return self.examine(compare_live=True)
         except ResilverError as error:
-            self._outline = None
+            self._outline = self._seen = None
             self.last = self._unreadable(f"{error.reason}: {error.message}")
             return self.last
 
-    def changed(self) -> bool:
-        """A cheap look: whether anything is other than it was at the last one."""
-        before = self._outline
+    def changed(self, *, surely: bool = False) -> bool:
+        """A cheap look: whether anything is other than it was. `surely`: also what a glance might miss."""
+        glance = self._glance()
+        if glance is not None and glance == self._seen and not surely:
+            return False
+        before, self._seen = self._outline, None
         try:
             with disk_errors(self._volume):
                 self._outline = _outline(self._backend.examine(compare_live=False))
         except ResilverError as error:
             said = f"{error.reason}: {error.message}"
             return self.last is None or said not in self.last.problems
-        return before != self._outline
+        if before == self._outline:
+            self._seen = glance
+            return False
+        return True
+
+    def _glance(self) -> object | None:
+        return self._backend.glance() if isinstance(self._backend, Glancing) else None
 
     def remember(self, tip: str, volume_id: str) -> None:
         """After an order gave the replica a new tip: also if the next look fails, its absence is then a loss.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
-from agent.backends.base import Compacting, NewSnapshot
+from agent.backends.base import Compacting, Glancing, NewSnapshot
 from agent.examiner import Examiner, ReplicaSettings, keeps_being_written, now_ms
 from agent.hooks import Hooked
 from agent.hooks import recover as recover_hooks
@@ -90,6 +90,7 @@ class Replica:
         self._examiner = Examiner(volume, node, backend, identity, settings)
         self._hooks_dir = hooks_dir
         self._not_compacted = ""
+        self._compacted: object = None
         self._queued: Future[ReplicaReport] | None = None
         self._requests: OrderedDict[str, tuple[object, Snapshot, bool]] = OrderedDict()
 
@@ -156,15 +157,18 @@ class Replica:
         self.on_report(report)
         return report
 
-    def look(self) -> None:
+    def look(self, *, surely: bool = False) -> None:
         """Looks at what is cheap to see, and examines if something has changed."""
-        if self._examiner.changed():
+        if self._examiner.changed(surely=surely):
             self.examine()
 
     def compact(self) -> bool:
         """Compacts for half a second, or until another job waits; whether more is to be done."""
         backend, until = self.backend, time.monotonic() + COMPACT_S
         if not isinstance(backend, Compacting):
+            return False
+        glance = backend.glance() if isinstance(backend, Glancing) else None
+        if glance is not None and glance == self._compacted:
             return False
         try:
             more = backend.compact(lambda: time.monotonic() < until and not self.worker.waiting)
@@ -175,6 +179,7 @@ class Replica:
             return False
         if more:
             self._not_compacted = ""
+        self._compacted = None if more else glance
         return more
 
     def store_record(self, told: VolumeRecord) -> None:

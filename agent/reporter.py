@@ -161,10 +161,10 @@ class Reporter:
                 if volume in waiting and not waiting[volume].done():
                     continue
                 last = replica.last
-                compare = last is None or (looks % COMPARE_EVERY_LOOKS == 0 and last.reflink and not last.live.in_use)
-                future = await self._few.begin(
-                    replica.worker, partial(replica.worker.submit, replica.examine if compare else replica.look)
-                )
+                surely = looks % COMPARE_EVERY_LOOKS == 0
+                compare = last is None or (surely and last.reflink and not last.live.in_use)
+                job = replica.examine if compare else partial(replica.look, surely=surely)
+                future = await self._few.begin(replica.worker, partial(replica.worker.submit, job))
                 if future is not None:
                     waiting[volume] = future
                     future.add_done_callback(partial(_log_failure, volume))

@@ -323,6 +323,14 @@ AnyStage: TypeAlias = Stage | StreamStage
 
 
 @runtime_checkable
+class Glancing(Protocol):
+    """A backend that can tell by a few calls whether a look would find anything new."""
+
+    def glance(self) -> object | None:
+        """Equal to an earlier one: nothing has changed since, but perhaps within a snapshot's directory. None: look."""
+
+
+@runtime_checkable
 class Compacting(Protocol):
     """A backend whose live copy is torn apart by being written to, and can be put together in small steps."""
 

@@ -16,6 +16,7 @@ This file is the door: it checks space, calls what does the work, and turns erro
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,14 @@ class ImageBackend:
                 file_system_id=ioctl.fs_id(layout.live.parent),
                 problems=problems,
             )
+
+    def glance(self) -> object | None:
+        try:
+            free, reserve = self._space()
+        except OSError:
+            return None
+        # Steps of about 4 %: free space alone is told when it has changed by as much.
+        return image_live.glance(self._layout, (free < reserve, int(math.log2(free + 1) * 16)))
 
     def _nowhere(self) -> Examined:
         """The live copy's directory is not there: its disk may not be mounted, and the caller knows if it was."""

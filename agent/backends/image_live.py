@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import stat as modes
+import time
 from pathlib import Path
 from typing import Final
 
 from agent.backends.image_copy import Copier, opened
+from agent.backends.image_kept import FRESH_NS, stamp_of
 from agent.backends.image_layout import Layout, State
 from agent.disk import ioctl, loops
 from agent.disk.inuse import InUseError, Lease, names
@@ -105,6 +107,30 @@ def look(layout: Layout, state: State, copier: Copier, *, compare: bool) -> tupl
         modified_bytes=own_bytes,
     )
     return live, tuple(problems)
+
+
+def glance(layout: Layout, space: object) -> object | None:
+    """A few words that stay the same as long as a look would find the same: of what is renamed into place here, the
+    directories tell. None while the live copy is in use, where leases do not work, and within two seconds of a change,
+    because the next one may have the same time.
+    """
+    live, root = str(layout.live), str(layout.root)
+    stamps = [
+        stamp_of(path) for path in (live, root, f"{root}/preserved", f"{root}/ancestry.jsonl", str(layout.live.parent))
+    ]
+    until_ns = time.time_ns() - FRESH_NS
+    if any(stamp is not None and max(stamp[3], stamp[4]) > until_ns for stamp in stamps):
+        return None
+    try:
+        stat = check_live(layout.live)
+        if stat is not None:
+            with Lease(layout.live) as lease:
+                if not lease.certain:
+                    return None
+    except (OSError, InUseError, Invalid):
+        return None
+    about = None if stat is None else (stat.st_ino, stat.st_nlink, stat.st_blocks)
+    return *stamps, about, space, loops.mounts_read()
 
 
 def _differs(state: State, size: int) -> bool:

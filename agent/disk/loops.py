@@ -122,6 +122,7 @@ class _OwnMounts:
         self._where: tuple[int, int] = (0, 0)
         self._fd = -1
         self._mounts: list[Mount] = []
+        self.read_count = 0
 
     def get(self) -> list[Mount]:
         with self._mutex:
@@ -147,6 +148,7 @@ class _OwnMounts:
             os.close(old)
         self._mounts = _parse(Path("/proc/thread-self/mountinfo"), Path("/"))
         self._where = where
+        self.read_count += 1
 
 
 _own_mounts: Final = _OwnMounts()
@@ -155,6 +157,12 @@ _own_mounts: Final = _OwnMounts()
 def own_mounts() -> list[Mount]:
     """The mounts of our own namespace."""
     return list(_own_mounts.get())
+
+
+def mounts_read() -> int:
+    """How often our own mounts had to be read so far: another number, and they may have changed."""
+    _own_mounts.get()
+    return _own_mounts.read_count
 
 
 def all_mounts() -> Iterator[Mount]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 
 import pytest
 
+from agent.backends import image_live
 from agent.backends.base import NewSnapshot
 from agent.backends.image import ImageBackend
 from agent.examiner import Examiner, ReplicaSettings
@@ -124,3 +126,84 @@ def test_a_cheap_look_notices_and_keeps_what_was_compared(looks, place):
     image.write_bytes(os.urandom(4096))
     assert looks.changed()
     assert looks.examine(compare_live=True).live.state is LiveState.MODIFIED
+
+
+@pytest.fixture
+def quiet(looks, place, monkeypatch):
+    """A mirrored volume at which a glance is enough, and what it has cost to look at it so far."""
+    monkeypatch.setattr(image_live, "FRESH_NS", 20_000_000)
+    (place / "vm1.img").write_bytes(os.urandom(8192))
+    looks._backend.save_record(VolumeRecord("vm1", "V", 1, "e1", "a"))
+    looks._backend.save_grant(Grant("V", 1, "e1"))
+    snapshot(looks)
+    looks.examine(compare_live=True)
+    whole = looks._backend.examine
+    looked = []
+
+    def examine(**how):
+        looked.append(how)
+        return whole(**how)
+
+    monkeypatch.setattr(looks._backend, "examine", examine)
+    until_still(looks, looked)
+    return looked
+
+
+def until_still(looks, looked):
+    """Until what was just written is old enough for a glance to be trusted."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        looked.clear()
+        assert not looks.changed()
+        if not looked:
+            return
+        time.sleep(0.01)
+    raise AssertionError("a glance was never enough")
+
+
+def write(place):
+    with (place / "vm1.img").open("r+b") as file:
+        os.pwrite(file.fileno(), b"x", 100)
+
+
+CHANGES = {
+    "a write to the live copy": write,
+    "another size": lambda place: os.truncate(place / "vm1.img", 4096),
+    "the live copy is gone": lambda place: (place / "vm1.img").unlink(),
+    "another live copy": lambda place: (
+        shutil.copy(place / "vm1.img", place / "other"), (place / "other").replace(place / "vm1.img")
+    ),
+    "another name for it": lambda place: os.link(place / "vm1.img", place / "other"),
+    "another mode": lambda place: (place / "vm1.img").chmod(0o600),
+    "no grant any more": lambda place: (place / ".resilver/vm1/grant.json").unlink(),
+    "a snapshot is gone": lambda place: shutil.rmtree(place / ".resilver/vm1/s1"),
+    "a file beside the snapshots": lambda place: (place / ".resilver/vm1/commit.json").write_text("{}"),
+    "no snapshots any more": lambda place: shutil.rmtree(place / ".resilver"),
+    "the disk is gone": shutil.rmtree,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_glance_sees_whatever_changes(looks, place, quiet, change):
+    CHANGES[change](place)
+    looks.changed()
+    assert quiet, "it was looked at"
+
+
+def test_a_glance_is_not_enough_where_somebody_has_it_open(looks, place, quiet):
+    with (place / "vm1.img").open("rb"):
+        assert looks.changed()
+        assert quiet
+
+
+def test_now_and_then_more_than_a_glance_is_taken(looks, place, quiet):
+    (place / ".resilver/vm1/s1/data").unlink()
+    assert not looks.changed()
+    assert not quiet
+    assert looks.changed(surely=True)
+
+
+def test_free_space_is_seen_at_a_glance(looks, quiet):
+    looks._backend.set_reserve(1.0, 0)
+    assert looks.changed()
+    assert quiet
