@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,10 @@ def pair(kind: str, disk_bytes: int) -> Iterator[tuple[AgentProcess, AgentProces
 
 
 def moved(a: AgentProcess, b: AgentProcess, leader: Leader, base: str, target: str) -> Any:
-    run = b.resync(leader, a, base, target, replace_own_data=True, replace_unrelated=True)
+    resync_id = str(uuid.uuid4())
+    a.prepare(leader, resync_id, base, target, "b")
+    b.receive(leader, resync_id, base, target, a, replace_own_data=True, replace_unrelated=True)
+    run = b.ended(resync_id, 1200)
     assert not run.reason, run
     return run
 

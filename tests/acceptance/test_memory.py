@@ -18,7 +18,7 @@ from tests.loopfs import needs_root, run
 pytestmark = needs_root
 
 SMALL_BYTES = 4 << 30
-LARGE_BYTES = 1 << 40
+LARGE_BYTES = 16 << 40
 DATA_BYTES = 100 * MIB
 CHANGED_BLOCKS = SMALL_BYTES // BLOCK // 100  # 10,485, as many as 1 % of 4 GiB
 HOLE = (256 << 30, 512 << 30)
