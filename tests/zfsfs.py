@@ -132,12 +132,12 @@ def destroy_pool(name: str) -> None:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Zfs]:
-    """The daemon, with memory for its pools."""
-    work = Path(tempfile.mkdtemp(prefix="zfsfs-"))
+def running(disk: Path | None = None) -> Iterator[Zfs]:
+    """The daemon, with memory for its pools, or a directory on a disk."""
+    work = Path(tempfile.mkdtemp(prefix="zfsfs-", dir=disk))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, work, ignore_errors=True)
-        for place in (*(() if kernel() else map(Path, _PLACES)), work):
+        for place in (*(() if kernel() else map(Path, _PLACES)), *(() if disk else (work,))):
             place.mkdir(parents=True, exist_ok=True)
             run("mount", "-t", "tmpfs", "none", place)
             stack.callback(run, "umount", "--lazy", place)

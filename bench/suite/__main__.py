@@ -46,6 +46,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="images of 256 MiB, and nothing is written into docs")
     parser.add_argument("--mib", type=int, help="images of that size instead")
     parser.add_argument("--out", type=Path, help="where the page, the JSON and the plots go: docs/benchmarks")
+    parser.add_argument("--direct", action="store_true", help="loop devices go past the cache below them")
     parser.add_argument("--place", type=Path, default=Path("/var/tmp"), help="where the disks' files are made")
     return parser.parse_args(arguments)
 
@@ -65,10 +66,19 @@ def main() -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    wanted = Asked(size, asked.rounds or (2 if small else 5), asked.place, say, tuple(asked.who), tuple(asked.without))
+    wanted = Asked(
+        size,
+        asked.rounds or (2 if small else 5),
+        asked.place,
+        say,
+        tuple(asked.who),
+        tuple(asked.without),
+        asked.direct,
+    )
     for name in asked.only or CASES:
         say(f"{name}:")
         case = CASES[name](wanted)
+        case.facts["loop devices"] = "direct" if asked.direct else "as `mount -o loop` makes them"
         print(report.table(case.json()), flush=True)
         report.save(out, case.json(), list(CASES))
     say(f"written to {out}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,8 @@ from bench.suite.selecting import FACTOR, Selecting, changed_count, make
 
 CHANGED_SHARE: Final = 0.01
 STORY_ROUNDS: Final = 3
+MEMORY_OF_IMAGE: Final = 4
+"""Images for which there must be memory: the source's cache, a snapshot and a live copy at the target, and room."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class Asked:
     """Words of competitors' names: if there are any, the others are left out, and the page says so."""
     without: tuple[str, ...] = ()
     """Words of names that are left out in any case."""
+
+    direct: bool = False
+    """Whether loop devices go past the cache of the file system below them."""
+
+    def disk(self, work: Path, name: str, kind: str, size_bytes: int) -> AbstractContextManager[Disk]:
+        return data.disk(work, name, kind, size_bytes, direct=self.direct)
 
     def wants(self, name: str) -> bool:
         named = not self.who or any(word in name for word in self.who)
@@ -95,7 +104,7 @@ def delta(asked: Asked) -> Case:
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(workplace(asked))
         size = 4 * asked.image_bytes
-        source, target = (stack.enter_context(data.disk(work, name, "xfs", size)) for name in ("source", "target"))
+        source, target = (stack.enter_context(asked.disk(work, name, "xfs", size)) for name in ("source", "target"))
         asked.say("  making the image, its change, and its copies")
         there, here, images = replicas(source, target, asked.image_bytes, count)
         field_of: list[Any] = [*ours_and_limit(work, there, here, images, target)]
@@ -105,12 +114,12 @@ def delta(asked: Asked) -> Case:
         field_of.extend(kind(images.after, base, target.point / "copy") for kind in kinds)
         disks, synced = [source, target], {}
         if asked.wants(others.BtrfsSend.name):
-            pair = [stack.enter_context(data.disk(work, name, "btrfs", size)) for name in ("btrfs-1", "btrfs-2")]
+            pair = [stack.enter_context(asked.disk(work, name, "btrfs", size)) for name in ("btrfs-1", "btrfs-2")]
             field_of.append(stack.enter_context(others.subvolumes(pair[0], pair[1], images)))
             disks += pair
             synced[others.BtrfsSend.name] = pair[1]
         if asked.wants(others.ZfsSend.name):
-            field_of.append(stack.enter_context(others.datasets(images, max(size // 2, data.POOL_BYTES_MIN))))
+            field_of.append(stack.enter_context(others.datasets(work, images, max(size // 2, data.POOL_BYTES_MIN))))
         arena = Arena(
             disks,
             target=lambda one: synced.get(one.name, target),
@@ -150,22 +159,23 @@ def ours_and_limit(work: Path, there: Replica, here: Replica, images: Images, ta
 
 def first_copy(asked: Asked) -> Case:
     """All of an image that is in memory, to a file system in memory."""
+    size = min(asked.image_bytes, data.memory_available_bytes() // MEMORY_OF_IMAGE // MIB * MIB)
     case = Case(
         "first-copy",
         "A first copy, warm, to memory",
-        f"{data.amount(asked.image_bytes)} of incompressible data, read into the cache before each run, from XFS on a "
+        f"{data.amount(size)} of incompressible data, read into the cache before each run, from XFS on a "
         "loop device to a tmpfs, where a sync costs nothing.",
-        asked.image_bytes,
+        size,
     )
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(workplace(asked))
-        source = stack.enter_context(data.disk(work, "source", "xfs", 4 * asked.image_bytes))
-        target = stack.enter_context(data.memory(work, "target", 3 * asked.image_bytes + 64 * MIB))
+        source = stack.enter_context(asked.disk(work, "source", "xfs", 4 * size))
+        target = stack.enter_context(data.memory(work, "target", 3 * size + 64 * MIB))
         asked.say("  making the image")
         there, here = Replica(source.point / "ours"), Replica(target.point / "ours")
         for replica in (there, here):
             replica.directory.mkdir()
-        data.fill(there.live, asked.image_bytes)
+        data.fill(there.live, size)
         image = there.snapshot("goal", 1)
         found = there.backend.delta_map("", "goal")
         ranges = work / "ranges.npy"
@@ -181,7 +191,7 @@ def first_copy(asked: Asked) -> Case:
             [source],
             target=lambda _one: target,
             settle=lambda _one: data.warm(image),
-            differs=lambda result: data.differing(image, result, [(0, asked.image_bytes)]),
+            differs=lambda result: data.differing(image, result, [(0, size)]),
         )
         case.entries = compete(wanted(asked, field_of), arena, asked.rounds, asked.say)
     return case
@@ -201,7 +211,7 @@ def selecting(asked: Asked) -> Case:
     )
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(workplace(asked))
-        source = stack.enter_context(data.disk(work, "source", "xfs", 4 * asked.image_bytes))
+        source = stack.enter_context(asked.disk(work, "source", "xfs", 4 * asked.image_bytes))
         asked.say("  making the images")
         made = [
             (factor, make(source.point / f"x{factor}", asked.image_bytes, factor, offsets)) for factor in (1, FACTOR)
@@ -232,7 +242,7 @@ def killed(asked: Asked) -> Case:
     )
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(workplace(asked))
-        disks = [stack.enter_context(data.disk(work, name, "xfs", 8 * size)) for name in ("source", "target")]
+        disks = [stack.enter_context(asked.disk(work, name, "xfs", 8 * size)) for name in ("source", "target")]
         asked.say("  making the cluster")
         places = {node: disk.point / node for node, disk in zip("ab", disks, strict=True)}
         stage = stack.enter_context(trouble.standing(work / "cluster", places, size, max(size // 20, MIB)))
@@ -258,7 +268,7 @@ def sources(asked: Asked) -> Case:
     )
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(workplace(asked))
-        disks = [stack.enter_context(data.disk(work, name, "xfs", 8 * size)) for name in ("first", "second", "target")]
+        disks = [stack.enter_context(asked.disk(work, name, "xfs", 8 * size)) for name in ("first", "second", "target")]
         asked.say("  making the cluster")
         places = {node: disk.point / node for node, disk in zip("abc", disks, strict=True)}
         stage = stack.enter_context(trouble.standing(work / "cluster", places, size, cap))

@@ -1,7 +1,10 @@
 """What is measured on: file systems on loop devices of their own, images of incompressible data, and a change to one.
 
-A loop device reads and writes its backing file directly where that is possible, so that nothing is cached twice and
-what counts as read was read. Whatever is made here is unmounted, detached and removed at the end of its block.
+A loop device is what `mount -o loop` makes, which goes through the cache of the file system below it: a scattered write
+then costs what it costs on a disk with a cache of its own. With `direct` it goes past that cache, and each block that
+is written becomes a request of its own to the disk below, in which everybody's differences drown.
+
+Whatever is made here is unmounted, detached and removed at the end of its block.
 """
 
 from __future__ import annotations
@@ -74,16 +77,13 @@ class Disk:
             os.close(fd)
 
 
-def attach(image: Path) -> str:
-    """The loop device that now stands on a file; direct where the file's own file system can do that."""
-    try:
-        return run("losetup", "--show", "--find", "--direct-io=on", image).strip()
-    except RuntimeError:
-        return run("losetup", "--show", "--find", image).strip()
+def attach(image: Path, *, direct: bool) -> str:
+    """The loop device that now stands on a file."""
+    return run("losetup", "--show", "--find", *(["--direct-io=on"] if direct else []), image).strip()
 
 
 @contextlib.contextmanager
-def disk(work: Path, name: str, kind: str, size_bytes: int) -> Iterator[Disk]:
+def disk(work: Path, name: str, kind: str, size_bytes: int, *, direct: bool = False) -> Iterator[Disk]:
     """A file system of `kind` (xfs, btrfs) in a sparse file below `work`.
 
     The file has no name any more once it is attached, and the device goes with its last mount, which goes with this
@@ -95,7 +95,7 @@ def disk(work: Path, name: str, kind: str, size_bytes: int) -> Iterator[Disk]:
         file.truncate(max(size_bytes, _DISK_BYTES_MIN))
     with contextlib.ExitStack() as stack:
         stack.callback(image.unlink, missing_ok=True)
-        device = attach(image)
+        device = attach(image, direct=direct)
         image.unlink()
         with contextlib.ExitStack() as attached:
             attached.callback(run, "losetup", "--detach", device)  # while it is mounted: once it is no more
@@ -116,6 +116,12 @@ def memory(work: Path, name: str, size_bytes: int) -> Iterator[Disk]:
         yield Disk(point)
     finally:
         run("umount", "--lazy", point)
+
+
+def memory_available_bytes() -> int:
+    """What programs can have without anything being swapped out."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * KIB for line in lines if line.startswith("MemAvailable"))
 
 
 def noise(count: int) -> bytes:

@@ -328,12 +328,12 @@ def subvolumes(source: Disk, target: Disk, images: Images) -> Iterator[BtrfsSend
 
 
 @contextlib.contextmanager
-def datasets(images: Images, pool_bytes: int) -> Iterator[ZfsSend]:
+def datasets(work: Path, images: Images, pool_bytes: int) -> Iterator[ZfsSend]:
     """The image as it was and as it is to become, as snapshots in one pool; another has the first."""
     if unavailable():
         yield ZfsSend("", "")
         return
-    with running() as zfs, zfs.pool(pool_bytes) as one, zfs.pool(pool_bytes) as other:
+    with running(work) as zfs, zfs.pool(pool_bytes) as one, zfs.pool(pool_bytes) as other:
         source, target = f"{one}/volume", f"{other}/volume"
         point = zfs.work / "volume"
         run("zfs", "create", "-o", f"mountpoint={point}", source)

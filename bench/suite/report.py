@@ -138,7 +138,10 @@ def parts(case: Found) -> str:
 
 def section(case: Found) -> str:
     here = case["machine"]
-    facts = "; ".join(f"{name.replace('_', ' ')}: {found:,}" for name, found in case["facts"].items())
+    facts = "; ".join(
+        f"{name.replace('_', ' ')}: {found:,}" if isinstance(found, int) else f"{name}: {found}"
+        for name, found in case["facts"].items()
+    )
     where = f"{here['date']}, {here['processor']}, {here['memory_mib']:,} MiB, Linux {here['kernel']}"
     words = [
         f"## {case['title']}",
