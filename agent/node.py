@@ -35,7 +35,7 @@ from agent.service import AgentService, Node, PeerService
 from agent.stream.sender import BlockServer, ServedSnapshot, ServedStream
 from agent.tickets import Tickets
 from agent.together import HOOKS_DIR
-from agent.worker import Worker
+from agent.worker import IDLE_S, Worker
 from resilver.address import Address
 from resilver.config import AUTO
 from resilver.errors import Invalid, Refused, Unavailable
@@ -61,7 +61,8 @@ AUTHORIZE_TIMEOUT_S: Final = 30.0
 RENEW_S: Final = 2.0
 LIMITS_LOOK_S: Final = 0.5
 COMPACT_REST_S: Final = 1.0
-COMPACT_LOOK_S: Final = 10.0
+COMPACT_LOOK_S: Final = 60.0
+THREADS_KEPT_MAX: Final = 100
 
 _log = structlog.get_logger(__name__)
 
@@ -84,6 +85,8 @@ class AgentNode:
                 self._identity,
                 _settings(volume),
                 hooks_dir=config.state_dir / HOOKS_DIR,
+                # Of few volumes the threads stay from one look to the next: beginning one costs more than a glance.
+                idle_s=2 * look_s if len(config.volumes) <= THREADS_KEPT_MAX else IDLE_S,
             )
             for volume in config.volumes
         }

@@ -35,7 +35,7 @@ from agent.rights import (
     merge_record,
 )
 from agent.together import Member, Together
-from agent.worker import Worker
+from agent.worker import IDLE_S, Worker
 from resilver.errors import Invalid, NotFound, Refused, ResilverError, Superseded
 from resilver.lineage import ConsistencyPoint
 from resilver.volume import Grant, LiveState, Presence
@@ -79,11 +79,12 @@ class Replica:
         settings: ReplicaSettings,
         *,
         hooks_dir: Path | None = None,
+        idle_s: float = IDLE_S,
     ) -> None:
         self.volume: Final = volume
         self.node: Final = node
         self.backend: Final = backend
-        self.worker: Final = Worker(f"disk of {volume}", volume=volume)
+        self.worker: Final = Worker(f"disk of {volume}", idle_s=idle_s, volume=volume)
         self.reader: Final = Worker(f"reads of {volume}", volume=volume)
         self.transfers: Transfers | None = None
         self.on_report: Callable[[ReplicaReport], None] = lambda _report: None
