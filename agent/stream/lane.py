@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 # Requests for a whole window fit the socket's buffers, so that neither side can wait for the other to read first.
 IN_FLIGHT_CHUNKS_MAX: Final = 2048
 IN_FLIGHT_BYTES_MAX: Final = 32 << 20
-IN_FLIGHT_BYTES_MIN: Final = 1 << 20
-"""Of scattered blocks of 4 KiB as many as a source announces to its disk."""
-IN_FLIGHT_BYTES: Final = 6 << 20
+IN_FLIGHT_BYTES_MIN: Final = 2 << 20
+"""Of scattered blocks of 4 KiB twice as many as a source announces to its disk: it is filled up when half empty."""
+IN_FLIGHT_BYTES: Final = 4 << 20
 """Of all lanes together, beside what a long way holds by itself: with the two marks of the flusher that is what a crash
 can lose."""
 IN_FLIGHT_S: Final = 0.5

@@ -25,9 +25,9 @@ from resilver.errors import Damaged, Refused, ResilverError, Unavailable
 TICK_S: Final = 0.25
 CONNECT_TIMEOUT_S: Final = 5.0
 
-# `tcpi_rtt` of struct tcp_info (linux/tcp.h), in microseconds.
+# `tcpi_min_rtt` of struct tcp_info (linux/tcp.h), in microseconds: what queues at either end is not in it.
 _RTT_US: Final = struct.Struct("=I")
-_RTT_US_AT: Final = 68
+_RTT_US_AT: Final = 148
 
 # A source that says one of these may serve later; every other reason holds for the whole run.
 _PASSING: Final = frozenset({"TOO_MANY_RESYNCS", "INTERNAL", "CANCELLED"})

@@ -17,7 +17,8 @@ pytestmark = needs_root
 
 LARGE_BYTES = 1 << 30
 BYTES = 160 * MIB
-AGAIN_BYTES_MAX = 32 * MIB
+AGAIN_BYTES_MAX = 16 * MIB
+OTHER_READS_MAX = 4 * MIB
 RECORD_BYTES = 48
 NODES = ("a", "b", "c")
 
@@ -84,7 +85,7 @@ def rewrite(made: Cluster, seed: int) -> None:
 
 
 def read_bytes(process: Process) -> int:
-    """What a process has read so far: of a source, little more than what it has sent."""
+    """What a process has read so far: of a source, what it has sent, its records, and who has what open (/proc)."""
     fields = dict(line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
     return int(fields["rchar"])
 
@@ -100,7 +101,7 @@ def test_a_receiver_that_is_killed_goes_on_and_little_is_sent_again(three: Clust
     target.start()
     run = transfer.succeeds()
     assert kept < LARGE_BYTES
-    assert LARGE_BYTES <= read_bytes(source) - before <= LARGE_BYTES + AGAIN_BYTES_MAX
+    assert LARGE_BYTES <= read_bytes(source) - before <= LARGE_BYTES + AGAIN_BYTES_MAX + OTHER_READS_MAX
     assert run["resent_bytes"] <= AGAIN_BYTES_MAX
     assert 0 <= run["wire_bytes"] - run["done_bytes"] <= AGAIN_BYTES_MAX
 

@@ -28,7 +28,7 @@ from tests.agent.stream.support import (
 )
 
 ROOT = Path(__file__).parents[3]
-AGAIN_BYTES_MAX = 32 * MIB
+AGAIN_BYTES_MAX = 16 * MIB
 
 
 @contextlib.contextmanager
