@@ -103,7 +103,7 @@ def delta(asked: Asked) -> Case:
     )
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(workplace(asked))
-        size = 4 * asked.image_bytes
+        size = 8 * asked.image_bytes
         source, target = (stack.enter_context(asked.disk(work, name, "xfs", size)) for name in ("source", "target"))
         asked.say("  making the image, its change, and its copies")
         there, here, images = replicas(source, target, asked.image_bytes, count)
@@ -119,7 +119,7 @@ def delta(asked: Asked) -> Case:
             disks += pair
             synced[others.BtrfsSend.name] = pair[1]
         if asked.wants(others.ZfsSend.name):
-            field_of.append(stack.enter_context(others.datasets(work, images, max(size // 2, data.POOL_BYTES_MIN))))
+            field_of.append(stack.enter_context(others.datasets(work, images, max(size // 4, data.POOL_BYTES_MIN))))
         arena = Arena(
             disks,
             target=lambda one: synced.get(one.name, target),

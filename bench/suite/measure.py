@@ -5,7 +5,8 @@ The rules, the same for everybody:
 * What a competitor needs and a daemon would have at hand (a process that has started, a target that stands at the base)
   is made before the clock starts. Then all is synced, and the caches are dropped, or the source is read into them.
 * The clock stops when the target's file system has been synced, which is in the time of all.
-* Rounds are interleaved: A B C A B C. Whoever took longer than `SLOW_S` in its first round takes part in `SLOW_ROUNDS`.
+* Rounds are interleaved: A B C A B C. Whoever took longer than `SLOW_S` in its first round takes part in
+  `SLOW_ROUNDS`, and longer than `VERY_SLOW_S` in no other.
 * After its first run the target is compared with the source: every changed range, and a sample of the rest.
 
 CPU seconds are those of all processes that the competitor consists of, from /proc or from wait4. Work that the kernel
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import select
@@ -34,6 +36,8 @@ from bench.suite.data import TOOL_TIMEOUT_S, Disk
 
 SLOW_S: Final = 60.0
 SLOW_ROUNDS: Final = 2
+VERY_SLOW_S: Final = 300.0
+FAILURE_CHARS_MAX: Final = 200
 WORKER_TIMEOUT_S: Final = 600.0
 NOT_COUNTED: Final = -1
 DIES_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL")  # before a command: it must not outlive this process
@@ -130,16 +134,25 @@ def compete(
         once(competitors[0], arena, 0)  # whoever comes first finds backing files without blocks: not to be counted
     for number in range(rounds):
         for one, entry in zip(competitors, entries, strict=True):
-            slow = bool(entry.runs) and entry.runs[0].time_s > SLOW_S
-            if entry.missing or (slow and number >= SLOW_ROUNDS):
+            if entry.missing or number >= rounds_of(entry):
                 continue
-            done = once(one, arena, number)
+            try:
+                done = once(one, arena, number)
+            except RuntimeError as error:  # shown, like one that is not installed: the others' figures hold
+                entry.missing, entry.runs = f"failed: {str(error)[:FAILURE_CHARS_MAX]}", []
+                continue
             entry.runs.append(done)
             say(f"  round {number + 1}: {one.name}: {done.time_s:.3f} s{told(done.parts)}")
     for entry in entries:
         if entry.missing:
             say(f"  {entry.name}: {entry.missing}")
     return entries
+
+
+def rounds_of(entry: Entry) -> float:
+    """In how many rounds it takes part."""
+    first_s = entry.runs[0].time_s if entry.runs else 0.0
+    return 1 if first_s > VERY_SLOW_S else SLOW_ROUNDS if first_s > SLOW_S else math.inf
 
 
 def told(parts: dict[str, float]) -> str:

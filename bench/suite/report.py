@@ -118,7 +118,7 @@ def table(case: Found) -> str:
     shown = columns(case)
     rows = [f"| | {' | '.join(title for title, _ in shown)} |", f"|{' --- |' * (len(shown) + 1)}"]
     for entry in case["entries"]:
-        cells = [cell(case, entry) for _, cell in shown] if entry["runs"] else [entry["missing"]]
+        cells = [cell(case, entry) for _, cell in shown] if entry["runs"] else [entry["missing"].replace("\n", " ")]
         rows.append(f"| {' | '.join([entry['name'], *cells])} |{' |' * (len(shown) - len(cells))}")
     return "\n".join(rows)
 
