@@ -65,7 +65,8 @@ class Scene:
     config: Path
 
     def limits(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.made.node("b").get("limits") or {}
+        """What holds on b, once it has said so."""
+        found: dict[str, Any] = wait_for(lambda: self.made.node("b").get("limits"), "b says what holds")
         return found
 
     def resync(self) -> str:
@@ -124,6 +125,7 @@ def test_an_operators_limit_outlives_a_restart_and_ends_by_itself(scene: Scene) 
     resync_id = scene.resync()
     wait_for(lambda: (scene.run(resync_id).get("done_bytes") or 0) >= MIB, "it has begun")
     made.processes["b"].kill()
+    made.wait_away("vm1", "b")
     made.restart("b")
     made.wait_reachable("vm1", "b")
     assert scene.limits()["receive"]["bytes_per_second"] == 1_000_000

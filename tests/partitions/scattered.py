@@ -208,6 +208,11 @@ class Transfer:
         sources = self.shown().get("sources", ())
         return {source["node"]: source["wire_bytes"] for source in sources if source["wire_bytes"]}
 
+    def left(self) -> set[str]:
+        """The sources that the target has left so far in this run."""
+        told = self.made.said(self.node, "stream.source_left")
+        return {str(line["source"]) for line in told if line.get("resync") == self.id}
+
     def stalled(self) -> bool:
         """Whether nothing has come for as long as a source may be silent."""
         done, until = self.done_bytes(), time.monotonic() + NOTICED_S
