@@ -187,7 +187,7 @@ class LvmKind(Kind):
         return "" if os.environ.get("RESILVER_MACHINE") == "1" else "only in the machine of tests/vm"
 
     @contextlib.contextmanager
-    def ground(self, size_bytes: int = 512 << 20) -> Iterator[LvmGround]:
+    def ground(self, size_bytes: int = 1 << 30) -> Iterator[LvmGround]:
         made = LvmGround(self, size_bytes)
         try:
             yield made
@@ -196,7 +196,7 @@ class LvmKind(Kind):
 
 
 class LvmGround(Ground):
-    """A pool for each node, made when it is first asked for."""
+    """A pool for each node, made when it is first asked for; the records of each volume have 32 MiB of it."""
 
     def __init__(self, kind: Kind, size_bytes: int) -> None:
         self.kind = kind
