@@ -312,12 +312,16 @@ async def _compact_all(replicas: Iterable[Replica], few: Few) -> None:
 
 async def _compact(replica: Replica, first: asyncio.Future[bool]) -> None:
     """Puts a volume's fragments together, half of the time at most, and only between its other jobs."""
-    begun, more = time.monotonic(), await first
-    with contextlib.suppress(Unavailable):
+    try:
+        begun, more = time.monotonic(), await first
         while more:
             await asyncio.sleep(max(COMPACT_REST_S, time.monotonic() - begun))
             begun = time.monotonic()
             more = await replica.worker.run(replica.compact)
+    except Unavailable:
+        return  # its disk is busy: it is asked again
+    except Exception:  # noqa: BLE001 - one volume's trouble would end the task of all
+        _log.exception("not compacted", volume=replica.volume)
 
 
 class _Renewal:

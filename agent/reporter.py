@@ -202,6 +202,7 @@ class Reporter:
                 call.cancel()
                 for task in self._asking:
                     task.cancel()
+                self._looking = 0  # whoever had not begun by now does not
         return True
 
     async def _both_ways(self, call: aio.StreamStreamCall[Any, Any]) -> None:

@@ -57,6 +57,30 @@ async def test_a_torn_image_is_compacted(image, replica, monkeypatch):
 
 
 @needs_root
+async def test_what_befalls_one_volume_does_not_hold_up_the_others(image, replica, tmp_path, monkeypatch):
+    monkeypatch.setattr(node, "COMPACT_LOOK_S", 0.1)
+    asked = []
+
+    def broken():
+        asked.append(1)
+        raise RuntimeError("unforeseen")
+
+    identity = Identity(tmp_path / "other", "prod", "a")
+    other = Replica("vm2", "a", image.backend, identity, ReplicaSettings())
+    monkeypatch.setattr(other, "compact", broken)
+    task = asyncio.create_task(node._compact_all([other, replica], Few(4)))
+    async with asyncio.timeout(DEADLINE_S):
+        while len(asked) < 3:  # noqa: ASYNC110  # it is asked again and again, and tells nobody
+            await asyncio.sleep(0.02)
+    await until_compacted(image)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    other.close()
+    identity.close()
+
+
+@needs_root
 async def test_it_makes_room_for_other_jobs(image, replica):
     """A part, and then whoever waits; with nobody waiting, as many as there is time for."""
     image.write(0, noise(1, 2 * PART_BYTES))
