@@ -32,7 +32,8 @@ from agent.reporter import LOOK_S, Reporter
 from agent.reporter import Hello as AgentHello
 from agent.runs import Runs
 from agent.service import AgentService, Node, PeerService
-from agent.stream.sender import BlockServer, ServedSnapshot, ServedStream
+from agent.stream.connection import ServedSnapshot, ServedStream
+from agent.stream.sender import BlockServer
 from agent.tickets import Tickets
 from agent.together import HOOKS_DIR
 from agent.worker import IDLE_S, Worker

@@ -21,12 +21,13 @@ from agent.backends.base import NewSnapshot
 from agent.backends.image import ImageBackend
 from agent.backends.image_layout import Layout
 from agent.delta import DeltaMap
+from agent.stream.connection import ServedSnapshot
 from agent.stream.frame import Hello
 from agent.stream.journal import Journal
 from agent.stream.link import SourceAddress
 from agent.stream.mapfile import JournalKey
 from agent.stream.receiver import Counters, receive, verify
-from agent.stream.sender import Authorize, BlockServer, ServedSnapshot
+from agent.stream.sender import Authorize, BlockServer
 from bench.suite.limit import rehearsal
 from bench.suite.measure import Used, Worker, answer, orders
 from resilver.address import Address

@@ -14,11 +14,12 @@ from typing import Any, Self
 from agent.backends.base import SnapshotReader
 from agent.delta import DeltaMap, DeltaRange
 from agent.disk import contents, ioctl
+from agent.stream.connection import ServedSnapshot
 from agent.stream.frame import Hello
 from agent.stream.journal import Journal, JournalKey
 from agent.stream.link import SourceAddress
 from agent.stream.receiver import Counters, Received, receive
-from agent.stream.sender import BlockServer, ServedSnapshot
+from agent.stream.sender import BlockServer
 from agent.stream.throttle import Throttle
 from resilver.address import Address
 from resilver.errors import Damaged, Unauthenticated

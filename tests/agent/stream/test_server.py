@@ -13,8 +13,9 @@ import pytest
 from blake3 import blake3
 
 from agent.stream import frame as frames
+from agent.stream.connection import PENDING_RANGES_MAX, ServedSnapshot
 from agent.stream.frame import PAYLOAD_BYTES_MAX, FrameBuffer, Kind
-from agent.stream.sender import PENDING_RANGES_MAX, RUN_CONNECTIONS_MAX, BlockServer, ServedSnapshot
+from agent.stream.sender import RUN_CONNECTIONS_MAX, BlockServer
 from resilver.address import Address
 from resilver.errors import Invalid
 from tests.agent.stream.support import HELLO, MIB, FileReader, authorize, random_file, serving, until

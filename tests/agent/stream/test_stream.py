@@ -17,11 +17,12 @@ import pytest
 from agent.backends.base import StreamOrigin
 from agent.stream import pump as pumping
 from agent.stream import stream_receiver
+from agent.stream.connection import ServedStream
 from agent.stream.counters import Counters
 from agent.stream.frame import FrameBuffer, Hello, Kind, StreamWish, decode_end
 from agent.stream.link import SourceAddress
 from agent.stream.pump import Pump
-from agent.stream.sender import BlockServer, ServedStream
+from agent.stream.sender import BlockServer
 from agent.stream.spool import Spool
 from agent.stream.stream_receiver import receive_stream
 from agent.stream.throttle import Throttle
