@@ -21,7 +21,7 @@ from agent.backends.base import StreamOrigin
 from agent.delta import DeltaMap
 from agent.stream.pump import FORMATS_MAX
 from agent.stream.work import Stopped
-from resilver import wire
+from resilver import wire, wire_pages
 from resilver.errors import Damaged, Exhausted, Unavailable
 from resilver.fields import check_count, check_number, check_optional, check_text, check_texts
 from resilver.rpc import make_channel, to_error
@@ -134,7 +134,7 @@ async def _fetch(source: Source, wanted: Wanted) -> Offer:
         while (page := await _next_page(call, source)) is not None:
             capacity = check_number(page.capacity_bytes, "capacity_bytes")
             records += [wire.snapshot_from_proto(record, "records") for record in page.records]
-            check_count(records, "records", wire.LINEAGE_RECORDS_MAX)
+            check_count(records, "records", wire_pages.LINEAGE_RECORDS_MAX)
             if page.HasField("origin"):
                 origin = _origin(page.origin)
             for each in page.ranges:
@@ -143,7 +143,7 @@ async def _fetch(source: Source, wanted: Wanted) -> Offer:
                 columns[2].append(each.zero)
             if len(columns[0]) > RANGES_MAX:
                 raise Exhausted("TOO_LARGE", f"the delta has more than {RANGES_MAX} ranges; resync with a full copy")
-    lineage = wire.lineage_of(records)
+    lineage = wire_pages.lineage_of(records)
     if lineage.tip_id != wanted.target:
         raise Damaged("SOURCE_DAMAGED", f"{source.node} told a lineage of {lineage.tip_id}, not of {wanted.target}")
     delta = DeltaMap(

@@ -35,8 +35,9 @@ from resilver.limits import NodeLimits
 from resilver.rpc import make_channel, to_error
 from resilver.v1 import agent_pb2, agent_pb2_grpc, volume_pb2
 from resilver.volume import Progress
-from resilver.wire import PAGES_TOGETHER_MAX, bodies_of, progress_to_proto, record_from_proto
+from resilver.wire import progress_to_proto, record_from_proto
 from resilver.wire_limits import limits_to_proto
+from resilver.wire_pages import PAGES_TOGETHER_MAX, bodies_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence

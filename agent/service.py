@@ -32,16 +32,9 @@ from resilver.config_hooks import GROUP_VOLUMES_MAX
 from resilver.errors import NotFound, Refused, ResilverError
 from resilver.fields import PATH_CHARS_MAX, check_count, check_id, check_name, check_number, check_text, invalid
 from resilver.v1 import agent_pb2, agent_pb2_grpc
-from resilver.wire import (
-    SOURCES_MAX,
-    order_from_proto,
-    progress_to_proto,
-    record_from_proto,
-    record_pages,
-    report_pages,
-    snapshot_to_proto,
-)
+from resilver.wire import SOURCES_MAX, order_from_proto, progress_to_proto, record_from_proto, snapshot_to_proto
 from resilver.wire_limits import change_from_proto, limits_to_proto
+from resilver.wire_pages import record_pages, report_pages
 
 if TYPE_CHECKING:
     from grpc import aio

@@ -36,7 +36,7 @@ from resilver.lineage import ConsistencyPoint
 from resilver.v1 import coordinator_pb2 as api
 from resilver.v1 import coordinator_pb2_grpc
 from resilver.volume import Grant, VolumeRecord
-from resilver.wire import report_pages
+from resilver.wire_pages import report_pages
 from tests import namespace
 from tests.agent.agents import AgentProcess, Leader, agents
 from tests.cluster import Cluster, cluster, wait_for

@@ -41,8 +41,9 @@ from resilver.address import Address, parse_address
 from resilver.errors import Conflict, Exhausted, ResilverError, Superseded, Unavailable
 from resilver.fields import check_count, check_id, check_name, check_number, check_text, invalid
 from resilver.v1 import agent_pb2, agent_pb2_grpc
-from resilver.wire import PAGES_TOGETHER_MAX, ReportAssembler, is_whole, progress_from_proto, record_to_proto
+from resilver.wire import progress_from_proto, record_to_proto
 from resilver.wire_limits import limits_from_proto
+from resilver.wire_pages import PAGES_TOGETHER_MAX, ReportAssembler, is_whole
 
 STREAMS_MAX: Final = 2000
 VOLUMES_MAX: Final = 10_000

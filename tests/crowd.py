@@ -33,7 +33,8 @@ from resilver.address import parse_address
 from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from resilver.volume import Grant, LiveCopy, LiveState, Presence, ReplicaReport, VolumeRecord
-from resilver.wire import PAGES_TOGETHER_MAX, record_from_proto, report_pages
+from resilver.wire import record_from_proto
+from resilver.wire_pages import PAGES_TOGETHER_MAX, report_pages
 
 HEARTBEAT_S = 2.0
 PAUSE_S = 0.5

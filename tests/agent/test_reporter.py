@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from agent.node import AgentNode
-from resilver import wire
+from resilver import wire_pages
 from resilver.config import load_agent_config
 from resilver.rpc import make_server
 from resilver.v1 import agent_pb2, agent_pb2_grpc, volume_pb2
@@ -147,7 +147,7 @@ async def test_an_examine_is_answered_by_its_id(agent, stream):
     await stream.next("replica")
     stream.answer(examine=agent_pb2.Examine(examine_id="x1", volumes=["vm1", "unknown"]))
     answer = await stream.next("replica", where=lambda message: message.examine_id == "x1")
-    assert wire.ReportAssembler().add(answer.replica).volume == "vm1"
+    assert wire_pages.ReportAssembler().add(answer.replica).volume == "vm1"
 
 
 async def examined(stream, examine_id, volumes):

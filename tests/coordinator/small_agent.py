@@ -18,7 +18,8 @@ from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
 from resilver.rpc import bind, make_channel, make_server
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from resilver.volume import Grant, LiveCopy, LiveState, Presence, Progress, ReplicaReport, ResyncState, SourceShare
-from resilver.wire import order_from_proto, progress_to_proto, record_from_proto, report_pages, snapshot_to_proto
+from resilver.wire import order_from_proto, progress_to_proto, record_from_proto, snapshot_to_proto
+from resilver.wire_pages import report_pages
 
 DELTA_BYTES = 4096
 

@@ -13,7 +13,7 @@ from grpc import aio
 from resilver.rpc import make_channel
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from resilver.v1 import coordinator_pb2 as api
-from resilver.wire import report_pages
+from resilver.wire_pages import report_pages
 from tests.cluster import Cluster
 from tests.coordinator.running import WITHIN_S, client, eventually
 from tests.coordinator.small_agent import SmallAgent, empty, written

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilver import wire
+from resilver import wire, wire_pages
 from resilver.errors import Invalid
 from resilver.lineage import Consistency, ConsistencyPoint, Lineage, Origin, Snapshot
 from resilver.v1 import agent_pb2, volume_pb2
@@ -149,8 +149,8 @@ def chain(count: int, note: str = "") -> Lineage:
 
 
 def assemble(report: ReplicaReport) -> ReplicaReport | None:
-    assembler = wire.ReportAssembler()
-    pages = wire.report_pages(report, node="a")
+    assembler = wire_pages.ReportAssembler()
+    pages = wire_pages.report_pages(report, node="a")
     for page in pages[:-1]:
         assert assembler.add(page) is None
     return assembler.add(agent_pb2.ReplicaPage.FromString(pages[-1].SerializeToString()))
@@ -174,25 +174,27 @@ def test_runs_orders_records_and_grants_come_back(progress, order, record, grant
 @pytest.mark.parametrize(("count", "note", "pages"), [(0, "", 1), (500, "", 1), (501, "", 2), (1600, "", 4)])
 def test_a_long_lineage_travels_in_pages_of_500(count, note, pages):
     report = ReplicaReport("vm1", Presence.PRESENT, lineage=chain(count, note))
-    assert len(wire.report_pages(report)) == pages
+    assert len(wire_pages.report_pages(report)) == pages
     assert assemble(report) == report
 
 
 def test_reports_of_one_page_go_together_as_far_as_they_fit():
     reports = [ReplicaReport(f"vm{at}", Presence.PRESENT, lineage=chain(count)) for at, count in enumerate(
         [3] * 130 + [501] + [0] * 2 + [500, 500, 1])]  # fmt: skip
-    bodies = list(wire.bodies_of(reports, node="a"))
+    bodies = list(wire_pages.bodies_of(reports, node="a"))
     assert [
         (kind, len(body.pages) if kind == "pages" else len(body.records))
         for one in bodies
         for kind, body in one.items()
     ] == [("pages", 100), ("pages", 30), ("replica", 500), ("replica", 1), ("pages", 5)]
-    assembler = wire.ReportAssembler()
+    assembler = wire_pages.ReportAssembler()
     pages = [page for one in bodies for page in (one["pages"].pages if "pages" in one else [one["replica"]])]
     assert [came for page in pages if (came := assembler.add(page)) is not None] == reports
     long = [ReplicaReport(f"vm{at}", Presence.PRESENT, lineage=chain(400, "x" * 1000)) for at in range(3)]
-    assert max(body.ByteSize() for one in wire.bodies_of(long) for body in one.values()) <= wire.PAGE_BYTES_MAX
-    assert len(list(wire.bodies_of(long))) > 1
+    assert (
+        max(body.ByteSize() for one in wire_pages.bodies_of(long) for body in one.values()) <= wire_pages.PAGE_BYTES_MAX
+    )
+    assert len(list(wire_pages.bodies_of(long))) > 1
 
 
 def test_no_message_is_over_1_mib_whatever_the_notes_and_paths_are():
@@ -211,7 +213,7 @@ def test_no_message_is_over_1_mib_whatever_the_notes_and_paths_are():
             Snapshot(str(at), note="€" * 2000 * (at % 2), create_time_ms=at, origin=Origin.ADOPTED) for at in range(900)
         ),
     )
-    pages = wire.report_pages(report)
+    pages = wire_pages.report_pages(report)
     assert max(page.ByteSize() for page in pages) < 1 << 20
     came = assemble(report)
     assert came is not None
@@ -222,10 +224,10 @@ def test_no_message_is_over_1_mib_whatever_the_notes_and_paths_are():
 
 
 def test_the_oldest_records_of_an_endless_lineage_are_left_out():
-    report = ReplicaReport("vm1", Presence.PRESENT, lineage=chain(wire.LINEAGE_RECORDS_MAX + 5))
+    report = ReplicaReport("vm1", Presence.PRESENT, lineage=chain(wire_pages.LINEAGE_RECORDS_MAX + 5))
     came = assemble(report)
     assert came is not None
-    assert len(came.lineage) == wire.LINEAGE_RECORDS_MAX
+    assert len(came.lineage) == wire_pages.LINEAGE_RECORDS_MAX
     assert came.lineage.tip_id == report.lineage.tip_id
 
 
@@ -290,8 +292,8 @@ def test_what_is_wrong_with_a_report_is_named(message, field):
 
 
 def test_pages_out_of_order_are_refused_and_a_first_page_begins_anew():
-    assembler = wire.ReportAssembler()
-    pages = wire.report_pages(ReplicaReport("vm1", Presence.PRESENT, lineage=chain(501)))
+    assembler = wire_pages.ReportAssembler()
+    pages = wire_pages.report_pages(ReplicaReport("vm1", Presence.PRESENT, lineage=chain(501)))
     with pytest.raises(Invalid):
         assembler.add(pages[1])
     assert assembler.add(pages[0]) is None
@@ -306,11 +308,11 @@ def test_pages_out_of_order_are_refused_and_a_first_page_begins_anew():
 
 
 def test_a_report_that_says_the_same_again_is_read_by_what_is_new_in_it():
-    assembler = wire.ReportAssembler()
+    assembler = wire_pages.ReportAssembler()
     report = ReplicaReport("vm1", Presence.PRESENT, lineage=chain(16), free_bytes=7, examine_time_ms=1_700_000_000_001)
 
     def heard(said: ReplicaReport) -> ReplicaReport:
-        (sent,) = wire.report_pages(said)
+        (sent,) = wire_pages.report_pages(said)
         before = sent.SerializeToString(deterministic=True)
         found = assembler.add(sent)
         assert sent.SerializeToString(deterministic=True) == before
@@ -323,7 +325,7 @@ def test_a_report_that_says_the_same_again_is_read_by_what_is_new_in_it():
     assert heard(replace(report, live=LiveCopy(LiveState.MODIFIED))).lineage is not first.lineage
     assert heard(replace(report, lineage=chain(17))).lineage.cp.sequence == 17
     for bad in ({"free_bytes": 2**63}, {"volume_id": "../x"}):
-        (sent,) = wire.report_pages(report)
+        (sent,) = wire_pages.report_pages(report)
         for name, value in bad.items():
             setattr(sent.replica, name, value)
         with pytest.raises(Invalid):
@@ -331,12 +333,12 @@ def test_a_report_that_says_the_same_again_is_read_by_what_is_new_in_it():
 
 
 def test_only_so_many_reports_are_remembered(monkeypatch):
-    monkeypatch.setattr(wire, "REPORTS_KNOWN_MAX", 3)
-    assembler = wire.ReportAssembler()
+    monkeypatch.setattr(wire_pages, "REPORTS_KNOWN_MAX", 3)
+    assembler = wire_pages.ReportAssembler()
     for turn in range(2):
         for at in range(8):
             report = ReplicaReport(f"vm{at}", Presence.PRESENT, lineage=chain(2), free_bytes=turn)
-            (sent,) = wire.report_pages(report)
+            (sent,) = wire_pages.report_pages(report)
             assert assembler.add(sent) == report
     assert sorted(assembler._known) == ["vm5", "vm6", "vm7"]
 
@@ -345,12 +347,12 @@ def test_records_that_form_no_chain_are_refused():
     records = [wire.snapshot_to_proto(Snapshot("s1", parent="")), wire.snapshot_to_proto(Snapshot("s2"))]
     for bad in (records, [records[0], records[0]], [wire.snapshot_to_proto(Snapshot("s1"))] * 501):
         with pytest.raises(Invalid) as caught:
-            wire.ReportAssembler().add(page(records=bad, last=True))
+            wire_pages.ReportAssembler().add(page(records=bad, last=True))
         assert caught.value.metadata["field"].startswith("records")
 
 
 def test_an_endless_report_is_refused():
-    assembler = wire.ReportAssembler()
+    assembler = wire_pages.ReportAssembler()
     with pytest.raises(Invalid):
         assembler.add(page())
 
@@ -375,7 +377,7 @@ def test_an_order_names_its_giver(change):
 @given(st.binary(max_size=200))
 def test_no_bytes_raise_anything_but_invalid(data):
     for kind, read in [
-        (agent_pb2.ReplicaPage, lambda m: wire.ReportAssembler().add(m)),
+        (agent_pb2.ReplicaPage, lambda m: wire_pages.ReportAssembler().add(m)),
         (agent_pb2.OrderHeader, wire.order_from_proto),
         (volume_pb2.ResyncProgress, wire.progress_from_proto),
         (volume_pb2.VolumeRecord, wire.record_from_proto),
