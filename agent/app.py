@@ -21,7 +21,8 @@ import structlog
 from agent.check import check
 from agent.memory import bound_arenas
 from agent.node import AgentNode
-from resilver.config import load_agent_config, reload_of
+from resilver.config import load_agent_config
+from resilver.config_reload import reload_of
 from resilver.errors import Invalid, ResilverError
 from resilver.telemetry import configure_logs, marked, set_level, start_metrics
 

@@ -35,7 +35,8 @@ from coordinator.store import open_store
 from coordinator.store.base import Leader, Reign, Store
 from coordinator.store.measured import MeasuredStore
 from resilver import rpc, telemetry
-from resilver.config import CoordinatorConfig, load_coordinator_config, reload_of
+from resilver.config import CoordinatorConfig, load_coordinator_config
+from resilver.config_reload import reload_of
 from resilver.errors import Conflict, ResilverError
 from resilver.v1 import agent_pb2_grpc, coordinator_pb2_grpc
 

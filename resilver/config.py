@@ -6,7 +6,6 @@ The file says what is true of this machine; the store says what is true of the v
 * What is loaded is whole: names, addresses, paths and ports have been checked against each other, `auto` and empty
   values that depend on this file alone have been resolved. Nothing here opens a socket or creates a file.
 * Plaintext is for loopback, or for those who wrote `insecure = true`.
-* `RELOADABLE_*` lists what a running process takes on at SIGHUP; `reload_of` refuses every other change whole.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import re
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -35,7 +34,6 @@ from resilver.config_rules import (
     dial_faults,
     name_faults,
 )
-from resilver.errors import Invalid
 from resilver.limits import rate_fault
 from resilver.toml import convert, invalid, keys_of, read_toml
 
@@ -44,8 +42,6 @@ __all__ = [
     "NAME",
     "NAME_RULE",
     "NO_HOOKS",
-    "RELOADABLE_AGENT",
-    "RELOADABLE_COORDINATOR",
     "Address",
     "AgentConfig",
     "CoordinatorConfig",
@@ -55,12 +51,10 @@ __all__ = [
     "Space",
     "Tls",
     "VolumeConfig",
-    "changed_keys",
     "load_agent_config",
     "load_coordinator_config",
     "parse_address",
     "parse_store",
-    "reload_of",
 ]
 
 
@@ -201,28 +195,6 @@ class CoordinatorConfig(Struct, frozen=True, kw_only=True):
         return Address(_hostname() if self.listen.every_interface else self.listen.host, port)
 
 
-# What a running process takes on at SIGHUP, by dotted key. Everything else names things, binds ports or opens files.
-RELOADABLE_AGENT: Final = frozenset(
-    {
-        "log_level",
-        "limits.receive_max_bytes_s",
-        "limits.send_max_bytes_s",
-        "limits.receive_max_count",
-        "limits.send_max_count",
-        "limits.io_priority",
-        "space.reserve_ratio",
-        "space.reserve_min_bytes",
-        "volumes.priority",
-        "volumes.keep_last",
-        "volumes.group",
-        "volumes.resync_priority",
-        "volumes.hooks",
-    }
-)
-RELOADABLE_COORDINATOR: Final = frozenset({"log_level", "node_timeout_s", "examine_timeout_s", "resyncs_max"})
-
-Config = TypeVar("Config", AgentConfig, CoordinatorConfig)
-
 # Backends whose live copy is named in a pool; what stands beside the snapshots is mounted below _META.
 _NAMED: Final = {
     "zfs": 'a dataset, such as "tank/vm1"',
@@ -277,47 +249,6 @@ def parse_store(url: str) -> Path | tuple[Address, ...]:
             raise ValueError(f"{url!r} does not name the host and port of each member: write {_STORES}")
         return endpoints
     raise ValueError(f"{url!r} is no store: write {_STORES}")
-
-
-def changed_keys(old: Config, new: Config) -> frozenset[str]:
-    """The dotted keys in which two configurations differ; `volumes` alone if volumes came or went."""
-    changed = set()
-    for key in old.__struct_fields__:
-        before, after = getattr(old, key), getattr(new, key)
-        if key == "stated" or before == after:
-            continue
-        if key == "volumes":
-            changed |= _changed_volumes(before, after)
-        elif isinstance(before, Struct):
-            changed |= {f"{key}.{name}" for name in _differing(before, after)}
-        else:
-            changed.add(key)
-    return frozenset(changed)
-
-
-def reload_of(old: Config, new: Config) -> frozenset[str]:
-    """What changes with `new`; raises Invalid if any of it needs a restart, so that a reload is taken whole or not."""
-    changed = changed_keys(old, new)
-    fixed = sorted(changed - (RELOADABLE_AGENT if isinstance(old, AgentConfig) else RELOADABLE_COORDINATOR))
-    if fixed:
-        raise Invalid(
-            "CONFIG_INVALID",
-            f"{', '.join(fixed)} cannot be changed while running: nothing was reloaded; undo it, or restart",
-            field=fixed[0],
-        )
-    return changed
-
-
-def _differing(before: Struct, after: Struct) -> set[str]:
-    return {name for name in before.__struct_fields__ if getattr(before, name) != getattr(after, name)}
-
-
-def _changed_volumes(before: tuple[VolumeConfig, ...], after: tuple[VolumeConfig, ...]) -> set[str]:
-    old = {volume.name: volume for volume in before}
-    new = {volume.name: volume for volume in after}
-    if old.keys() != new.keys():
-        return {"volumes"}
-    return {f"volumes.{key}" for name, volume in old.items() for key in _differing(volume, new[name])}
 
 
 def _decode(kind: type, value: Any) -> Any:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from resilver.config import RELOADABLE_AGENT, RELOADABLE_COORDINATOR, load_agent_config, load_coordinator_config
+from resilver.config import load_agent_config, load_coordinator_config
+from resilver.config_reload import RELOADABLE_AGENT, RELOADABLE_COORDINATOR
 from resilver.errors import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]

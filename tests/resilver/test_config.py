@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from resilver.config import (
-    RELOADABLE_AGENT,
-    Address,
-    changed_keys,
-    load_agent_config,
-    load_coordinator_config,
-    parse_address,
-    parse_store,
-    reload_of,
-)
+from resilver.config import Address, load_agent_config, load_coordinator_config, parse_address, parse_store
+from resilver.config_reload import RELOADABLE_AGENT, changed_keys, reload_of
 from resilver.errors import Invalid
 
 AGENT = """
