@@ -23,10 +23,10 @@ from grpc import aio
 
 from coordinator import queries, requests, views, watches
 from coordinator.core.cluster import ElectionRecord, Resync
-from coordinator.core.context import nearest
 from coordinator.core.etag import volume_etag
 from coordinator.core.orders import Dropped, Exported
 from coordinator.core.requests import Planned, Pruned, Request, ResyncsStarted, SnapshotsTaken
+from coordinator.core.words import nearest
 from coordinator.idempotency import Answered
 from coordinator.office import Engine, Office
 from coordinator.paging import MESSAGE_BYTES_MAX, chunks

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from coordinator import views
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, Resync
-from coordinator.core.context import nearest
+from coordinator.core.words import nearest
 from coordinator.explain import explain
 from coordinator.office import Engine, Office
 from coordinator.paging import page

@@ -19,7 +19,6 @@ from google.protobuf.duration_pb2 import Duration
 
 from coordinator.core.claims import Problem
 from coordinator.core.cluster import Pause
-from coordinator.core.context import nearest
 from coordinator.core.requests import (
     AdoptStoreRequest,
     CancelRequest,
@@ -34,6 +33,7 @@ from coordinator.core.requests import (
     ResyncRequest,
     SnapshotRequest,
 )
+from coordinator.core.words import nearest
 from coordinator.office import Engine
 from resilver.errors import NotFound, Refused
 from resilver.fields import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,9 +31,10 @@ from coordinator.core.events import (
 )
 from coordinator.core.history import History
 from coordinator.core.orders import AnyOrder, OrderResult
-from coordinator.core.places import Busy, Turns
+from coordinator.core.places import Places
 from coordinator.core.rolls import Nodes, Resyncs, Streams
 from coordinator.core.tasks import Flow, Tasks, Wait
+from coordinator.core.words import nearest
 from resilver.errors import NotFound, ResilverError, Unavailable
 from resilver.limits import NodeLimits
 from resilver.volume import Order, ReplicaReport, VolumeRecord
@@ -127,14 +127,12 @@ class Context:
     locks: set[str] = field(default_factory=set)
     elections: dict[str, deque[ElectionRecord]] = field(default_factory=dict)
     resyncs: Resyncs = field(default_factory=Resyncs)
-    limits: dict[str, NodeLimits] = field(default_factory=dict)
+    places: Places = field(default_factory=Places)
     sizes: dict[tuple[str, str, str], Size] = field(default_factory=dict)
     busy: dict[str, int] = field(default_factory=dict)
     adopting: bool = False
     asking: list[tuple[str, frozenset[str]]] = field(default_factory=list)
     examine_id: str = ""
-    _turns: tuple[tuple[int, int], Turns] | None = None
-    _allowed: int = 0
     _names: tuple[tuple[int, int], tuple[str, ...]] = ((-1, -1), ())
     _renamed: int = 0
     _views: dict[str, VolumeView] = field(default_factory=dict)
@@ -219,18 +217,6 @@ class Context:
 
     def active_resync(self, volume: str, node: str) -> Resync | None:
         return next((one for one in self.resyncs.of(volume) if one.node == node and not one.state.final), None)
-
-    def may_begin(self, resync_id: str) -> bool:
-        """Whether a queued resync has its place now; worked out for all of them when that may have changed."""
-        resyncs, changes = self.resyncs, (self.resyncs.changes, self._allowed)
-        if self._turns is None or self._turns[0] != changes:
-            busy = Busy.with_all(resyncs.running())
-            self._turns = changes, Turns(busy, self.limits, self.settings.resyncs_max)
-            self._turns[1].consider(resyncs.queued())
-        elif resyncs.come:
-            self._turns[1].consider(one for one in resyncs.come if resyncs.get(one.id) is one)
-        resyncs.come.clear()
-        return resync_id in self._turns[1].begin
 
     # ------------------------------------------------------------ taking on
 
@@ -367,9 +353,7 @@ class Context:
 
     def allow(self, node: str, limits: NodeLimits) -> None:
         """Takes on what a node says is allowed on it; whoever waits for a place there may have one now."""
-        if self.limits.get(node) != limits:
-            self.limits[node] = limits
-            self._allowed += 1
+        if self.places.allow(node, limits):
             self.tasks.touch("slots")
 
     def header(self, volume: str = "", expected_tip: str | None = None) -> Order:
@@ -431,12 +415,3 @@ class Context:
     def unlock(self, *volumes: str) -> None:
         self.locks.difference_update(volumes)
         self.tasks.touch(*(f"lock:{volume}" for volume in volumes))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean …?` or what is known, for the end of a NotFound's sentence."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(names[:8])}" if names else "; none is known yet"

@@ -109,7 +109,7 @@ class Engine:
 
     def limits(self, node: str) -> NodeLimits | None:
         """What is allowed on a node; None while it is away."""
-        return self._context.limits.get(node) if self._context.reachable(node) else None
+        return self._context.places.limits.get(node) if self._context.reachable(node) else None
 
     def refused(self) -> Mapping[str, RefusedAgent]:
         """The agents that were turned away lately, by the names that they gave."""

@@ -23,6 +23,7 @@ from resilver.limits import NOT_KNOWN
 
 if TYPE_CHECKING:
     from coordinator.core.cluster import Resync, VolumeView
+    from coordinator.core.rolls import Resyncs
     from resilver.limits import NodeLimits
 
 
@@ -86,6 +87,35 @@ class Turns:
             if self.busy.has_room(resync, self.limits):
                 self.begin.add(resync.id)
                 self.busy.add(resync, self.busy.in_order(resync.plan.sources))
+
+
+@dataclass(slots=True)
+class Places:
+    """What nodes allow, and which of the resyncs that wait has a place."""
+
+    limits: dict[str, NodeLimits] = field(default_factory=dict)
+    _turns: Turns | None = None
+    _found_at: tuple[int, int] = (0, 0)
+    _allowed: int = 0
+
+    def allow(self, node: str, limits: NodeLimits) -> bool:
+        """Takes on what a node says is allowed on it; whether that is news."""
+        if self.limits.get(node) == limits:
+            return False
+        self.limits[node] = limits
+        self._allowed += 1
+        return True
+
+    def may_begin(self, resync_id: str, resyncs: Resyncs, resyncs_max: int) -> bool:
+        """Whether a queued resync has its place now; worked out for all of them when that may have changed."""
+        now = resyncs.changes, self._allowed
+        if self._turns is None or self._found_at != now:
+            self._turns, self._found_at = Turns(Busy.with_all(resyncs.running()), self.limits, resyncs_max), now
+            self._turns.consider(resyncs.queued())
+        elif resyncs.come:
+            self._turns.consider(one for one in resyncs.come if resyncs.get(one.id) is one)
+        resyncs.come.clear()
+        return resync_id in self._turns.begin
 
 
 def priority_of(view: VolumeView) -> int:

@@ -81,7 +81,8 @@ def lead(context: Context, resync_id: str) -> Flow[None]:
 
     def place() -> bool:
         known = context.resyncs
-        return known[resync_id].state is not S.QUEUED or context.may_begin(resync_id)
+        waits = known[resync_id].state is S.QUEUED
+        return not waits or context.places.may_begin(resync_id, known, context.settings.resyncs_max)
 
     yield Wait(frozenset({"slots", f"resync:{resync_id}"}), place, context.now_ms + context.settings.queued_max_ms)
     resync = context.resyncs[resync_id]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from coordinator.core.cluster import Elected, NodeView, NotElected, Refusal, VolumeView
-from coordinator.core.context import Context, nearest
+from coordinator.core.context import Context
 from coordinator.core.decide import examine, learn, settle
 from coordinator.core.election import elect
 from coordinator.core.events import DeletedNode, Volume
@@ -30,6 +30,7 @@ from coordinator.core.requests import (
 from coordinator.core.resyncs import refusal_of
 from coordinator.core.status import status_of
 from coordinator.core.tasks import Flow, join
+from coordinator.core.words import nearest
 from resilver.errors import NotFound, Refused, ResilverError
 from resilver.limits import NodeLimits, described
 from resilver.lineage import Origin, Snapshot

@@ -5,6 +5,7 @@ Pure. Whoever reads a message is at a terminal at night: a number has a unit, a 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -111,3 +112,12 @@ def last_seen(replica: ReplicaView, now_ms: int) -> str:
     what = "snapshot" if report.lineage and report.lineage.cp == NO_CP else "CP"
     heard = f"heard {age(now_ms - replica.report_time_ms)} ago, {_LIVE[report.live.state]}"
     return f"its last {what} was {report.lineage.tip_name}, {heard}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean …?` or what is known, for the end of a NotFound's sentence."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(names[:8])}" if names else "; none is known yet"

@@ -206,10 +206,13 @@ def test_health_reflection_and_metrics_are_served(running):
     asked = reflection_pb2.ServerReflectionRequest(list_services="")
     (answer,) = reflection_pb2_grpc.ServerReflectionStub(running.channel).ServerReflectionInfo(iter([asked]))
     assert "resilver.v1.Agent" in {service.name for service in answer.list_services_response.service}
-    with urllib.request.urlopen(f"http://127.0.0.1:{running.metrics_port}/metrics") as page:
-        text = page.read().decode()
-    assert 'resilver_agent_free_bytes{volume="vm1"}' in text
-    assert "resilver_agent_coordinator_connected 0.0" in text
+
+    def metrics():
+        with urllib.request.urlopen(f"http://127.0.0.1:{running.metrics_port}/metrics") as page:
+            return page.read().decode()
+
+    until(lambda: 'resilver_agent_free_bytes{volume="vm1"}' in metrics(), "the volume has been looked at")
+    assert "resilver_agent_coordinator_connected 0.0" in metrics()
 
 
 def test_an_unknown_volume_suggests_the_nearest(running):
