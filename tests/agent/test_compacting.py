@@ -14,8 +14,8 @@ from agent.examiner import ReplicaSettings
 from agent.few import Few
 from agent.identity import Identity
 from agent.replica import Replica
+from tests.agent.backends.fragments import SEAMS_MAX, Picture, check_same, seams, torn
 from tests.agent.backends.replica import BLOCK, noise
-from tests.agent.backends.test_compact import SEAMS_MAX, Picture, check_same, seams, torn
 from tests.loopfs import needs_root
 
 DEADLINE_S = 60.0

@@ -19,9 +19,9 @@ from agent.backends import image_commit, image_compact, image_snapshot
 from agent.disk import ioctl
 from tests.agent.backends.conformance.cases import Case
 from tests.agent.backends.crash import whole
+from tests.agent.backends.fragments import Picture, check_same, made, torn
 from tests.agent.backends.kinds.image import ImageKind, ImagePlace
 from tests.agent.backends.replica import STAGES, Replica, noise
-from tests.agent.backends.test_compact import Picture, check_same, made, torn
 from tests.loopfs import make_fs, run
 
 

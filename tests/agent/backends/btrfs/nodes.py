@@ -8,9 +8,12 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from agent.backends.base import CommitOrder, NewSnapshot, StreamOrigin, StreamStage
 from agent.backends.btrfs import BtrfsBackend
 from agent.disk import btrfs
+from resilver.errors import ResilverError
 from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
 from resilver.volume import PreservedCopy
 from tests.loopfs import run
@@ -146,3 +149,19 @@ def listed(point: Path) -> list[str]:
     return sorted(
         re.sub(r"gen \d+ ", "", line) for line in run("btrfs", "subvolume", "list", "-uqR", point).splitlines()
     )
+
+
+def refused(work) -> ResilverError:
+    with pytest.raises(ResilverError) as caught:
+        work()
+    return caught.value
+
+
+def pair(node: Node, other: Node) -> str:
+    """Both at one CP, and the first one ahead; the id of what they have in common."""
+    node.create()
+    base = node.snapshot()
+    other.receive(node)
+    node.write("a", b"newer")
+    node.snapshot()
+    return base.id

@@ -1,0 +1,183 @@
+"""A subvolume that somebody uses is named and left alone, whenever he comes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent.disk import btrfs
+from agent.disk.btrfs_use import users_of
+from resilver.lineage import Consistency
+from resilver.volume import LiveState
+from tests.agent.backends.btrfs.nodes import Node, pair, refused, same
+from tests.loopfs import attached, run
+
+
+class Holder:
+    """A process that holds something of a directory until it is told to go."""
+
+    def __init__(self, how: str, directory: Path) -> None:
+        code = {
+            "read": "f = open(sys.argv[1] + '/a')",
+            "write": "f = open(sys.argv[1] + '/new', 'w')",
+            "directory": "f = os.open(sys.argv[1] + '/d', os.O_RDONLY)",
+            "path only": "f = os.open(sys.argv[1], os.O_PATH)",
+            "cwd": "os.chdir(sys.argv[1] + '/d')",
+            "root": "os.chroot(sys.argv[1])",
+            "mapped": "f = open(sys.argv[1] + '/a', 'r+b'); m = mmap.mmap(f.fileno(), 0); f.close()",
+        }[how]
+        script = f"import os, sys, mmap; {code}; print('ready', flush=True); sys.stdin.read()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdout.readline() == b"ready\n"
+
+    def go(self) -> None:
+        self.process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("how", ["read", "write", "directory", "path only", "cwd", "root", "mapped"])
+def test_in_use_by_a_process(node, other, how):
+    base = pair(node, other)
+    stage = other.stage_from(node, base)
+    holder = Holder(how, other.path)
+    try:
+        found = other.backend.examine().live
+        assert found.in_use
+        assert found.state in {LiveState.MODIFIED, LiveState.UNKNOWN}
+        error = refused(lambda: other.backend.commit(stage, other.order(node.lineage)))
+    finally:
+        holder.go()
+    assert error.reason == "IN_USE"
+    assert f"pid {holder.process.pid}" in error.metadata["in_use_by"]
+    assert other.lineage.tip_id == base
+    other.backend.commit(stage, other.order(node.lineage))
+    same(node.path, other.path)
+
+
+def test_in_use_by_its_own_program(node, other):
+    base = pair(node, other)
+    (other.path / "sleep").write_bytes(Path("/bin/sleep").read_bytes())
+    (other.path / "sleep").chmod(0o755)
+    process = subprocess.Popen([other.path / "sleep", "60"])
+    try:
+        assert [user.name for user in users_of(other.path)] == [f"sleep pid {process.pid}"]
+        assert refused(lambda: other.receive(node, base)).reason == "IN_USE"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("how", ["subvolume", "bind", "inner bind", "another namespace", "itself"])
+def test_in_use_by_a_mount(node, other, how, tmp_path):
+    base = pair(node, other)
+    mount, top = btrfs.place_of(other.path)
+    point = tmp_path / "point"
+    point.mkdir()
+    holder = None
+    if how == "subvolume":
+        run("mount", "-o", f"subvol={top}", mount.source, point)
+    elif how == "bind":
+        run("mount", "--bind", other.path, point)
+    elif how == "inner bind":
+        run("mount", "--bind", other.path / "d", point)
+    elif how == "itself":
+        point = other.path
+        run("mount", "--bind", other.path, point)
+    else:
+        script = 'mount --bind "$1" "$2" && echo ready && read line'
+        holder = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c", script, "sh", other.path, point],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert holder.stdout.readline() == b"ready\n"
+    try:
+        error = refused(lambda: other.receive(node, base))
+    finally:
+        if holder is not None:
+            holder.communicate(b"\n", timeout=30)
+        else:
+            run("umount", point)
+    assert error.reason == "IN_USE"
+    assert f"mount at {point}" in error.metadata["in_use_by"]
+    other.receive(node, base)
+
+
+def test_in_use_by_a_loop_device(node, other):
+    base = pair(node, other)
+    with (other.path / "disk").open("wb") as file:
+        file.truncate(1 << 20)
+    with attached(other.path / "disk") as device:
+        error = refused(lambda: other.receive(node, base))
+    assert error.metadata["in_use_by"] == str(device)
+
+
+def test_in_use_by_swap(node, other):
+    base = pair(node, other)
+    swap = other.path / "swap"
+    swap.touch(mode=0o600)
+    run("chattr", "+C", swap)
+    run("fallocate", "-l", "16M", swap)
+    run("mkswap", "-q", swap)
+    if subprocess.run(["swapon", swap], check=False, capture_output=True).returncode:
+        pytest.skip("no swap files here")
+    try:
+        error = refused(lambda: other.receive(node, base))
+        assert error.reason == "IN_USE"
+        assert "swap" in error.metadata["in_use_by"]
+        error = refused(other.snapshot)
+        assert error.reason == "SNAPSHOT_NOT_ATOMIC"
+        assert not [entry for entry in other.root.iterdir() if entry.name.startswith(".new")]
+    finally:
+        run("swapoff", swap)
+
+
+def test_a_mount_alone_is_synced_and_a_reader_too(node, tmp_path):
+    node.create()
+    mount, top = btrfs.place_of(node.path)
+    run("mount", "-o", f"subvol={top}", mount.source, tmp_path)
+    try:
+        assert node.snapshot().consistency is Consistency.SYNCED
+    finally:
+        run("umount", tmp_path)
+
+
+def test_somebody_who_comes_between_the_check_and_the_exchange(node, other):
+    """Found by the second look: everything goes back, and what he writes stays."""
+    base = pair(node, other)
+    opened = []
+
+    def step(name: str) -> None:
+        if name == "commit.snapshot":
+            opened.append((other.path / "a").open("r+b"))
+
+    late = Node(other.directory, step=step)
+    error = refused(lambda: late.receive(node, base))
+    assert error.reason == "IN_USE"
+    opened[0].write(b"his")
+    opened[0].close()
+    assert (other.path / "a").read_bytes()[:3] == b"his"
+    assert other.lineage.tip_id == base
+    assert other.backend.examine().preserved == ()
+    assert not [entry for entry in other.root.iterdir() if entry.name.startswith(".")]
+    kept = other.receive(node, base)
+    assert (Path(kept[0].path) / "a").read_bytes()[:3] == b"his"
+
+
+def test_somebody_who_came_and_has_gone_when_the_names_changed(node, other):
+    """Written between the check and the exchange, closed before the second look: preserved, not removed."""
+    base = pair(node, other)
+
+    def step(name: str) -> None:
+        if name == "commit.snapshot":
+            (other.path / "a").write_bytes(b"his")
+
+    late = Node(other.directory, step=step)
+    late.receive(node, base)
+    same(node.path, other.path)
+    kept = other.backend.examine().preserved
+    assert [(Path(copy.path) / "a").read_bytes() for copy in kept] == [b"his"]
