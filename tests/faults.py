@@ -33,13 +33,14 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from resilver.errors import ResilverError
+from tests.seccomp import told_of
 
 Step = Callable[[str], None]
 Work = Callable[[Step], object]
@@ -154,7 +155,7 @@ def available() -> str:
         return "the numbers of the system calls are known for x86-64 only"
     with ThreadPoolExecutor(1) as once:
         try:
-            os.close(once.submit(_filter, (), creating=False).result())
+            os.close(once.submit(told_of, (), making_only=-1).result())
         except OSError as error:
             return f"system calls cannot be held here: {error.strerror}"
     return ""
@@ -209,48 +210,6 @@ def killed(work: Work, under: Path, fault: Fault) -> Outcome | None:
 # On the side of the work.
 
 _STEP: Final = "step:"
-_LOAD: Final = 0x20
-_EQUAL: Final = 0x15
-_ANY_BIT: Final = 0x45
-_RETURN: Final = 0x06
-_NUMBER: Final = 0  # where it stands in what a filter is given; so the next two
-_ARCHITECTURE: Final = 4
-_FLAGS: Final = 16 + 8 * 2  # of openat
-_ALLOW: Final = 0x7FFF0000
-_NOTIFY: Final = 0x7FC00000
-_X86_64: Final = 0xC000003E
-_SYS_SECCOMP: Final = 317
-_NEW_LISTENER: Final = 8
-
-
-class _Instruction(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_ushort), ("jt", ctypes.c_ubyte), ("jf", ctypes.c_ubyte), ("k", ctypes.c_uint))
-
-
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.POINTER(_Instruction)))
-
-
-def _filter(names: Iterable[str], *, creating: bool) -> int:
-    """Puts the filter on this thread, for good; the descriptor on which its calls are told.
-
-    With `creating`, a file that is opened is told of only if it may be made.
-    """
-    numbers = sorted(CALLS[name][0] for name in names)
-    opening = CALLS["openat"][0]
-    # Behind the numbers: go on; look at the flags of an openat; tell.
-    rows = [(_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 0, len(numbers) + 1, _X86_64), (_LOAD, 0, 0, _NUMBER)]
-    for at, number in enumerate(numbers):
-        behind = len(numbers) - at - 1
-        rows.append((_EQUAL, behind + (1 if number == opening and creating else 3), 0, number))
-    rows += [(_RETURN, 0, 0, _ALLOW), (_LOAD, 0, 0, _FLAGS), (_ANY_BIT, 0, 1, os.O_CREAT)]
-    rows += [(_RETURN, 0, 0, _NOTIFY), (_RETURN, 0, 0, _ALLOW)]
-    program = (_Instruction * len(rows))(*[_Instruction(*row) for row in rows])
-    libc = ctypes.CDLL(None, use_errno=True)
-    made: int = libc.syscall(_SYS_SECCOMP, 1, _NEW_LISTENER, ctypes.byref(_Program(len(rows), program)))
-    if made < 0:
-        raise OSError(ctypes.get_errno(), "no filter on system calls")
-    return made
 
 
 def _say(step: str) -> None:
@@ -275,7 +234,8 @@ def _watched(under: Path, fault: Fault | None) -> None:
     second = _second()
     order = json.dumps({"under": str(under.resolve()), "fault": None if fault is None else asdict(fault)}).encode()
     changing = fault is not None and (fault.kill or fault.error == "ENOSPC")
-    listener = _filter(CALLS.keys() - _READING if changing else CALLS, creating=changing)
+    names = CALLS.keys() - _READING if changing else CALLS
+    listener = told_of([CALLS[name][0] for name in names], making_only=CALLS["openat"][0] if changing else -1)
     socket.send_fds(second, [order], [listener])
     os.close(listener)
 

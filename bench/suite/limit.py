@@ -19,7 +19,8 @@ from typing import Any, Final
 import numpy as np
 
 from bench.suite.data import BLOCK, MIB, clone, remove
-from bench.suite.measure import Used, Worker, answer, orders
+from bench.suite.measure import Used
+from bench.suite.workers import Pair, answer, orders
 
 PIECE_BYTES: Final = 4 * MIB
 AHEAD_BYTES: Final = 64 * MIB
@@ -60,13 +61,13 @@ class Limit:
 
     def __init__(self, source: Path, base: Path | None, target: Path, ranges: Path) -> None:
         self._source, self._base, self._target, self._ranges = source, base, target, ranges
-        self._workers: list[Worker] = []
+        self._pair: Pair | None = None
 
     def missing(self) -> str:
         return ""
 
     def before(self) -> None:
-        self._workers = [Worker(_MODULE, "serve"), Worker(_MODULE, "receive")]
+        self._pair = Pair(_MODULE)
         self._prepare(rehearsal(self._ranges))  # so that the program itself is in memory
         self.run()
         self._prepare(self._ranges)
@@ -75,24 +76,22 @@ class Limit:
         remove(self._target)
         if self._base is not None:
             clone(self._base, self._target)
-        serve, receive = self._workers
-        self._port = serve.tell(path=str(self._source), ranges=str(ranges))["port"]
-        receive.tell(path=str(self._target), ranges=str(ranges), size=self._source.stat().st_size)
+        pair = self._pair
+        assert pair is not None, "before comes first"
+        self._port = pair.serve.tell(path=str(self._source), ranges=str(ranges))["port"]
+        pair.receive.tell(path=str(self._target), ranges=str(ranges), size=self._source.stat().st_size)
 
     def run(self) -> Used:
-        _, receive = self._workers
-        before = sum(worker.cpu_s for worker in self._workers)
-        parts = receive.tell(port=self._port)
-        used = sum(worker.cpu_s for worker in self._workers) - before
-        return Used(used, max(worker.peak_bytes for worker in self._workers), parts=parts)
+        assert self._pair is not None, "before comes first"
+        return self._pair.copy(self._port)
 
     def result(self) -> Path:
         return self._target
 
     def after(self) -> None:
-        for worker in self._workers:
-            worker.close()
-        self._workers = []
+        if self._pair is not None:
+            self._pair.close()
+        self._pair = None
         remove(self._target)
 
 

@@ -18,13 +18,10 @@ carried, headers and all, unless the competitor has another way and says which. 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import resource
-import select
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,7 +35,6 @@ SLOW_S: Final = 60.0
 SLOW_ROUNDS: Final = 2
 VERY_SLOW_S: Final = 300.0
 FAILURE_CHARS_MAX: Final = 200
-WORKER_TIMEOUT_S: Final = 600.0
 NOT_COUNTED: Final = -1
 DIES_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL")  # before a command: it must not outlive this process
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
@@ -237,17 +233,12 @@ def _family(pid: int) -> Iterator[int]:
                 yield from _family(int(child))
 
 
-class Watch:
-    """Looks at the memory of some processes and all that they start, until its block ends.
+class _Sampler:
+    """Looks at something again and again in a thread of its own, until its block ends; and once more then."""
 
-    (What wait4 tells would not do: a child's peak begins with that of the process that started it.)
-    """
-
-    def __init__(self, *pids: int) -> None:
-        self._pids = pids
-        self._peak = 0
+    def __init__(self) -> None:
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -257,17 +248,34 @@ class Watch:
         self._ended.set()
         self._thread.join()
 
+    def _run(self) -> None:
+        while not self._ended.wait(_SAMPLE_S):
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        raise NotImplementedError
+
+
+class Watch(_Sampler):
+    """Looks at the memory of some processes and all that they start.
+
+    (What wait4 tells would not do: a child's peak begins with that of the process that started it.)
+    """
+
+    def __init__(self, *pids: int) -> None:
+        super().__init__()
+        self._pids = pids
+        self._peak = 0
+
     @property
     def peak_bytes(self) -> int:
         return self._peak
 
     def _look(self) -> None:
-        while True:
-            for root in self._pids:
-                for pid in _family(root):
-                    self._peak = max(self._peak, peak_bytes(pid))
-            if self._ended.wait(_SAMPLE_S):
-                return
+        for root in self._pids:
+            for pid in _family(root):
+                self._peak = max(self._peak, peak_bytes(pid))
 
 
 def tool(*stages: Sequence[str | Path], daemons: Sequence[int] = ()) -> Used:
@@ -320,76 +328,12 @@ def deadline(running: Sequence[subprocess.Popen[bytes]], timeout_s: float = TOOL
         timer.cancel()
 
 
-class Worker:
-    """A Python process that is told a line and answers one: what starting it takes is not what is measured."""
-
-    def __init__(self, module: str, role: str) -> None:
-        words = [*DIES_WITH_US, sys.executable, "-m", module, role]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def tell(self, **what: Any) -> dict[str, Any]:
-        """The answer to one order; fails if the process ends instead, or says nothing for ten minutes."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(what) + "\n")
-        self.process.stdin.flush()
-        there, _, _ = select.select([self.process.stdout], [], [], WORKER_TIMEOUT_S)
-        line = self.process.stdout.readline() if there else ""
-        if not line:
-            raise RuntimeError(f"{self.process.args!r} has not answered {what}")
-        answer = json.loads(line)
-        assert isinstance(answer, dict)
-        return answer
-
-    @property
-    def cpu_s(self) -> float:
-        return cpu_s(self.process.pid)
-
-    @property
-    def peak_bytes(self) -> int:
-        return peak_bytes(self.process.pid)
-
-    def close(self) -> None:
-        """Ends it: it ends when its input does, and is killed if it does not."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-
-
-def orders() -> Iterator[dict[str, Any]]:
-    """A worker's side: the orders, until there are no more."""
-    for line in sys.stdin:
-        yield json.loads(line)
-
-
-def answer(**what: Any) -> None:
-    """A worker's side: the answer to the last order."""
-    sys.stdout.write(json.dumps(what) + "\n")
-    sys.stdout.flush()
-
-
-class Rate:
-    """How fast bytes came over the loopback, without the beginning and the end of what came, until its block ends."""
+class Rate(_Sampler):
+    """How fast bytes came over the loopback, without the beginning and the end of what came."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._seen: list[tuple[float, int]] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
 
     def bytes_per_s(self, lowest: float = 0.2, highest: float = 0.8) -> float:
         """Between the moments at which these parts of everything had come."""
@@ -400,6 +344,4 @@ class Rate:
         return (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])
 
     def _look(self) -> None:
-        while not self._ended.wait(_SAMPLE_S):
-            self._seen.append((time.perf_counter(), loopback_bytes()))
         self._seen.append((time.perf_counter(), loopback_bytes()))

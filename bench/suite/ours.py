@@ -29,7 +29,8 @@ from agent.stream.mapfile import JournalKey
 from agent.stream.receiver import Counters, receive, verify
 from agent.stream.sender import Authorize, BlockServer
 from bench.suite.limit import rehearsal
-from bench.suite.measure import Used, Worker, answer, orders
+from bench.suite.measure import Used
+from bench.suite.workers import Pair, answer, orders
 from resilver.address import Address
 from resilver.lineage import ConsistencyPoint
 
@@ -81,32 +82,29 @@ class Ours:
     def __init__(self, source: Replica, target: Replica, base: str, goal: str, ranges: Path) -> None:
         self._source, self._target = source, target
         self._base, self._goal, self._ranges = base, goal, ranges
-        self._workers: list[Worker] = []
+        self._pair: Pair | None = None
 
     def missing(self) -> str:
         return ""
 
     def before(self) -> None:
-        serve, receive = self._workers = [Worker(_MODULE, "serve"), Worker(_MODULE, "receive")]
-        self._port = serve.tell(directory=str(self._source.directory))["port"]
+        pair = self._pair = Pair(_MODULE)
+        self._port = pair.serve.tell(directory=str(self._source.directory))["port"]
         size = self._source.data(self._goal).stat().st_size
         what = {"base": self._base, "target": self._goal, "size": size, "ranges": str(self._ranges)}
-        receive.tell(directory=str(self._target.directory), rehearse_from=self._port, **what)
+        pair.receive.tell(directory=str(self._target.directory), rehearse_from=self._port, **what)
 
     def run(self) -> Used:
-        _, receive = self._workers
-        before = sum(worker.cpu_s for worker in self._workers)
-        parts = receive.tell(port=self._port)
-        used = sum(worker.cpu_s for worker in self._workers) - before
-        return Used(used, max(worker.peak_bytes for worker in self._workers), parts=parts)
+        assert self._pair is not None, "before comes first"
+        return self._pair.copy(self._port)
 
     def result(self) -> Path:
         return self._target.staged
 
     def after(self) -> None:
-        for worker in self._workers:
-            worker.close()
-        self._workers = []
+        if self._pair is not None:
+            self._pair.close()
+        self._pair = None
         self._target.backend.discard_stage()
 
 

@@ -16,8 +16,9 @@ from typing import Final
 
 from bench.suite import data
 from bench.suite.data import BLOCK, GIB, MIB
-from bench.suite.measure import Used, Worker, answer, orders
+from bench.suite.measure import Used
 from bench.suite.ours import Replica
+from bench.suite.workers import Worker, answer, orders
 
 STRIPE_BYTES: Final = 4 * MIB
 FACTOR: Final = 16
