@@ -5,8 +5,8 @@ The rules:
 * A connection begins with a HELLO within `hello_timeout_s`; the server's `authorize` decides on it, and its refusal is
   told as an ERROR frame. Only then is anything read from a disk or any buffer of size made. What a HELLO names is
   checked before: ids and names become paths.
-* Requests are answered in their order, one DATA or ZERO frame for each range, many to one system call; compressed where
-  that is seen to be faster (`packing.py`).
+* Requests are answered in their order (`group.py`), many frames to one system call; compressed where that is seen to be
+  faster (`packing.py`).
 * Whoever sends nothing for `idle_timeout_s`, takes so long over one request or reads nothing for that time, is dropped.
   So is whoever sends a damaged frame: that ends its own connection, with an ERROR frame if it still listens, and no
   other.
@@ -46,6 +46,7 @@ from agent.stream.frame import (
     Kind,
     Range,
 )
+from agent.stream.group import answer_next
 from agent.stream.lifesign import LifeSign
 from agent.stream.packing import Packer
 from agent.stream.pump import Pump, check_wish
@@ -232,12 +233,13 @@ class Connection:
     def _fill(self, view: memoryview, reader: SnapshotReader, announcer: Announcer, packer: Packer) -> tuple[int, int]:
         """Answers as many ranges as the buffer holds; the bytes to send, and what they are as they read."""
         at = count = raw_bytes = 0
-        while self._pending and at + HEADER_BYTES + self._pending[0].length <= len(view):
-            offset, length = self._pending.popleft()
-            reader.read_into(offset, view[at + HEADER_BYTES : at + HEADER_BYTES + length])
-            at += frames.seal_data(view, at, offset, length, packer.pack)
-            raw_bytes += length
-            count += 1
+        while self._pending:
+            answer = answer_next(self._pending, reader, view, at, packer.pack)
+            if not answer.size:
+                break
+            at += answer.size
+            count += answer.count
+            raw_bytes += answer.raw_bytes
         announcer.sent(count)
         return at, raw_bytes
 

@@ -16,8 +16,9 @@ bytes) of the sixty before it. Numbers are little-endian. The rules:
   refused. Only a sound header of another version is no damage but `Refused("NOT_SUPPORTED")`.
 * Nothing is allocated by a number that came from outside before it was compared with a bound.
 
-`DATA` answers one requested range, `ZERO` says that such a range reads as zero (a header only). The other kinds carry
-small bodies: JSON, or for `REQUEST` pairs of numbers. `WAIT` may come before any answer: it says that the source lives.
+`DATA` answers one requested range, `GROUP` several small ones at once (`group.py`), `ZERO` says that such a range reads
+as zero (a header only). The other kinds carry small bodies: JSON, or for `REQUEST` pairs of numbers. `WAIT` may come
+before any answer: it says that the source lives.
 
 Where a HELLO wishes for a file system's own stream, nothing is requested: `DATA` and `ZERO` come in the order of the
 stream, 1 MiB each but the last, and `END` with the length and the chain of all digests (`extend_chain`), by which two
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, TypeVar
@@ -73,6 +74,7 @@ class Kind(IntEnum):
     BYE = 7  # either: nothing more will come, and nothing is wrong
     WAIT = 8  # server: what comes next is still being read, or made
     END = 9  # server: the stream is whole
+    GROUP = 10  # server: the bytes of several requested ranges, one after the other
 
 
 class Header(NamedTuple):
@@ -92,11 +94,14 @@ class Frame(NamedTuple):
 
     def payload(self) -> memoryview:
         """The bytes as they read in the volume; Damaged("DIGEST_MISMATCH") unless they match the digest."""
-        header = self.header
-        body = _expanded(self.stored, header.length) if header.flags & FLAG_ZSTD else self.stored
+        header, body = self.header, self.expanded()
         if header.kind is not Kind.ZERO and blake3(body).digest() != header.digest:
             raise _damaged("a payload does not match its digest", header.offset)
         return body
+
+    def expanded(self) -> memoryview:
+        """The bytes of the length that the header says, compared with nothing."""
+        return _expanded(self.stored, self.header.length) if self.header.flags & FLAG_ZSTD else self.stored
 
 
 class Range(NamedTuple):
@@ -190,35 +195,10 @@ def _sound(header: Header) -> bool:
         return False
     if kind is Kind.ZERO:
         return length > 0 and stored == 0 and flags == 0
-    if kind is Kind.DATA:
+    if kind in {Kind.DATA, Kind.GROUP}:
         fits = 0 < length <= PAYLOAD_BYTES_MAX and 0 < stored <= PAYLOAD_BYTES_MAX
         return fits and (flags == FLAG_ZSTD or stored == length)
     return offset == 0 and flags == 0 and stored == length <= CONTROL_BYTES_MAX
-
-
-def _as_it_is(_body: memoryview) -> bytes | None:
-    return None
-
-
-def seal_data(
-    view: memoryview, at: int, offset: int, length: int, pack: Callable[[memoryview], bytes | None] = _as_it_is
-) -> int:
-    """Writes the header for a payload that already stands HEADER_BYTES after `at`; the size of the whole frame.
-
-    A payload of zeros becomes a header alone. What `pack` makes of another one stands in its place, if it makes any.
-    """
-    start = at + HEADER_BYTES
-    body = view[start : start + length]
-    if reads_as_zero(body):
-        pack_header(view, at, Header(Kind.ZERO, 0, offset, length, 0, NO_DIGEST))
-        return HEADER_BYTES
-    digest, packed = blake3(body).digest(), pack(body)
-    if packed is None:
-        pack_header(view, at, Header(Kind.DATA, 0, offset, length, length, digest))
-        return HEADER_BYTES + length
-    view[start : start + len(packed)] = packed
-    pack_header(view, at, Header(Kind.DATA, FLAG_ZSTD, offset, length, len(packed), digest))
-    return HEADER_BYTES + len(packed)
 
 
 def encode(kind: Kind, body: Bytes = b"", *, offset: int = 0, compress: bool = False) -> bytes:

@@ -16,11 +16,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from agent.stream.counters import RATE_WINDOW_S, Rate
-from agent.stream.frame import FrameBuffer, Hello, Kind, encode_request, zero_digest
+from agent.stream.frame import FrameBuffer, Hello, Kind, encode_request
+from agent.stream.group import pieces
 from agent.stream.link import Link, SourceAddress, SourceFailed, Verdict
 from resilver.errors import Damaged, Unavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from agent.backends.base import Stage
     from agent.stream.counters import Meter
     from agent.stream.flusher import Flusher
@@ -181,36 +184,50 @@ class Lane:
                 self._lanes.good()
 
     def _take_in(self, frame: Frame, link: Link, source: SourceAddress) -> int:
-        """Writes the answer to the oldest request, or puts the request back if the answer is damaged; its bytes."""
-        kind, _flags, offset, length, _stored, digest = frame.header
-        desk, in_flight = self._desk, self._in_flight
-        if kind is Kind.WAIT:
+        """Writes the answer to the oldest requests, or puts them back if the answer is damaged; its bytes."""
+        header, desk = frame.header, self._desk
+        if header.kind is Kind.WAIT:
             return 0
-        if kind not in {Kind.DATA, Kind.ZERO} or not in_flight or in_flight[0][1:] != (offset, length):
+        chunks = self._answered_by(frame)
+        if not chunks:
             raise link.unexpected(frame)
-        chunk = in_flight[0]
         try:
-            body = frame.payload()
+            found = pieces(frame, [chunk[1:] for chunk in chunks])
         except Damaged as error:
             desk.sources.damaged_payload(source, error)
-            desk.meter.resent(chunk.length)
-            self._answered()
-            desk.work.give_back([chunk])
+            desk.meter.resent(header.length)
+            self._answered(chunks)
+            desk.work.give_back(chunks)
             return 0
-        if kind is Kind.ZERO:
-            desk.stage.zero(offset, length)
-            digest = zero_digest(length)
-        else:
-            desk.stage.write(offset, body)
-        desk.flusher.add(chunk.number, digest, length)
-        self._answered()
-        desk.work.finished()
-        desk.meter.done(length)
+        for chunk, piece in zip(chunks, found, strict=True):
+            if header.kind is Kind.ZERO:
+                desk.stage.zero(chunk.offset, chunk.length)
+            else:
+                desk.stage.write(chunk.offset, piece.body)
+            desk.flusher.add(chunk.number, piece.digest, chunk.length)
+        self._answered(chunks)
+        desk.work.finished(len(chunks))
+        desk.meter.done(header.length)
         self.good_frames += 1
-        return length
+        return header.length
 
-    def _answered(self) -> None:
-        self._in_flight_bytes -= self._in_flight.popleft().length
+    def _answered(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            self._in_flight.popleft()
+            self._in_flight_bytes -= chunk.length
+
+    def _answered_by(self, frame: Frame) -> list[Chunk]:
+        """The oldest of what was asked for, as far as the frame answers it; nothing if it answers something else."""
+        kind, _flags, offset, left, _stored, _digest = frame.header
+        if kind not in {Kind.DATA, Kind.GROUP, Kind.ZERO} or not self._in_flight or self._in_flight[0].offset != offset:
+            return []
+        chunks: list[Chunk] = []
+        for chunk in self._in_flight:
+            if left <= 0:
+                break
+            chunks.append(chunk)
+            left -= chunk.length
+        return chunks if not left and (len(chunks) == 1 or kind is Kind.GROUP) else []
 
 
 def _check_size(source: SourceAddress, there: int, here: int) -> None:

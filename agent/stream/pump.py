@@ -24,6 +24,7 @@ from blake3 import blake3
 from agent.backends.base import SendStream
 from agent.stream import frame as frames
 from agent.stream.frame import HEADER_BYTES, PAYLOAD_BYTES_MAX, Kind, StreamEnd, StreamWish
+from agent.stream.group import seal
 from agent.stream.lifesign import WAIT_S
 from agent.stream.packing import Packer
 from resilver.errors import Invalid, Refused
@@ -97,7 +98,7 @@ class Pump:
         """The digest of a piece, which is sent if anybody wants it."""
         if send is None:
             return blake3(piece.buffer[HEADER_BYTES : HEADER_BYTES + piece.length]).digest()
-        size = frames.seal_data(piece.buffer, 0, position, piece.length, self._packer.pack)
+        size = seal(piece.buffer, 0, position, piece.length, self._packer.pack)
         header = frames.unpack_header(piece.buffer)
         send(piece.buffer[:size])
         self._packer.chooser.sent(piece.length, size, time.monotonic())

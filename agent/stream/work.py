@@ -68,10 +68,10 @@ class Work:
             self._again.extendleft(reversed(back))
             self._taken_count -= len(back)
 
-    def finished(self) -> None:
-        """A chunk that was taken is in the stage."""
+    def finished(self, count: int) -> None:
+        """So many chunks that were taken are in the stage."""
         with self._lock:
-            self._taken_count -= 1
+            self._taken_count -= count
 
     @property
     def complete(self) -> bool:

@@ -267,13 +267,3 @@ def test_zeros_are_told_from_data(length, position):
     if position < length:
         body[position] = 1
         assert not frames.reads_as_zero(memoryview(body))
-
-
-def test_sealing_in_place_is_encoding():
-    buffer = memoryview(bytearray(HEADER_BYTES + 100))
-    buffer[HEADER_BYTES : HEADER_BYTES + 5] = b"hello"
-    size = frames.seal_data(buffer, 0, 77, 5)
-    assert bytes(buffer[:size]) == frames.encode(Kind.DATA, b"hello", offset=77)
-    buffer[HEADER_BYTES : HEADER_BYTES + 5] = bytes(5)
-    size = frames.seal_data(buffer, 0, 77, 5)
-    assert bytes(buffer[:size]) == frames.encode_zero(77, 5)
