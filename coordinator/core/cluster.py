@@ -344,6 +344,13 @@ class Resync:
     held_before: bool = False
     priority: int = 0
 
+    @property
+    def senders(self) -> frozenset[str]:
+        """Who sends, as the target tells; before it does, whoever it was to ask first."""
+        shares = self.progress.sources if self.progress is not None else ()
+        sending = frozenset(share.node for share in shares if share.bytes_per_second)
+        return sending or frozenset(self.plan.sources[:1])
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterEvent:

@@ -39,16 +39,14 @@ class Busy:
     def with_all(cls, resyncs: Iterable[Resync]) -> Busy:
         busy = cls()
         for resync in resyncs:
-            busy.add(resync, resync.plan.sources)
+            busy.add(resync, resync.senders)
         return busy
 
-    def add(self, resync: Resync, sources: Sequence[str]) -> None:
-        """One that runs. Who sends is what its target tells; before it does, whoever it was to ask first."""
+    def add(self, resync: Resync, senders: Iterable[str]) -> None:
+        """One that runs."""
         self.running += 1
         self.receiving[resync.node] += 1
-        shares = resync.progress.sources if resync.progress is not None else ()
-        sending = {share.node for share in shares if share.bytes_per_second}
-        self.serving.update(sending or sources[:1])
+        self.serving.update(senders)
 
     def in_order(self, sources: Sequence[str]) -> tuple[str, ...]:
         """Whoever serves the fewest first; among equals as they stood."""
@@ -86,7 +84,7 @@ class Turns:
                 return
             if self.busy.has_room(resync, self.limits):
                 self.begin.add(resync.id)
-                self.busy.add(resync, self.busy.in_order(resync.plan.sources))
+                self.busy.add(resync, self.busy.in_order(resync.plan.sources)[:1])
 
 
 @dataclass(slots=True)

@@ -224,7 +224,10 @@ def note_progress(context: Context, node: str, progress: Progress) -> None:
     if state is not resync.state and state in TRANSITIONS[resync.state]:
         advance(context, resync, state)
     else:
+        before = context.resyncs.changes
         context.resyncs.put(resync)
+        if context.resyncs.changes != before:
+            context.tasks.touch("slots")
         context.changed(resync.volume, resync.id)
 
 

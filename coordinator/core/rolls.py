@@ -100,6 +100,8 @@ class Resyncs(dict[str, Resync]):
         self[resync.id] = resync
         self._of.setdefault(resync.volume, {})[resync.id] = None
         if old is not None and old.state is resync.state:
+            # A source that has nothing more to give to this one has room for another.
+            self.changes += resync.state in RUNNING and old.senders != resync.senders
             return
         if resync.state is ResyncState.QUEUED:
             self._queued.setdefault(resync.priority, {})[resync.id] = None

@@ -139,6 +139,20 @@ def test_resyncs_begin_as_places_come_free():
     assert made.limits("a") is None
 
 
+def test_a_source_that_has_given_all_it_has_to_one_resync_is_free_for_the_next():
+    queued = [resync(0, "c", ("a", "b")), resync(1, "d", ("a",))]
+    made = engine(queued, resyncs_max=5)
+    volumes = tuple(one.volume for one in queued)
+    made.step(hello("a", volumes, NodeLimits(send_max_count=1)), 1)
+    made.step(hello("c", volumes, NodeLimits()), 2)
+    made.step(hello("d", volumes, NodeLimits()), 3)
+    assert under_way(made) == ["r0"]
+    for now, sending, begun in ((4, ("a", "b"), ["r0"]), (5, ("b",), ["r0", "r1"])):
+        shares = tuple(SourceShare(node, 1, bytes_per_second=int(node in sending)) for node in ("a", "b"))
+        made.step(ProgressReported("s-c", Progress("r0", "v0", S.TRANSFERRING, sources=shares)), now)
+        assert under_way(made) == begun
+
+
 @pytest.mark.parametrize("count", [50, 400])
 def test_many_that_wait_cost_each_the_same(count):
     """Not their number squared: what is worked out for all of them is worked out once."""
