@@ -150,6 +150,9 @@ class Stage(Protocol):
     def drop_cache(self) -> None:
         """Makes the next reads come from the disk."""
 
+    def announce(self, ranges: Sequence[DeltaRange]) -> None:
+        """Tells the kernel what will be read soon."""
+
     def read_into(self, offset: int, view: memoryview) -> None: ...
 
     def data_within(self, offset: int, length: int) -> Iterator[tuple[int, int]]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from agent.backends.image_copy import Copier, create, fresh_dir, opened, remove_tree
 from agent.backends.image_layout import Layout, check_untouched
+from agent.delta import DeltaRange
 from agent.disk import contents, ioctl
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
 from resilver.errors import Refused
@@ -57,6 +58,10 @@ class ImageStage:
         with disk_errors(self._path):
             os.fdatasync(self._fd)
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def announce(self, ranges: Sequence[DeltaRange]) -> None:
+        with disk_errors(self._path):
+            contents.announce(self._fd, ranges)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         with disk_errors(self._path):

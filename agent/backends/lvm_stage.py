@@ -11,7 +11,7 @@ import bisect
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from agent.backends import lvm_keep as keeping
@@ -19,6 +19,7 @@ from agent.backends.image_copy import fresh_dir
 from agent.backends.lvm_delta import between
 from agent.backends.lvm_place import Ref, View, load_ref, save_ref
 from agent.backends.lvm_state import Found, Tools
+from agent.delta import DeltaRange
 from agent.disk import blockdev, contents, lvm
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
 from agent.disk.lvm import Lv
@@ -65,6 +66,10 @@ class LvmStage:
             os.fsync(self._fd)
             blockdev.flush_cache(self._fd)
         self._mapped = self._look()
+
+    def announce(self, ranges: Sequence[DeltaRange]) -> None:
+        with disk_errors(self._lv.path):
+            contents.announce(self._fd, ranges)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         with disk_errors(self._lv.path):

@@ -12,13 +12,14 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import blake3
 import numpy as np
 import numpy.typing as npt
 
+from agent.delta import DeltaRange
 from resilver.errors import Damaged
 
 BLOCK_BYTES: Final = 4096
@@ -54,6 +55,13 @@ def write_all(fd: int, offset: int, view: memoryview) -> None:
     while view:
         done = os.pwrite(fd, view, offset)
         view, offset = view[done:], offset + done
+
+
+def announce(fd: int, ranges: Iterable[DeltaRange]) -> None:
+    """Tells the kernel what will be read soon."""
+    for row in ranges:
+        if not row.zero:
+            os.posix_fadvise(fd, row.offset, row.length, os.POSIX_FADV_WILLNEED)
 
 
 def data_windows(fds: tuple[int, ...], start: int, end: int, step: int = WINDOW_BYTES) -> Iterator[tuple[int, int]]:

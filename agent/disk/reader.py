@@ -28,9 +28,7 @@ class FileReader:
             contents.read_exactly(self._fd, offset, view)
 
     def announce(self, ranges: Sequence[DeltaRange]) -> None:
-        for row in ranges:
-            if not row.zero:
-                os.posix_fadvise(self._fd, row.offset, row.length, os.POSIX_FADV_WILLNEED)
+        contents.announce(self._fd, ranges)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

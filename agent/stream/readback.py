@@ -1,7 +1,8 @@
 """Reads what a transfer wrote back from the disk and compares it with what was sent.
 
 The cache is dropped first, so that the answer is the disk's. Cold scattered reads wait for the disk, not for a
-processor: several threads read at once, each with a buffer of 1 MiB. Of a zero range only what is not a hole is read,
+processor: several threads read at once, each with a buffer of 1 MiB, and what is small is announced a share at a time,
+so that the disk has many to choose from. Of a zero range only what is not a hole is read,
 so that one of a TiB takes no longer than what it holds.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 from blake3 import blake3
 
 from agent.backends.base import Stage
-from agent.delta import DeltaMap
+from agent.delta import DeltaMap, DeltaRange
 from agent.stream.chunks import CHUNK_BYTES_MAX
 from agent.stream.frame import NO_DIGEST, reads_as_zero
 from agent.stream.journal import Journal, Record
@@ -27,6 +28,8 @@ from resilver.errors import Damaged
 
 READERS: Final = 8
 _SHARE_RECORDS: Final = 128
+_ANNOUNCED_BYTES_MAX: Final = 64 << 10
+"""A larger record keeps a disk busy by itself."""
 
 
 def check_map(delta: DeltaMap, journal: Journal) -> None:
@@ -50,6 +53,8 @@ def verify(stage: Stage, delta: DeltaMap, journal: Journal, *, stop: threading.E
     def compare(records: Sequence[Record]) -> int:
         buffer = buffers.get()
         try:
+            small = [DeltaRange(one.offset, one.length) for one in records if one.digest != NO_DIGEST]
+            stage.announce([row for row in small if row.length <= _ANNOUNCED_BYTES_MAX])
             return sum(_compared(stage, record, buffer, stop) for record in records)
         finally:
             buffers.put(buffer)

@@ -86,6 +86,9 @@ class FileStage:
         os.fsync(self._fd)
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
+    def announce(self, ranges: Sequence[DeltaRange]) -> None:
+        contents.announce(self._fd, ranges)
+
     def read_into(self, offset: int, view: memoryview) -> None:
         self.read_bytes += len(view)
         assert os.preadv(self._fd, [view], offset) == len(view)
