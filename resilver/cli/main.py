@@ -60,6 +60,7 @@ SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "replica": ("admin:replica", "Take a replica out."),
         "volume": ("admin:volume", "Take a volume out."),
         "store": ("admin:store", "Adopt or export the store."),
+        "certs": ("certs", "A small authority, and the certificates of a cluster."),
         "demo": ("demo", "Three nodes on this machine, broken and brought back."),
         "completion": ("shell:completion", "Completion for bash, zsh or fish."),
         "version": ("shell:version", "The versions of command and coordinators."),
