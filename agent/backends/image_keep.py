@@ -25,7 +25,7 @@ from agent.backends.image_layout import (
     load_preserved,
     save_preserved,
 )
-from agent.delta import DeltaMap
+from agent.delta import DeltaMap, merged
 from agent.disk.durable import DIR_MODE, disk_errors, fsync_dir, make_dir
 from agent.disk.inuse import InUseError, Lease
 from resilver.lineage import NO_CP, Snapshot
@@ -177,9 +177,7 @@ def _alone(layout: Layout, copier: Copier, state: State, snapshot_id: str) -> in
 
 def overlap(one: DeltaMap, other: DeltaMap) -> int:
     """Bytes of data that stand in both maps."""
-    bounds = np.unique(
-        np.concatenate([one.offsets, one.offsets + one.lengths, other.offsets, other.offsets + other.lengths])
-    )
+    bounds = merged(one.offsets, one.offsets + one.lengths, other.offsets, other.offsets + other.lengths)
     if not len(bounds):
         return 0
     points = bounds[:-1]

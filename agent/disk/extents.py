@@ -23,7 +23,7 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from agent.delta import DeltaMap
+from agent.delta import DeltaMap, merged
 from agent.disk import contents, ioctl
 
 Int64s = npt.NDArray[np.int64]
@@ -181,7 +181,7 @@ def segments(base: Source | None, base_size: int, target: Source, target_size: i
 
 
 def _compare(old: Extents, new: Extents, low: int, high: int) -> tuple[Int64s, Kinds]:
-    bounds = np.unique(np.concatenate((old.start, old.end, new.start, new.end, np.array([low, high], np.int64))))
+    bounds = merged(old.start, old.end, new.start, new.end, np.array([low, high], np.int64))
     points = bounds[:-1]
     old_kind, old_disk, old_shift = at_points(old, points)
     new_kind, new_disk, new_shift = at_points(new, points)
