@@ -329,6 +329,8 @@ class Guarantees:
             having = {node: disk for (node, one), disk in self.disks.items() if one == name}
             holders = {node for node, disk in having.items() if disk.holds(lost) or self._keeps(disk, lost)}
             showed = {one.node for one in election.candidates if one.reported and lost in self.line(one.snapshot)}
+            if self._made[lost].cp == NO_CP:  # another tool's name no parents: only who has it can show it
+                showed &= holders
             if not accepted & (holders | away) or showed - accepted:
                 message = f"{lost} of {name}, on {sorted(holders)}, is given up for {new.primary} at {new.newest_id}"
                 raise Broken("NOTHING_ACKNOWLEDGED_LOST", f"{message}; accepted was {sorted(accepted)}")
