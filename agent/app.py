@@ -23,7 +23,9 @@ from agent.memory import bound_arenas
 from agent.node import AgentNode
 from resilver.config import load_agent_config
 from resilver.config_reload import reload_of
+from resilver.credentials import credentials_of
 from resilver.errors import Invalid, ResilverError
+from resilver.names import Name, Role
 from resilver.telemetry import configure_logs, marked, set_level, start_metrics
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ async def _serve(path: str, config: AgentConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     served = start_metrics(config.metrics_listen, required="metrics_listen" in config.stated)
-    node = AgentNode(config)
+    node = AgentNode(config, tls=credentials_of(config.tls, Name(config.cluster, Role.NODE, config.node)))
     if config.insecure:
         _log.warning("INSECURE: anybody who reaches these ports may read and order anything", listen=str(config.listen))
     loop.add_signal_handler(signal.SIGHUP, _reload, path, node)

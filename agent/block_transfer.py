@@ -75,7 +75,7 @@ class BlockTransfer:
             self.stage,
             delta,
             journal,
-            [stream_of(source) for source in wanted.sources],
+            [stream_of(source, desk.peers.tls) for source in wanted.sources],
             Hello(wanted.ticket, wanted.resync_id, replica.volume, wanted.target, replica.node),
             on_progress=desk.count,
             stop=desk.stop,

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
 from agent.backends.kinds import make_backend
 from agent.hooks import program_fault, user_fault
+from resilver.credentials import credentials_of
 from resilver.errors import ResilverError
+from resilver.names import Name, Role
 from resilver.volume import Presence
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ def _lines(config: AgentConfig) -> Iterator[Line]:
     yield False, f"node {config.node} of cluster {config.cluster}, {volumes}"
     for address in config.coordinators:
         yield _resolves(address.host, address.port, f"coordinator {address}")
+    yield _certificate(config)
     yield _state_dir(config.state_dir)
     yield _sees_users()
     for volume in config.volumes:
@@ -59,6 +63,16 @@ def _resolves(host: str, port: int, what: str) -> Line:
     except OSError as error:
         return True, f"{what}: its name cannot be resolved: {error.strerror or error}"
     return False, f"{what} is {found[0][4][0]}"
+
+
+def _certificate(config: AgentConfig) -> Line:
+    try:
+        tls = credentials_of(config.tls, Name(config.cluster, Role.NODE, config.node))
+    except ResilverError as error:
+        return True, error.message
+    if tls is None:
+        return False, "no TLS: " + ("INSECURE, anybody may read and order" if config.insecure else "loopback only")
+    return tls.ends_at <= datetime.now(UTC), f"certificate of {tls.name}, until {tls.ends_at:%Y-%m-%d %H:%M}Z"
 
 
 def _state_dir(path: Path) -> Line:

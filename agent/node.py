@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from agent.backends.base import SendStream, SnapshotReader
     from agent.stream.frame import Hello
     from resilver.config import AgentConfig, IoPriority, VolumeConfig
+    from resilver.credentials import Credentials
     from resilver.volume import Progress, ReplicaReport
 
 Opened = TypeVar("Opened", bound="SnapshotReader | SendStream")
@@ -71,10 +72,11 @@ _log = structlog.get_logger(__name__)
 class AgentNode:
     """Everything of one agent. `start` takes ports and begins to serve; `close` ends in a few seconds at most."""
 
-    def __init__(self, config: AgentConfig, *, look_s: float = LOOK_S) -> None:
+    def __init__(self, config: AgentConfig, *, look_s: float = LOOK_S, tls: Credentials | None = None) -> None:
         loop = asyncio.get_running_loop()
         self._backends: Final = {volume.name: make_backend(volume, config) for volume in config.volumes}
         self._config = config
+        self._tls: Final = tls
         self._look_s: Final = look_s
         self._identity: Final = Identity(config.state_dir, config.cluster, config.node)
         self._control: Final = Worker("state_dir")
@@ -99,7 +101,7 @@ class AgentNode:
         self._runs: Final = Runs(
             config.state_dir / "runs",
             self._replicas,
-            Peers(loop),
+            Peers(loop, tls),
             self._tickets,
             receive_max_count=config.limits.receive_max_count,
             spool_max_bytes=config.space.spool_max_bytes,
@@ -114,9 +116,10 @@ class AgentNode:
             self._authorize,
             runs_max=config.limits.send_max_count,
             throttle=self._caps.send,
+            tls=tls,
         )
         self._set_io_priority(config)
-        self._server: Final = make_server()
+        self._server: Final = make_server(tls=tls)
         self._health: Any = None
         self._port = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -143,7 +146,7 @@ class AgentNode:
         agent_pb2_grpc.add_AgentServicer_to_server(AgentService(node), self._server)
         agent_pb2_grpc.add_PeerServicer_to_server(PeerService(node), self._server)
         self._health = await add_health_and_reflection(self._server, SERVICES)
-        self._port = bind(self._server, config.listen)
+        self._port = bind(self._server, config.listen, tls=self._tls)
         self._blocks.start()
         # Recovery is the first job of each volume's thread: whatever is asked comes after it, and one that hangs holds
         # up nobody else.
@@ -165,6 +168,7 @@ class AgentNode:
             caps=self._caps,
             few=self._few,
             look_s=self._look_s,
+            tls=self._tls,
         )
         jobs = (
             reporter.run(),

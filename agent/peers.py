@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Sequence
 
     from agent.delta import DeltaRange
+    from resilver.credentials import Credentials
     from resilver.lineage import Lineage, Snapshot
 
 T = TypeVar("T")
@@ -78,18 +79,19 @@ class Offer:
 class Peers:
     """Blocking calls to other agents. `loop` is the agent's event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, tls: Credentials | None = None) -> None:
         self._loop: Final = loop
+        self.tls: Final = tls
 
     def fetch(self, source: Source, wanted: Wanted, stop: threading.Event) -> Offer:
         """The lineage and the delta map of what is wanted; raises what the source says, or Stopped."""
-        return self._wait(_fetch(source, wanted), stop)
+        return self._wait(_fetch(source, wanted, self.tls), stop)
 
     def digests(
         self, source: Source, wanted: Wanted, snapshot: str, ranges: Sequence[DeltaRange], stop: threading.Event
     ) -> list[bytes]:
         """The BLAKE3 of some stretches of a snapshot, as the source reads them."""
-        return self._wait(_digests(source, wanted, snapshot, ranges), stop)
+        return self._wait(_digests(source, wanted, snapshot, ranges, self.tls), stop)
 
     def _wait(self, call: Coroutine[Any, Any, T], stop: threading.Event) -> T:
         future = asyncio.run_coroutine_threadsafe(call, self._loop)
@@ -108,15 +110,15 @@ class Peers:
 
 
 @asynccontextmanager
-async def _peer(source: Source) -> AsyncIterator[agent_pb2_grpc.PeerStub]:
-    async with make_channel(source.address) as channel:
+async def _peer(source: Source, tls: Credentials | None) -> AsyncIterator[agent_pb2_grpc.PeerStub]:
+    async with make_channel(source.address, source.node, tls=tls) as channel:
         try:
             yield agent_pb2_grpc.PeerStub(channel)
         except aio.AioRpcError as error:
             raise to_error(error, unreachable="NODE_UNREACHABLE", who=f"node {source.node}") from error
 
 
-async def _fetch(source: Source, wanted: Wanted) -> Offer:
+async def _fetch(source: Source, wanted: Wanted, tls: Credentials | None) -> Offer:
     request = agent_pb2.StreamDeltaRequest(
         resync_id=wanted.resync_id,
         ticket=wanted.ticket,
@@ -129,7 +131,7 @@ async def _fetch(source: Source, wanted: Wanted) -> Offer:
     columns = array("q"), array("q"), array("b")
     capacity = 0
     origin: StreamOrigin | None = None
-    async with _peer(source) as peer:
+    async with _peer(source, tls) as peer:
         call = peer.StreamDelta(request)
         while (page := await _next_page(call, source)) is not None:
             capacity = check_number(page.capacity_bytes, "capacity_bytes")
@@ -183,7 +185,9 @@ async def _next_page(
     return page if isinstance(page, agent_pb2.StreamDeltaResponse) else None
 
 
-async def _digests(source: Source, wanted: Wanted, snapshot: str, ranges: Sequence[DeltaRange]) -> list[bytes]:
+async def _digests(
+    source: Source, wanted: Wanted, snapshot: str, ranges: Sequence[DeltaRange], tls: Credentials | None
+) -> list[bytes]:
     request = agent_pb2.DigestRangesRequest(
         resync_id=wanted.resync_id,
         ticket=wanted.ticket,
@@ -192,7 +196,7 @@ async def _digests(source: Source, wanted: Wanted, snapshot: str, ranges: Sequen
         target_node=wanted.target_node,
         ranges=[agent_pb2.DeltaRange(offset=each.offset, length=each.length) for each in ranges],
     )
-    async with _peer(source) as peer:
+    async with _peer(source, tls) as peer:
         answer = await peer.DigestRanges(request, timeout=SILENCE_MAX_S)
     if len(answer.digests) != len(ranges) or any(len(each) != DIGEST_BYTES for each in answer.digests):
         raise Damaged(

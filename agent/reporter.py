@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from agent.replica import Replica
     from agent.runs import Runs
     from agent.worker import Worker
+    from resilver.credentials import Credentials
 
 HEARTBEAT_S: Final = 2.0
 LOOK_S: Final = 5.0
@@ -103,7 +104,9 @@ class Reporter:
         caps: Caps,
         few: Few,
         look_s: float = LOOK_S,
+        tls: Credentials | None = None,
     ) -> None:
+        self._tls: Final = tls
         self._coordinators: Final = tuple(coordinators)
         self._hello: Final = hello
         self._identity: Final = identity
@@ -176,7 +179,7 @@ class Reporter:
     async def _report_to(self, address: Address) -> bool:
         """One stream to one coordinator, to its end; whether it worked. Elsewhere, Refusal or Unavailable."""
         self._worked = False
-        async with make_channel(address) as channel:
+        async with make_channel(address, tls=self._tls) as channel:
             call = agent_pb2_grpc.ReportsStub(channel).Report()
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):

@@ -2,7 +2,8 @@
 
 * An order is admitted first: its cluster, store and term are checked, and a higher term is on the disk, before anything
   of it is looked at (`identity.py`). Then comes what one volume has to say (`rights.py`).
-* GetAgent and ExamineReplica change nothing and answer anybody; the Peer calls answer whoever shows a ticket.
+* GetAgent and ExamineReplica change nothing; the Peer calls answer whoever shows a ticket. Where there are certificates
+  only a coordinator is answered, and a ticket counts in the hands of the node that it is for.
 * Nothing blocks the event loop: state_dir has a thread of its own, each volume's disk has two.
 * No message is over 1 MiB: lineages and delta maps travel in pages.
 """
@@ -27,6 +28,7 @@ from agent.runfile import RunOrder
 from agent.taking import all_or_why, on_all_threads, take_job
 from agent.tickets import Ticket
 from agent.together import HOOKS_DIR, Together
+from resilver.access import caller
 from resilver.address import parse_address
 from resilver.config_hooks import GROUP_VOLUMES_MAX
 from resilver.errors import NotFound, Refused, ResilverError
@@ -267,9 +269,8 @@ class PeerService(agent_pb2_grpc.PeerServicer):
     async def StreamDelta(  # noqa: N802
         self, request: agent_pb2.StreamDeltaRequest, context: Context
     ) -> AsyncIterator[agent_pb2.StreamDeltaResponse]:
-        del context
         replica = self._node.replica(request.volume)
-        ticket = await self._shown(request, target=check_id(request.target, "target"))
+        ticket = await self._shown(request, context, target=check_id(request.target, "target"))
         if request.base != ticket.base:
             raise Refused("BASE_GONE", f"resync {ticket.resync_id} was prepared from base {ticket.base or 'nothing'}")
         start = check_number(request.starting_offset, "starting_offset")
@@ -292,7 +293,6 @@ class PeerService(agent_pb2_grpc.PeerServicer):
     async def DigestRanges(  # noqa: N802
         self, request: agent_pb2.DigestRangesRequest, context: Context
     ) -> agent_pb2.DigestRangesResponse:
-        del context
         replica = self._node.replica(request.volume)
         check_count(request.ranges, "ranges", DIGEST_RANGES_MAX)
         ranges = [
@@ -304,7 +304,7 @@ class PeerService(agent_pb2_grpc.PeerServicer):
         ]
         if sum(each.length for each in ranges) > DIGEST_BYTES_MAX:
             raise invalid("ranges", f"have more than {DIGEST_BYTES_MAX} bytes together")
-        await self._shown(request, snapshot=check_id(request.snapshot, "snapshot"))
+        await self._shown(request, context, snapshot=check_id(request.snapshot, "snapshot"))
         backend = replica.backend
         if backend.shape != "blocks":
             raise Refused(
@@ -316,10 +316,12 @@ class PeerService(agent_pb2_grpc.PeerServicer):
     async def _shown(
         self,
         request: agent_pb2.StreamDeltaRequest | agent_pb2.DigestRangesRequest,
+        context: Context,
         *,
         target: str = "",
         snapshot: str = "",
     ) -> Ticket:
+        caller(context).check_ticket(request.target_node)
         check = partial(
             self._node.tickets.check,
             secret=check_text(request.ticket, "ticket", chars_max=TICKET_SECRET_CHARS_MAX),

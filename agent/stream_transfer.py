@@ -82,7 +82,7 @@ class StreamTransfer:
                 self.stage,
                 Spool(self.stage.directory, self._spool_bytes_max),
                 origin,
-                [stream_of(source) for source in wanted.sources],
+                [stream_of(source, desk.peers.tls) for source in wanted.sources],
                 Hello(wanted.ticket, wanted.resync_id, replica.volume, wanted.target, replica.node),
                 formats=self._backend.formats(),
                 on_progress=self._count,

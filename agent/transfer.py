@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from agent.runfile import RunOrder, StagePlace
     from agent.stream.counters import Counters
     from agent.stream.throttle import Throttle
+    from resilver.credentials import Credentials
     from resilver.lineage import Lineage
     from resilver.volume import Progress, ReplicaReport
 
@@ -107,7 +108,7 @@ def lineage_left_in(directory: Path, target: str) -> Lineage | None:
     return lineage if lineage is not None and lineage.tip_id == target else None
 
 
-def stream_of(source: Source) -> SourceAddress:
+def stream_of(source: Source, tls: Credentials | None) -> SourceAddress:
     """Where a source's block stream listens."""
     address = parse_address(source.stream_address)
-    return SourceAddress(source.node, address.host, address.port)
+    return SourceAddress(source.node, address.host, address.port, tls)

@@ -4,8 +4,8 @@ The rules:
 
 * An order is answered within its deadline: by what the agent says, by the error that it raises, or by
   `Unavailable("NODE_UNREACHABLE")`. An order without an answer may have been obeyed: the report tells.
-* One channel for an address, shared by all calls to it; channels that nothing uses are closed, and their number is
-  bounded.
+* One channel for a node at an address, shared by all calls to it; channels that nothing uses are closed, and their
+  number is bounded. With new certificate files every channel is made anew, and an old one ends with its last call.
 * Nothing is tried again here: the engine decides what is ordered anew.
 """
 
@@ -69,29 +69,35 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class _Line:
-    """A channel, the calls on it now, and when the last one ended."""
+    """A channel, of which state of the certificate files it is, the calls on it now, and when the last one ended."""
 
     channel: grpc.aio.Channel
+    number: int
     calls: int = 0
     used_at: float = 0.0
 
 
 class Agents:
-    """Calls agents. `dial` makes a channel to an address. One event loop's; `close` it at the end."""
+    """Calls agents. `dial` makes a channel to an address, on which that node answers.
+
+    `number` grows when channels are to be made anew. One event loop's; `close` it at the end.
+    """
 
     def __init__(
         self,
-        dial: Callable[[str], grpc.aio.Channel],
+        dial: Callable[[str, str], grpc.aio.Channel],
         *,
         clock: Callable[[], float],
+        number: Callable[[], int] = lambda: 0,
         channels_max: int = CHANNELS_MAX,
         idle_s: float = IDLE_S,
     ) -> None:
         self._dial = dial
+        self._number = number
         self._clock = clock
         self._channels_max = channels_max
         self._idle_s = idle_s
-        self._lines: OrderedDict[str, _Line] = OrderedDict()
+        self._lines: OrderedDict[tuple[str, str], _Line] = OrderedDict()
 
     async def carry(self, given: GiveOrder) -> OrderAnswered:
         """Gives the order and answers what became of it; raises nothing but cancellation."""
@@ -115,7 +121,7 @@ class Agents:
         if not address:
             raise Unavailable("NODE_UNREACHABLE", f"node {node} has told no address", node=node)
         try:
-            async with self._line(address) as channel, asyncio.timeout(timeout_s + 1.0):
+            async with self._line(address, node) as channel, asyncio.timeout(timeout_s + 1.0):
                 return await _call(agent_pb2_grpc.AgentStub(channel), order, timeout_s)
         except TimeoutError as error:
             raise _silent(node, address, timeout_s) from error
@@ -128,12 +134,17 @@ class Agents:
             await line.channel.close()
 
     @asynccontextmanager
-    async def _line(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
-        line = self._lines.get(address)
+    async def _line(self, address: str, node: str) -> AsyncIterator[grpc.aio.Channel]:
+        key, number = (address, node), self._number()
+        line = self._lines.get(key)
         closing: list[grpc.aio.Channel] = []
+        if line is not None and line.number != number:
+            del self._lines[key]
+            closing = [] if line.calls else [line.channel]
+            line = None
         if line is None:
-            closing = self._make_room()
-            line = self._lines[address] = _Line(self._dial(address))
+            closing += self._make_room()
+            line = self._lines[key] = _Line(self._dial(address, node), number)
         line.calls += 1
         try:
             for channel in closing:
@@ -142,20 +153,22 @@ class Agents:
         finally:
             line.calls -= 1
             line.used_at = self._clock()
-            if self._lines.get(address) is line:
-                self._lines.move_to_end(address)
+            if self._lines.get(key) is line:
+                self._lines.move_to_end(key)
+            elif not line.calls:
+                await line.channel.close()
 
     def _make_room(self) -> list[grpc.aio.Channel]:
         """Takes out channels that have been idle for long, and the longest idle one if there are too many."""
         now = self._clock()
-        idle = [(address, line) for address, line in self._lines.items() if line.calls == 0]
+        idle = [(key, line) for key, line in self._lines.items() if line.calls == 0]
         full = len(self._lines) >= self._channels_max
         if full and not idle:
             raise Exhausted("TOO_LARGE", f"orders to {len(self._lines)} agents are under way; no more are given now")
         taken: list[grpc.aio.Channel] = []
-        for address, line in idle:
+        for key, line in idle:
             if now - line.used_at > self._idle_s or (full and not taken):
-                del self._lines[address]
+                del self._lines[key]
                 taken.append(line.channel)
         return taken
 

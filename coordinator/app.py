@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Final, NoReturn
@@ -37,7 +38,9 @@ from coordinator.store.measured import MeasuredStore
 from resilver import rpc, telemetry
 from resilver.config import CoordinatorConfig, load_coordinator_config
 from resilver.config_reload import reload_of
+from resilver.credentials import credentials_of
 from resilver.errors import Conflict, ResilverError
+from resilver.names import Name, Role
 from resilver.v1 import agent_pb2_grpc, coordinator_pb2_grpc
 
 log = structlog.get_logger(__name__)
@@ -65,14 +68,19 @@ class App:
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT. Raises a ResilverError for what an operator must mend first."""
         config = self._config
-        server = rpc.make_server()
-        address = str(config.advertised(rpc.bind(server, config.listen)))
+        tls = credentials_of(config.tls, Name(config.cluster, Role.COORDINATOR, config.name))
+        server = rpc.make_server(tls=tls)
+        address = str(config.advertised(rpc.bind(server, config.listen, tls=tls)))
         store = MeasuredStore(open_store(config))
         front = Front(config.cluster, config.name, address, config.insecure, VERSION, store)
         coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(front), server)
         agent_pb2_grpc.add_ReportsServicer_to_server(Reports(front, node_timeout_s=config.node_timeout_s), server)
         servicer = await rpc.add_health_and_reflection(server, (COORDINATOR_SERVICE, REPORTS_SERVICE), serving=False)
-        agents = Agents(rpc.make_channel, clock=time.monotonic)
+        agents = Agents(
+            partial(rpc.make_channel, tls=tls),
+            clock=time.monotonic,
+            number=lambda: 0 if tls is None else tls.number,
+        )
         register(front)
         metrics = telemetry.start_metrics(config.metrics_listen, required="metrics_listen" in config.stated)
         await server.start()
@@ -198,7 +206,9 @@ class App:
 
 
 async def check(config: CoordinatorConfig) -> None:
-    """`--check`: the port and the store. Raises what an operator must mend."""
+    """`--check`: the certificate, the port and the store. Raises what an operator must mend."""
+    if (tls := credentials_of(config.tls, Name(config.cluster, Role.COORDINATOR, config.name))) is not None:
+        sys.stdout.write(f"ok: certificate of {tls.name}, until {tls.ends_at:%Y-%m-%d %H:%M}Z\n")
     if rpc.taken(config.listen):
         # Most often by the coordinator whose new configuration this is.
         sys.stdout.write(f"ok: {config.listen} is in use: by this coordinator, if it runs\n")

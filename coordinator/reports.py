@@ -4,6 +4,7 @@ The rules:
 
 * A stream begins with a hello, and every message is of the hello's boot; numbers grow, and what is not newer is
   dropped.
+* Where there are certificates a node reports for itself alone.
 * What an agent sends is checked, bounded and slowed down, never trusted: volumes that the hello did not name, pages
   without end, more messages than a working agent has to send.
 * A stream on which nothing comes for the node timeout is closed: silence is how a node is known to be away.
@@ -37,6 +38,7 @@ from coordinator.core.events import (
 )
 from coordinator.office import Identity, Office, StreamOut
 from coordinator.pace import Pace, Silence, first_of
+from resilver.access import Caller, caller
 from resilver.address import Address, parse_address
 from resilver.errors import Conflict, Exhausted, ResilverError, Superseded, Unavailable
 from resilver.fields import check_count, check_id, check_name, check_number, check_text, invalid
@@ -76,13 +78,13 @@ class Reports(agent_pb2_grpc.ReportsServicer):
             raise Exhausted("TOO_LARGE", f"{self._streams} agents are connected, which is all that are served")
         self._streams += 1
         try:
-            async with aclosing(self._serve(request_iterator, context.peer())) as responses:
+            async with aclosing(self._serve(request_iterator, caller(context))) as responses:
                 async for response in responses:
                     yield response
         finally:
             self._streams -= 1
 
-    async def _serve(self, messages: Messages, peer: str) -> AsyncGenerator[agent_pb2.ReportResponse, None]:
+    async def _serve(self, messages: Messages, asking: Caller) -> AsyncGenerator[agent_pb2.ReportResponse, None]:
         opening = await first_of(messages, self._node_timeout_s, "a hello")
         if opening is None:
             return
@@ -93,13 +95,14 @@ class Reports(agent_pb2_grpc.ReportsServicer):
             return
         stream = str(uuid4())
         try:
-            hello = read_hello(opening, peer, stream, self._office.now_ms())
+            hello = read_hello(opening, asking.address, stream, self._office.now_ms())
         except ResilverError as error:
             # Told as an answer, so that the agent says it in its log and waits, instead of dialling again at once.
             yield agent_pb2.ReportResponse(
                 refusal=agent_pb2.ReportRefusal(reason=error.reason, message=error.message), term=identity.term
             )
             return
+        asking.check_node(hello.node.name)
         session = _Session(self._office, hello, opening.seq, self._node_timeout_s)
         async with aclosing(session.run(messages, identity)) as responses:
             async for response in responses:

@@ -5,7 +5,7 @@ The file says what is true of this machine; the store says what is true of the v
 * Unknown keys are errors, and the nearest key is named. Every error names file and key and says what would be right.
 * What is loaded is whole: names, addresses, paths and ports have been checked against each other, `auto` and empty
   values that depend on this file alone have been resolved. Nothing here opens a socket or creates a file.
-* Plaintext is for loopback, or for those who wrote `insecure = true`.
+* Without [tls] everything is plaintext, which is for loopback, or for those who wrote `insecure = true`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from resilver.config_rules import (
     clear_faults,
     dial_faults,
     name_faults,
+    tls_faults,
 )
 from resilver.limits import rate_fault
-from resilver.toml import convert, invalid, keys_of, read_toml
+from resilver.toml import convert, invalid, read_toml
 
 __all__ = [
     "AUTO",
@@ -69,9 +70,15 @@ Seconds = Annotated[float, Meta(gt=0, le=3600)]
 
 
 class Tls(Struct, frozen=True, kw_only=True):
+    """PEM files: whom to trust, who this process is, and its key. All three, or none for plaintext."""
+
     ca: str = ""
     cert: str = ""
     key: str = ""
+
+    @property
+    def on(self) -> bool:
+        return bool(self.ca)
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -209,7 +216,6 @@ _CHOICES: Final = {
     "io_priority": get_args(IoPriority),
 }
 _STORES: Final = "sqlite:///var/lib/resilver/store.db or etcd://h1:2379,h2:2379"
-_NO_TLS: Final = "TLS is not available yet: leave [tls] out, and use loopback or insecure = true on a trusted network"
 
 
 def load_agent_config(path: str | Path) -> AgentConfig:
@@ -308,10 +314,10 @@ def _agent_faults(config: AgentConfig) -> Iterator[Fault]:
     for key in ("receive_max_bytes_s", "send_max_bytes_s"):
         if fault := rate_fault(getattr(config.limits, key)):
             yield f"limits.{key}", fault
-    yield from _tls_faults(config.tls)
+    yield from tls_faults(config.tls.ca, config.tls.cert, config.tls.key, insecure=config.insecure)
     clear = {"listen": config.listen, "stream_listen": config.stream_listen}
     clear |= {f"coordinators[{index}]": address for index, address in enumerate(config.coordinators)}
-    yield from clear_faults(clear, insecure=config.insecure)
+    yield from clear_faults(clear, allowed=config.insecure or config.tls.on)
     yield from _volume_faults(config.volumes)
     yield from hook_faults(config.volumes)
 
@@ -321,8 +327,8 @@ def _coordinator_faults(config: CoordinatorConfig) -> Iterator[Fault]:
     yield from advertise_faults("advertise", config.advertise)
     yield from absolute_faults("state_dir", config.state_dir)
     yield from clash_faults(listen=config.listen, metrics_listen=config.metrics_listen)
-    yield from _tls_faults(config.tls)
-    yield from clear_faults({"listen": config.listen}, insecure=config.insecure)
+    yield from tls_faults(config.tls.ca, config.tls.cert, config.tls.key, insecure=config.insecure)
+    yield from clear_faults({"listen": config.listen}, allowed=config.insecure or config.tls.on)
     if config.node_timeout_s <= config.heartbeat_s:
         yield "node_timeout_s", f"should be longer than heartbeat_s, which is {config.heartbeat_s:g}"
     try:
@@ -334,19 +340,13 @@ def _coordinator_faults(config: CoordinatorConfig) -> Iterator[Fault]:
         return
     if not config.etcd.ca:
         for address in where:
-            yield from clear_faults({"store": address}, insecure=config.insecure)
+            yield from clear_faults({"store": address}, allowed=config.insecure, without="etcd.ca")
     if config.etcd.timeout_s >= config.lease_ttl_s:
         yield "etcd.timeout_s", f"should be shorter than lease_ttl_s, which is {config.lease_ttl_s}"
     if bool(config.etcd.username) != bool(config.etcd.password_file):
         yield "etcd.password_file", "etcd wants username and password_file together, or neither"
     if bool(config.etcd.cert) != bool(config.etcd.key) or (config.etcd.cert and not config.etcd.ca):
         yield "etcd.cert", "etcd wants cert and key together, and ca with them"
-
-
-def _tls_faults(tls: Tls) -> Iterator[Fault]:
-    for field in keys_of(Tls):
-        if getattr(tls, field):
-            yield f"tls.{field}", _NO_TLS
 
 
 def _volume_faults(volumes: Iterable[VolumeConfig]) -> Iterator[Fault]:

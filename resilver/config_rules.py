@@ -15,7 +15,7 @@ from resilver.address import Address, parse_address
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 NAME_RULE: Final = "a name is 1 to 63 letters, digits, '.', '_' or '-', and starts with a letter or a digit"
 AUTO: Final = "auto"
-_CLEAR: Final = "plaintext is for loopback: listen on and dial 127.0.0.1 or [::1], or set insecure = true"
+_CLEAR: Final = "plaintext is for loopback: set {without}, use 127.0.0.1 or [::1], or set insecure = true"
 
 Fault = tuple[str, str]
 
@@ -58,7 +58,18 @@ def clash_faults(**listens: Address) -> Iterator[Fault]:
         earlier[field] = address
 
 
-def clear_faults(addresses: dict[str, Address], *, insecure: bool) -> Iterator[Fault]:
+def clear_faults(addresses: dict[str, Address], *, allowed: bool, without: str = "[tls]") -> Iterator[Fault]:
     for field, address in addresses.items():
-        if not insecure and not address.loopback:
-            yield field, f"{address} is not loopback: {_CLEAR}"
+        if not allowed and not address.loopback:
+            yield field, f"{address} is not loopback: {_CLEAR.format(without=without)}"
+
+
+def tls_faults(ca: str, cert: str, key: str, *, insecure: bool) -> Iterator[Fault]:
+    files = {"ca": ca, "cert": cert, "key": key}
+    for field, path in files.items():
+        if path:
+            yield from absolute_faults(f"tls.{field}", Path(path))
+        elif any(files.values()):
+            yield f"tls.{field}", "is missing: TLS wants ca, cert and key together"
+    if insecure and any(files.values()):
+        yield "insecure", "is for a cluster without TLS: take insecure = true out, or [tls]"

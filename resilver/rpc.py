@@ -8,7 +8,9 @@ The rules:
 * A call that answers once and came without a deadline gets `CALL_TIMEOUT_MAX_S`. Streams live as long as both ends
   do, which keepalive watches: a hung peer is noticed in seven seconds.
 * A message stays under 1 MiB. Receivers take twice that, so that the sender is the one to fail, at home.
-* TLS is not built yet: every channel and port is plaintext, and `config.py` keeps that to loopback or `insecure`.
+* With credentials a port asks for a certificate and a channel shows one: who is reached is checked by the channel, in
+  the handshake, and who calls by the server, in each call (`access.py`). Without, both are plaintext, and `config.py`
+  keeps that to loopback or `insecure`.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from prometheus_client import Counter, Histogram
 
+from resilver.access import Gate
 from resilver.address import Address
-from resilver.errors import Invalid, ResilverError
+from resilver.credentials import Credentials
+from resilver.errors import Forbidden, Invalid, ResilverError, Unauthenticated
 from resilver.status_details import DeadlinePassed, to_error, to_status
 
 __all__ = [
@@ -103,25 +107,40 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 
 
-def make_channel(address: str | Address, *, interceptors: Sequence[aio.ClientInterceptor] = ()) -> aio.Channel:
-    """A channel that dials at its first call. Close it."""
-    return aio.insecure_channel(_dialled(str(address)), options=_CHANNEL, interceptors=interceptors)
+def make_channel(
+    address: str | Address,
+    node: str = "",
+    *,
+    tls: Credentials | None = None,
+    interceptors: Sequence[aio.ClientInterceptor] = (),
+) -> aio.Channel:
+    """A channel that dials at its first call. Close it.
+
+    With `tls`, whoever answers must be that node of the cluster, or, where none is named, a coordinator of it.
+    """
+    target = _dialled(str(address))
+    if tls is None:
+        return aio.insecure_channel(target, options=_CHANNEL, interceptors=interceptors)
+    whom = tls.to_node(node) if node else tls.to_coordinator()
+    options = (*_CHANNEL, ("grpc.ssl_target_name_override", whom))
+    return aio.secure_channel(target, tls.channel(), options=options, interceptors=interceptors)
 
 
-def make_server(*, interceptors: Sequence[aio.ServerInterceptor] = ()) -> aio.Server:
-    """A server without a port, with the errors' interceptor outermost."""
+def make_server(*, tls: Credentials | None = None, interceptors: Sequence[aio.ServerInterceptor] = ()) -> aio.Server:
+    """A server without a port, with the errors' interceptor outermost. With `tls` it asks each caller who it is."""
+    errors = Errors(Gate(tls.name.cluster) if tls is not None else None)
     return aio.server(
-        interceptors=(Errors(), *interceptors), options=_SERVER, maximum_concurrent_rpcs=CONCURRENT_CALLS_MAX
+        interceptors=(errors, *interceptors), options=_SERVER, maximum_concurrent_rpcs=CONCURRENT_CALLS_MAX
     )
 
 
-def bind(server: aio.Server, address: Address, field: str = "listen") -> int:
+def bind(server: aio.Server, address: Address, field: str = "listen", *, tls: Credentials | None = None) -> int:
     """Takes the port and answers its number; raises Invalid with the reason if it cannot be had."""
     target = str(Address(address.host or "::", address.port))
     why, port = _why_not(address), 0
     if not why:
         with suppress(RuntimeError):
-            port = server.add_insecure_port(target)
+            port = server.add_insecure_port(target) if tls is None else server.add_secure_port(target, tls.server())
         why = "it was taken for a moment; try again"
     if port == 0:
         raise Invalid("CONFIG_INVALID", f"{field}: cannot listen on {address}: {why}", field=field)
@@ -155,7 +174,10 @@ async def add_health_and_reflection(
 
 
 class Errors(aio.ServerInterceptor):
-    """Turns what a servicer raises into a status, bounds calls without a deadline, and counts."""
+    """Lets calls in, turns what a servicer raises into a status, bounds calls without a deadline, and counts."""
+
+    def __init__(self, gate: Gate | None = None) -> None:
+        self._gate: Final = gate
 
     async def intercept_service(
         self,
@@ -164,25 +186,25 @@ class Errors(aio.ServerInterceptor):
     ) -> Handler | None:
         handler = await continuation(handler_call_details)
         # A method that nobody knows has no handler, and gRPC answers UNIMPLEMENTED by itself.
-        return None if handler is None else _wrapped(handler, str(handler_call_details.method))
+        return None if handler is None else _wrapped(handler, str(handler_call_details.method), self._gate)
 
 
-def _wrapped(handler: Handler, method: str) -> Handler:
+def _wrapped(handler: Handler, method: str, gate: Gate | None) -> Handler:
     types = {
         "request_deserializer": handler.request_deserializer,
         "response_serializer": handler.response_serializer,
     }
     if handler.stream_stream is not None:
-        return grpc.stream_stream_rpc_method_handler(_stream(handler.stream_stream, method), **types)
+        return grpc.stream_stream_rpc_method_handler(_stream(handler.stream_stream, method, gate), **types)
     if handler.unary_stream is not None:
-        return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, method), **types)
+        return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, method, gate), **types)
     if handler.stream_unary is not None:
-        return grpc.stream_unary_rpc_method_handler(_once(handler.stream_unary, method), **types)
+        return grpc.stream_unary_rpc_method_handler(_once(handler.stream_unary, method, gate), **types)
     assert handler.unary_unary is not None, "a handler has one of the four shapes"
-    return grpc.unary_unary_rpc_method_handler(_once(handler.unary_unary, method), **types)
+    return grpc.unary_unary_rpc_method_handler(_once(handler.unary_unary, method, gate), **types)
 
 
-def _once(inner: Callable[..., Any], method: str) -> Callable[..., Any]:
+def _once(inner: Callable[..., Any], method: str, gate: Gate | None) -> Callable[..., Any]:
     """A handler that answers once, under a deadline."""
 
     async def answer(request: Any, context: Context) -> Any:
@@ -190,6 +212,8 @@ def _once(inner: Callable[..., Any], method: str) -> Callable[..., Any]:
         bound_s = CALL_TIMEOUT_MAX_S if remaining_s is None or remaining_s > NO_DEADLINE_S else None
         begun = time.monotonic()
         try:
+            if gate is not None:
+                gate.admit(method, request, context)
             async with asyncio.timeout(bound_s) as bound:
                 response = await inner(request, context)
         except TimeoutError as error:
@@ -205,11 +229,13 @@ def _once(inner: Callable[..., Any], method: str) -> Callable[..., Any]:
     return answer
 
 
-def _stream(inner: Callable[..., Any], method: str) -> Callable[..., Any]:
+def _stream(inner: Callable[..., Any], method: str, gate: Gate | None) -> Callable[..., Any]:
     """A handler that answers many times, written as a generator or with `context.write`."""
 
     async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
+            if gate is not None:
+                gate.admit(method, request, context)
             async with aclosing(inner(request, context)) as responses:
                 async for response in responses:
                     yield response
@@ -220,6 +246,8 @@ def _stream(inner: Callable[..., Any], method: str) -> Callable[..., Any]:
 
     async def write(request: Any, context: Context) -> None:
         try:
+            if gate is not None:
+                gate.admit(method, request, context)
             await inner(request, context)
         except Exception as error:  # noqa: BLE001 - the edge, as above
             await _end(context, method, error)
@@ -238,6 +266,8 @@ async def _end(context: Context, method: str, error: Exception) -> None:
         number = uuid.uuid4().hex[:8]
         _log.error("a call failed for an unforeseen reason", method=method, number=number, exc_info=error)
         error = ResilverError("INTERNAL", f"internal error; the server's log has it under number {number}")
+    if isinstance(error, Unauthenticated | Forbidden):
+        _log.warning("refused", method=method, peer=context.peer(), reason=error.reason, why=error.message)
     status = to_status(error)
     _count(method, status.code.name)
     await context.abort_with_status(status)

@@ -24,8 +24,10 @@ from typing import Any
 import grpc
 
 from resilver.cli.plainjson import plain, plain_list
+from resilver.names import Role
 from resilver.v1 import coordinator_pb2 as api
 from resilver.v1 import coordinator_pb2_grpc
+from tests.certificates import Authority, channel
 
 DEADLINE_S = 60.0
 
@@ -126,7 +128,10 @@ class Process:
 
 @dataclass
 class Cluster:
-    """Etcd (or sqlite), one coordinator, and agents; `directory` holds configs, logs and state."""
+    """Etcd (or sqlite), one coordinator, and agents; `directory` holds configs, logs and state.
+
+    With an `authority` everybody has a certificate, and this process asks as the operator `test`.
+    """
 
     directory: Path
     store: str = "etcd"
@@ -138,6 +143,7 @@ class Cluster:
     """Of an etcd that the test keeps itself; empty if the cluster is to start one."""
     channels: dict[int, grpc.Channel] = field(default_factory=dict)
     lease_ttl_s: int = 10
+    authority: Authority | None = None
     answering: str = ""
     """The coordinator that answered last: asked first, because another one may be stopped."""
 
@@ -183,9 +189,14 @@ class Cluster:
         config.write_text(
             f'name = "{name}"\ncluster = "{self.name}"\nlisten = "{self.host(name)}:{port}"\nstore = "{url}"\n'
             f'metrics_listen = "127.0.0.1:{self.ports.setdefault(name + "-metrics", free_port())}"\n'
-            f'state_dir = "{self.directory}/{name}"\nlease_ttl_s = {self.lease_ttl_s}\n{extra}'
+            f'state_dir = "{self.directory}/{name}"\nlease_ttl_s = {self.lease_ttl_s}\n{extra}\n'
+            + self.tls(Role.COORDINATOR, name)
         )
         self.process(name, sys.executable, "-m", "coordinator.app", "--config", str(config))
+
+    def tls(self, role: Role, name: str) -> str:
+        """The table of a configuration; empty without an authority."""
+        return "" if self.authority is None else self.authority.toml(role, name)
 
     @property
     def coordinators(self) -> list[str]:
@@ -224,6 +235,7 @@ class Cluster:
             f'metrics_listen = "127.0.0.1:{self.ports[node + "-metrics"]}"\n'
             f'state_dir = "{self.directory}/{node}"\n{extra}\n'
         )
+        text += self.tls(Role.NODE, node)
         if "[space]" not in extra:
             text += "[space]\nreserve_ratio = 0.0\nreserve_min_bytes = 16777216\n"
         for volume, path in volumes.items():
@@ -254,6 +266,9 @@ class Cluster:
         """Runs the operator's command; adds `-o json` unless an output is named."""
         words = list(arguments) if "-o" in arguments else [*arguments, "-o", "json"]
         addresses = ",".join(f"{self.host(name)}:{self.ports[name]}" for name in self.coordinators)
+        if self.authority is not None:
+            mine = self.authority.issue(Role.OPERATOR, "test")
+            words = ["--tls-ca", mine.ca, "--tls-cert", mine.cert, "--tls-key", mine.key, *words]
         done = subprocess.run(
             self.within("", [sys.executable, "-m", "resilver.cli.main", "--coordinator", addresses, *words]),
             capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, check=False,
@@ -289,9 +304,8 @@ class Cluster:
         """One coordinator's answer, or the error of the call, raised."""
         port = self.ports[name]
         if port not in self.channels:
-            self.channels[port] = grpc.insecure_channel(
-                self.console(name), [("grpc.max_reconnect_backoff_ms", 200), ("grpc.min_reconnect_backoff_ms", 50)]
-            )
+            mine = None if self.authority is None else self.authority.issue(Role.OPERATOR, "test")
+            self.channels[port] = channel(self.console(name), mine, Role.COORDINATOR)
         stub: Any = coordinator_pb2_grpc.CoordinatorStub(self.channels[port])
         return getattr(stub, method)(request, timeout=5.0)
 
@@ -345,8 +359,8 @@ class Cluster:
         return (self.directory / f"{name}.log").read_text(errors="replace")
 
     def close(self) -> None:
-        for channel in self.channels.values():
-            channel.close()
+        for each in self.channels.values():
+            each.close()
         self.channels.clear()
         for process in reversed(list(self.processes.values())):
             process.stop()

@@ -12,6 +12,7 @@ import signal
 
 import pytest
 
+import resilver  # noqa: F401 - before every import of gRPC, of which it sets what versions of TLS it speaks
 from tests import namespace
 
 _PATTERNS = (

@@ -2,6 +2,8 @@
 
 The rules:
 
+* Where there are certificates a connection begins with a handshake, as long as a HELLO may take, and the other must be
+  a node of this cluster; its HELLO must be for that very node.
 * A connection begins with a HELLO within `hello_timeout_s`; the server's `authorize` decides on it, and its refusal is
   told as an ERROR frame. Only then is anything read from a disk or any buffer of size made. What a HELLO names is
   checked before: ids and names become paths.
@@ -21,6 +23,7 @@ import contextlib
 import fcntl
 import select
 import socket
+import ssl
 import sys
 import termios
 import threading
@@ -50,9 +53,12 @@ from agent.stream.group import answer_next
 from agent.stream.lifesign import LifeSign
 from agent.stream.packing import Packer
 from agent.stream.pump import Pump, check_wish
+from resilver.access import Caller
 from resilver.address import Address
+from resilver.credentials import Credentials, greeted
 from resilver.errors import Damaged, Exhausted, Invalid, ResilverError, Unavailable
 from resilver.fields import check_id, check_name
+from resilver.names import Name
 
 if TYPE_CHECKING:
     from agent.stream.sender import BlockServer
@@ -96,6 +102,10 @@ class _Gone(Exception):
     """The client has ended the connection, or the server is stopping: nothing is wrong."""
 
 
+class _Closed(Exception):
+    """There is nobody to say a word to; why is in the log."""
+
+
 class Connection:
     """One client, from its HELLO to its end."""
 
@@ -108,17 +118,18 @@ class Connection:
         self._readable = select.poll()
         self._readable.register(accepted, select.POLLIN)
         self._share = server.throttle.share()
+        self._party: Name | None = None
         self.life: Final = LifeSign(accepted)
         self.thread: Final = threading.Thread(target=self._run, name=f"stream-{peer}", daemon=True)
 
     def finish(self) -> None:
         """Wakes a connection that waits for requests; one that is sending finishes its buffer first."""
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RD)
+            _shut(self._socket, socket.SHUT_RD)
 
     def cut(self) -> None:
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            _shut(self._socket, socket.SHUT_RDWR)
 
     def refuse(self, error: ResilverError, *, timeout_s: float = ERROR_TIMEOUT_S) -> None:
         """Says why, if the client still listens, and closes."""
@@ -129,6 +140,8 @@ class Connection:
             self._serve()
         except _Gone:
             self._last_word(frames.encode(Kind.BYE), ERROR_TIMEOUT_S)
+        except _Closed:
+            pass
         except ResilverError as error:
             log.warning("stream.connection_refused", peer=str(self._peer), reason=error.reason, error=error.message)
             self.refuse(error)
@@ -144,9 +157,23 @@ class Connection:
 
     def _serve(self) -> None:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._server.tls is not None:
+            self._party = self._secured(self._server.tls)
         hello = self._hello()
         with self._server.serving(hello):
             self._serve_run(hello)
+
+    def _secured(self, tls: Credentials) -> Name:
+        """Who the other is, once there is TLS around the connection."""
+        try:
+            secured = tls.accept(self._socket, self._server.hello_timeout_s)
+            # The descriptor is the same, so that it can be polled and cut as before.
+            self._socket = secured
+            self.life.speaks_by(secured)
+            return greeted(secured, tls.name.cluster)
+        except OSError as error:
+            log.warning("stream.handshake_failed", peer=str(self._peer), error=str(error))
+            raise _Closed from error
 
     def _serve_run(self, hello: Hello) -> None:
         """From here on the thread is about nothing else; what it starts has its I/O priority."""
@@ -185,7 +212,7 @@ class Connection:
 
     def _left(self) -> bool:
         """Whether the client has closed, or said BYE: it says nothing else while it is sent a stream."""
-        return bool(self._readable.poll(0))
+        return self._has_more()
 
     def _hello(self) -> Hello:
         frame = self._frame(self._server.hello_timeout_s)
@@ -197,6 +224,7 @@ class Connection:
         check_name(hello.volume, "volume")
         check_id(hello.target, "target")
         check_name(hello.target_node, "target_node")
+        Caller(self._party, str(self._peer)).check_ticket(hello.target_node)
         if hello.stream is not None:
             check_wish(hello.stream)
         return hello
@@ -263,9 +291,10 @@ class Connection:
     def _frame_at_hand(self) -> Frame | None:
         """The next frame if all of it is here already."""
         while (frame := self._buffer.next()) is None:
-            if not self._readable.poll(0):
+            if not self._has_more():
                 return None
-            self._read_some(self._server.idle_timeout_s)
+            if not self._read_some(self._server.idle_timeout_s):
+                raise Unavailable("DEADLINE", "half a record of TLS came, and nothing after it")
         return frame
 
     def _unread_bytes(self) -> int:
@@ -273,17 +302,23 @@ class Connection:
         answer = fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4))
         return int.from_bytes(answer, sys.byteorder)
 
-    def _read_some(self, timeout_s: float) -> None:
+    def _has_more(self) -> bool:
+        held = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+        return held or bool(self._readable.poll(0))
+
+    def _read_some(self, timeout_s: float) -> bool:
+        """Whether anything came in time."""
         self._socket.settimeout(timeout_s)
         try:
             count = self._socket.recv_into(self._buffer.space())
         except TimeoutError:
-            return
+            return False
         if count == 0:
             if not self._server.stopping:
                 self._buffer.finish()
             raise _Gone
         self._buffer.filled(count)
+        return True
 
     def _send(self, data: bytes | memoryview) -> None:
         """Sends all of it, as fast as the client and the throttle let it go."""
@@ -304,9 +339,14 @@ class Connection:
         with contextlib.suppress(OSError):
             self._socket.settimeout(timeout_s)
             self._socket.sendall(data)
-            self._socket.shutdown(socket.SHUT_WR)
+            _shut(self._socket, socket.SHUT_WR)
             # Closing with unread bytes resets the connection, and the client would lose the frame with it.
             until = time.monotonic() + timeout_s
             while time.monotonic() < until and self._socket.recv(CONTROL_BYTES_MAX):
                 pass
         self._socket.close()
+
+
+def _shut(connection: socket.socket, how: int) -> None:
+    """Of the connection itself: TLS would forget that it is there, and what is sent after would go as plain text."""
+    socket.socket.shutdown(connection, how)

@@ -6,6 +6,7 @@ was sent before needs no sign. A disk that does not answer for `DISK_MAX_S` hang
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 import time
@@ -24,10 +25,14 @@ class LifeSign:
     """Of one connection; `tell` is called by another thread, again and again."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self._socket: Final = connection
+        self._socket = connection
         self._mutex: Final = threading.Lock()
         self._disk_since: float | None = None
         self._told_at = 0.0
+
+    def speaks_by(self, secured: socket.socket) -> None:
+        """From here on the connection is that one, with TLS around it; said before the first `at_disk`."""
+        self._socket = secured
 
     @contextmanager
     def at_disk(self) -> Iterator[None]:
@@ -47,8 +52,16 @@ class LifeSign:
             if since is None or now - since > DISK_MAX_S or now - max(since, self._told_at) < wait_s:
                 return
             self._told_at, told = now, frames.encode(Kind.WAIT)
-            with suppress(OSError):  # gone, which the next answer will meet, or there is no room for it
+            with suppress(OSError, ValueError):  # gone, which the next answer will meet
+                # Asked first: TLS that has met a full buffer takes whatever is sent next for what it could not send.
+                if not self._has_room():
+                    return
                 self._socket.settimeout(0)
                 if self._socket.send(told) < len(told):
                     # Half a frame would put all that follows out of step.
-                    self._socket.shutdown(socket.SHUT_RDWR)
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def _has_room(self) -> bool:
+        room = select.poll()
+        room.register(self._socket, select.POLLOUT)
+        return any(event & select.POLLOUT for _, event in room.poll(0))

@@ -11,7 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from types import TracebackType
 from typing import Final, Self
@@ -20,7 +20,8 @@ from agent.stream import frame as frames
 from agent.stream.counters import Meter
 from agent.stream.frame import Frame, FrameBuffer, Hello, Kind, Welcome
 from agent.stream.throttle import Throttle
-from resilver.errors import Damaged, Refused, ResilverError, Unavailable
+from resilver.credentials import Credentials, greeted
+from resilver.errors import Damaged, Forbidden, Refused, ResilverError, Unauthenticated, Unavailable
 
 TICK_S: Final = 0.25
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -36,11 +37,12 @@ _OF_ITS_DISK: Final = frozenset({"IO_ERROR", "SOURCE_DAMAGED", "READBACK_MISMATC
 
 @dataclass(frozen=True, slots=True)
 class SourceAddress:
-    """A node that has the target, and where its block stream listens."""
+    """A node that has the target, and where its block stream listens; with `tls` nobody else is taken for it."""
 
     node: str
     host: str
     port: int
+    tls: Credentials | None = field(default=None, compare=False, repr=False)
 
 
 class Verdict(Enum):
@@ -190,8 +192,26 @@ class Link:
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if size := self._share.buffer_bytes():
             made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        if self._source.tls is not None:
+            made = self._secured(made, self._source.tls, timeout)
         made.settimeout(TICK_S)
         return made
+
+    def _secured(self, made: socket.socket, tls: Credentials, timeout_s: float) -> socket.socket:
+        """The connection with TLS around it, to that node and no other."""
+        started = time.monotonic()
+        secured = made
+        try:
+            secured = encrypted = tls.dial(made, timeout_s)
+            greeted(encrypted, tls.name.cluster, self._source.node)
+        except OSError as error:
+            secured.close()
+            self._waited(time.monotonic() - started)
+            raise self._lost(error) from error
+        except (Unauthenticated, Forbidden) as error:
+            secured.close()
+            raise SourceFailed(Verdict.GONE, error) from error
+        return secured
 
     def _lost(self, error: OSError | UnicodeError) -> SourceFailed:
         if isinstance(error, TimeoutError):

@@ -25,6 +25,7 @@ from agent.stream.lifesign import WAIT_S
 from agent.stream.throttle import Throttle
 from resilver.address import Address
 from resilver.config import IoPriority
+from resilver.credentials import Credentials
 from resilver.errors import Exhausted, Invalid
 
 RUNS_MAX: Final = 32
@@ -54,8 +55,10 @@ class BlockServer:
         hello_timeout_s: float = HELLO_TIMEOUT_S,
         wait_s: float = WAIT_S,
         throttle: Throttle | None = None,
+        tls: Credentials | None = None,
     ) -> None:
         self._listen = listen
+        self.tls: Final = tls
         self._authorize = authorize
         self._runs_max = runs_max
         self._connections_max = connections_max
@@ -142,7 +145,9 @@ class BlockServer:
         if full:
             log.warning("stream.too_many_connections", peer=str(peer), connections_max=self._connections_max)
             message = f"this node serves {self._connections_max} connections already"
-            connection.refuse(Exhausted("TOO_MANY_RESYNCS", message), timeout_s=0.0)
+            if self.tls is None:
+                connection.refuse(Exhausted("TOO_MANY_RESYNCS", message), timeout_s=0.0)
+            accepted.close()
             return
         try:
             connection.thread.start()

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
+    from resilver.credentials import Credentials
+
 HOPS_MAX: Final = 4
 CONNECT_TIMEOUT_S: Final = 5.0
 CALL_TIMEOUT_S: Final = 60.0
@@ -58,8 +60,11 @@ P = TypeVar("P", bound=Page)
 class Client:
     """A client of the cluster; use it as an async context manager."""
 
-    def __init__(self, addresses: Sequence[str], *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, addresses: Sequence[str], *, timeout_s: float | None = None, tls: Credentials | None = None
+    ) -> None:
         self._addresses = list(addresses)
+        self._tls = tls
         self._timeout_s = timeout_s
         self._channels: dict[str, aio.Channel] = {}
 
@@ -147,6 +152,12 @@ class Client:
         assert last is not None, "there is always one address to try"
         raise last
 
+    def _doubt(self) -> str:
+        """What else it may be: gRPC does not tell a refused handshake from a refused connection."""
+        if self._tls is None:
+            return "; if it wants certificates, name yours with --tls-ca, --tls-cert and --tls-key"
+        return f", or none of cluster {self._tls.name.cluster} that takes the certificate of {self._tls.name}"
+
     def _prefer(self, address: str) -> None:
         if self._addresses[0] != address:
             self._addresses = [address, *(other for other in self._addresses if other != address)]
@@ -155,7 +166,7 @@ class Client:
         """A channel that is ready; a refused connection is known at once, a silent one after a bound."""
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = rpc.make_channel(address)
+            channel = self._channels[address] = rpc.make_channel(address, tls=self._tls)
         bound_s = min(CONNECT_TIMEOUT_S, self._timeout_s or CONNECT_TIMEOUT_S)
         try:
             async with asyncio.timeout(bound_s):
@@ -163,7 +174,7 @@ class Client:
                     if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
                         # A channel that has failed waits before it dials again: a new one does not.
                         await self._channels.pop(address).close()
-                        raise Unavailable("NO_LEADER", f"no coordinator answers at {address}")
+                        raise Unavailable("NO_LEADER", f"no coordinator answers at {address}{self._doubt()}")
                     await channel.wait_for_state_change(state)
         except TimeoutError:
             raise Unavailable("NO_LEADER", f"no coordinator answers at {address} within {bound_s:g} s") from None

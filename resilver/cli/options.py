@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 COORDINATOR_DEFAULT: Final = "127.0.0.1:7400"
 _META: Final = "resilver.options"
-_GLOBALS: Final = ("coordinator", "output", "timeout", "yes")
+_GLOBALS: Final = ("coordinator", "output", "timeout", "yes", "tls_ca", "tls_cert", "tls_key")
+_TLS: Final = {"ca": "The CA's certificates", "cert": "Your certificate", "key": "Its key"}
 _RATE: Final = re.compile(
     r"(?P<number>[0-9]{1,15}(?:\.[0-9]+)?) ?(?P<unit>(?P<prefix>[kKMGT])?(?P<binary>(?<=[kKMGT])i)?B(?:/s)?)?"
 )
@@ -36,6 +37,9 @@ class Options:
     output: str = "table"
     timeout_s: float | None = None
     yes: bool = False
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
 
 
 class Span(click.ParamType[float]):
@@ -102,6 +106,15 @@ def _global_params(*, environment: bool) -> list[click.Parameter]:
             envvar="RESILVER_COORDINATOR" if environment else None,
             help=f"Whom to ask, in this order. [env RESILVER_COORDINATOR; default {COORDINATOR_DEFAULT}]",
         ),
+        *(
+            click.Option(
+                [f"--tls-{what}"],
+                metavar="FILE",
+                envvar=f"RESILVER_TLS_{what.upper()}" if environment else None,
+                help=f"{said}, as PEM. [env RESILVER_TLS_{what.upper()}]",
+            )
+            for what, said in _TLS.items()
+        ),
         click.Option(["-o", "--output"], type=click.Choice(["table", "json"]), help="A screen or JSON. [table]"),
         click.Option(["--timeout"], type=SPAN, help="Give up waiting after this long, such as 30s; exit code 4."),
         click.Option(["--yes"], is_flag=True, help="Do not ask for confirmation."),
@@ -130,6 +143,9 @@ def _merge(ctx: click.Context) -> None:
         output=given["output"] or options.output,
         timeout_s=given["timeout"] or options.timeout_s,
         yes=bool(given["yes"]) or options.yes,
+        tls_ca=given["tls_ca"] or options.tls_ca,
+        tls_cert=given["tls_cert"] or options.tls_cert,
+        tls_key=given["tls_key"] or options.tls_key,
     )
 
 

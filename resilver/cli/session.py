@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from resilver.cli.client import Client
+    from resilver.credentials import Credentials
 
 PORT_DEFAULT: Final = 7400
 
@@ -47,12 +48,28 @@ class Session:
                 raise Invalid("INVALID_FIELD", f"--coordinator: {address} does not say whom to ask: write HOST:PORT")
         return [str(address) for address in addresses]
 
+    def tls(self) -> Credentials | None:
+        """Who asks, if it was said; None is for a cluster without TLS."""
+        options = self.options
+        files = {"ca": options.tls_ca, "cert": options.tls_cert, "key": options.tls_key}
+        if not any(files.values()):
+            return None
+        for what, path in files.items():
+            if not path:
+                raise Invalid("INVALID_FIELD", f"--tls-{what} is missing: TLS wants --tls-ca, --tls-cert and --tls-key")
+        from resilver.config import Tls  # noqa: PLC0415  # only who has a certificate needs it
+        from resilver.credentials import Credentials  # noqa: PLC0415  # as above
+
+        return Credentials(Tls(**files))
+
     def run(self, work: Callable[[Client], Awaitable[R]]) -> R:
         """Runs a verb's async part with a client of the cluster."""
         from resilver.cli.client import Client  # noqa: PLC0415  # gRPC takes longer to import than all else together
 
+        tls = self.tls()
+
         async def main() -> R:
-            async with Client(self.addresses(), timeout_s=self.options.timeout_s) as client:
+            async with Client(self.addresses(), timeout_s=self.options.timeout_s, tls=tls) as client:
                 return await work(client)
 
         return asyncio.run(main())

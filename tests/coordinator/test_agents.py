@@ -230,7 +230,7 @@ class Dialled:
         self.open: list[str] = []
         self.count = 0
 
-    def __call__(self, address: str) -> aio.Channel:
+    def __call__(self, address: str, node: str) -> aio.Channel:
         channel = make_channel(address)
         self.open.append(address)
         self.count += 1

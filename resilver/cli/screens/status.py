@@ -94,7 +94,7 @@ def _head(cluster: Cluster, now: float) -> Text:
     rest = f"   leader {info.leader or 'none'} (term {info.term})   store {store}"
     head.append(f"{rest}   agents {reachable}/{len(cluster.nodes)}   {clock(now)}", style="not bold")
     if info.insecure:
-        head.append("   plaintext, no access control", style="yellow")
+        head.append("   INSECURE: plaintext, no access control", style="bold red")
     return head
 
 
