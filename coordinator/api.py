@@ -6,6 +6,7 @@ The rules:
   follows is in `watches.py`, and here stands what changes something.
 * A change with a `request_id` is carried out once, and goes on when its caller has gone; `validate_only` answers what
   would be, and changes nothing.
+* What changes something is `@audited`: entered into the audit trail, refused or not (`audit.py`).
 * An `etag` that no longer fits is `ETAG_MISMATCH`, before anything is done.
 * A standby answers `NOT_LEADER` to everything.
 """
@@ -22,6 +23,7 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from coordinator import queries, requests, views, watches
+from coordinator.audit import Auditor, audited, entering, list_audit_entries
 from coordinator.core.cluster import ElectionRecord, Resync
 from coordinator.core.etag import volume_etag
 from coordinator.core.orders import Dropped, Exported
@@ -66,6 +68,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
         self._answered = Answered(office.now_ms)
         self._shown = Shown()
         self._plans = Plans(office.now_ms)
+        self.auditor: Final = Auditor(office, principal_of)
 
     # ------------------------------------------------------------ reading
 
@@ -105,6 +108,11 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
     async def ListEvents(self, request: api.ListEventsRequest, context: Context) -> api.ListEventsResponse:
         return queries.list_events(self._office, request)
 
+    async def ListAuditEntries(
+        self, request: api.ListAuditEntriesRequest, context: Context
+    ) -> api.ListAuditEntriesResponse:
+        return list_audit_entries(self._office, request)
+
     # ------------------------------------------------------------ following
 
     async def WatchVolumes(
@@ -130,10 +138,12 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
     # ------------------------------------------------------------ resyncs
 
+    @audited
     async def PlanResync(self, request: api.PlanResyncRequest, context: Context) -> api.PlanResyncResponse:
         asked = requests.plan(request, self._names(), principal_of(context))
         return bounded(await self._plans.answer(request, lambda: self._ask(asked, Planned)))
 
+    @audited
     async def StartResync(self, request: api.StartResyncRequest, context: Context) -> api.StartResyncResponse:
         asked = requests.resync(request, self._names(), principal_of(context))
 
@@ -142,6 +152,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
         return await self._once(request, run)
 
+    @audited
     async def CancelResync(self, request: api.CancelResyncRequest, context: Context) -> api.CancelResyncResponse:
         asked = requests.cancel(request, principal_of(context))
 
@@ -155,6 +166,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
     # ------------------------------------------------------------ snapshots
 
+    @audited
     async def CreateSnapshot(self, request: api.CreateSnapshotRequest, context: Context) -> api.CreateSnapshotResponse:
         asked = requests.snapshot(request, self._names(), principal_of(context))
 
@@ -169,6 +181,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
         return await self._once(request, run)
 
+    @audited
     async def DeleteSnapshot(self, request: api.DeleteSnapshotRequest, context: Context) -> api.DeleteSnapshotResponse:
         asked = requests.drop(request, self._names(), principal_of(context))
 
@@ -177,6 +190,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
         return await self._once(request, run)
 
+    @audited
     async def PruneSnapshots(self, request: api.PruneSnapshotsRequest, context: Context) -> api.PruneSnapshotsResponse:
         asked = requests.prune(request, self._names(), principal_of(context))
 
@@ -185,6 +199,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
         return await self._once(request, run)
 
+    @audited
     async def ExportSnapshot(self, request: api.ExportSnapshotRequest, context: Context) -> api.ExportSnapshotResponse:
         asked = requests.export(request, self._names(), principal_of(context))
 
@@ -199,6 +214,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
     # ------------------------------------------------------------ decisions, pauses, membership
 
+    @audited
     async def ElectPrimary(self, request: api.ElectPrimaryRequest, context: Context) -> api.ElectPrimaryResponse:
         asked = requests.elect(request, self._names(), principal_of(context))
 
@@ -208,6 +224,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
         return await self._once(request, run)
 
+    @audited
     async def PauseVolume(self, request: api.PauseVolumeRequest, context: Context) -> api.PauseVolumeResponse:
         engine = self._office.engine()
         names = Names.of(engine)
@@ -225,6 +242,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
         return await self._once(request, run)
 
+    @audited
     async def ResumeVolume(self, request: api.ResumeVolumeRequest, context: Context) -> api.ResumeVolumeResponse:
         engine = self._office.engine()
         names = Names.of(engine)
@@ -240,6 +258,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
         return await self._once(request, run)
 
+    @audited
     async def UpdateNode(self, request: api.UpdateNodeRequest, context: Context) -> api.UpdateNodeResponse:
         asked = requests.limit(request, self._names(), principal_of(context))
 
@@ -251,6 +270,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
         return await self._once(request, run)
 
+    @audited
     async def RemoveReplica(self, request: api.RemoveReplicaRequest, context: Context) -> api.RemoveReplicaResponse:
         asked = requests.remove_replica(request, self._names(), principal_of(context))
 
@@ -261,6 +281,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
         return await self._once(request, run)
 
+    @audited
     async def RemoveNode(self, request: api.RemoveNodeRequest, context: Context) -> api.RemoveNodeResponse:
         asked = requests.remove_node(request, self._names(), principal_of(context))
 
@@ -272,6 +293,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
         return await self._once(request, run)
 
+    @audited
     async def RemoveVolume(self, request: api.RemoveVolumeRequest, context: Context) -> api.RemoveVolumeResponse:
         asked = requests.remove_volume(request, self._names(), principal_of(context))
 
@@ -285,6 +307,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
     # ------------------------------------------------------------ the store
 
+    @audited
     async def AdoptStore(self, request: api.AdoptStoreRequest, context: Context) -> api.AdoptStoreResponse:
         asked = requests.adopt_store(request, principal_of(context))
 
@@ -318,7 +341,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
         return Names.of(self._office.engine())
 
     async def _ask(self, request: Request, answer: type[A]) -> A:
-        answered = await self._office.ask(request, ASK_TIMEOUT_S)
+        answered = await self._office.ask(request, ASK_TIMEOUT_S, entering())
         assert isinstance(answered, answer), f"{type(request).__name__} was answered by {type(answered).__name__}"
         return answered
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
+from coordinator.core.audited import Asked
 from coordinator.core.cluster import ClusterEvent
 from coordinator.core.engine import Engine
 from coordinator.core.events import Event
@@ -46,8 +47,8 @@ class Front:
     def engine(self) -> Engine:
         return self._present().engine
 
-    async def ask(self, request: Request, timeout_s: float) -> object:
-        return await self._present().ask(request, timeout_s)
+    async def ask(self, request: Request, timeout_s: float, asked: Asked | None = None) -> object:
+        return await self._present().ask(request, timeout_s, asked)
 
     def post(self, event: Event) -> None:
         self._present().post(event)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol, Self
 
+from coordinator.core.audited import Asked, AuditEntry
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Resync, Size, VolumeView
 from coordinator.core.context import RefusedAgent
 from coordinator.core.events import Changed, Event, RefuseAgent, SendExamine, SendRecord
@@ -68,6 +69,9 @@ class Engine(Protocol):
 
     def elections(self, volume: str) -> tuple[ElectionRecord, ...]:
         """Newest first, refusals among them."""
+
+    def audit(self) -> tuple[AuditEntry, ...]:
+        """Orders and refused attempts, oldest first."""
 
     def size(self, volume: str, base: str, target: str) -> Size | None:
         """What that delta costs, where a source has worked it out."""
@@ -125,8 +129,9 @@ class Office(Protocol):
     def engine(self) -> Engine:
         """Raises `Superseded("NOT_LEADER", ..., leader_address=...)` on a standby."""
 
-    async def ask(self, request: Request, timeout_s: float) -> object:
+    async def ask(self, request: Request, timeout_s: float, asked: Asked | None = None) -> object:
         """What the engine answers, or the error that it answers, raised. `Unavailable("DEADLINE")` if it takes longer.
+        `asked` is for the audit trail, of what changes something.
 
         ================== ============================================================================
         ResyncRequest      ResyncsStarted (with `validate_only` of resyncs that were not begun)

@@ -3,7 +3,8 @@
 The rules:
 
 * Keys are readable (`volumes/vm1`, `elections/vm1/001795401600000`, `resyncs/vm1/<id>`, `nodes/a`,
-  `events/00000000012884901889`); the decisions about a volume sort by their time, events by their number.
+  `events/00000000012884901889`, `audit/00000000012884901890`); the decisions about a volume sort by their time, events
+  and audit entries by their number.
 * Values are the frozen classes field by field, a CP as `"3-42"`; a field that a newer version added is passed over.
 * A record that is of no known kind, or cannot be read whole, stops the take-over with its key: a leader that passed
   over a record would forget what it was told to remember.
@@ -18,6 +19,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from coordinator.core.audited import AuditEntry
 from coordinator.core.cluster import Candidate, ClusterEvent, ElectionRecord, NodeView, Resync, VolumeEntry
 from coordinator.core.events import DeletedNode, Forgotten, Kept, Loaded, Volume
 from coordinator.store.base import Json, Stored
@@ -49,8 +51,9 @@ def key_of(kept: Kept) -> str:
             return f"resyncs/{volume}/{resync_id}"
         case NodeView(name=name) | DeletedNode(name=name):
             return f"nodes/{name}"
-        case ClusterEvent(sequence=sequence):
-            return f"events/{sequence:0{_SEQUENCE_DIGITS}d}"
+        case ClusterEvent(sequence=sequence) | AuditEntry(sequence=sequence):
+            kind = "events" if isinstance(kept, ClusterEvent) else "audit"
+            return f"{kind}/{sequence:0{_SEQUENCE_DIGITS}d}"
         case Forgotten(record=record):
             return key_of(record)
 
@@ -68,7 +71,7 @@ def to_json(kept: Kept) -> Json | None:
             return _plain(bounded_resync(kept))
         case NodeView():
             return _plain(kept)
-        case ClusterEvent():
+        case ClusterEvent() | AuditEntry():
             return {name: value for name, value in _plain(kept).items() if value != ""}
 
 
@@ -79,6 +82,7 @@ def load(stored: Mapping[str, Stored]) -> Loaded:
     resyncs: dict[str, Resync] = {}
     nodes: dict[str, NodeView] = {}
     events: list[ClusterEvent] = []
+    audit: list[AuditEntry] = []
     for key in sorted(stored):
         value = stored[key].value
         match key.split("/"):
@@ -103,10 +107,14 @@ def load(stored: Mapping[str, Stored]) -> Loaded:
                 event = _typed(key, value, ClusterEvent)
                 _agrees(key, event)
                 events.append(event)
+            case ["audit", _]:
+                entry_of_audit = _typed(key, value, AuditEntry)
+                _agrees(key, entry_of_audit)
+                audit.append(entry_of_audit)
             case _:
                 raise _unreadable(key, "it is no kind of record that this version knows")
     newest_first = {volume: tuple(reversed(records)) for volume, records in elections.items()}
-    return Loaded(volumes, newest_first, resyncs, nodes, tuple(events))
+    return Loaded(volumes, newest_first, resyncs, nodes, tuple(events), tuple(audit))
 
 
 def bounded_election(election: ElectionRecord) -> ElectionRecord:
@@ -168,7 +176,7 @@ def _bytes(record: ElectionRecord | Resync) -> int:
     return len(msgspec.json.encode(_plain(record)))
 
 
-def _plain(record: VolumeEntry | ElectionRecord | Resync | NodeView | ClusterEvent) -> Json:
+def _plain(record: VolumeEntry | ElectionRecord | Resync | NodeView | ClusterEvent | AuditEntry) -> Json:
     plain = msgspec.to_builtins(record, enc_hook=_plain_mapping)
     _write_cps(plain)
     return dict(plain)

@@ -27,6 +27,7 @@ import structlog
 
 from coordinator import counters, records
 from coordinator.agents import Agents
+from coordinator.core.audited import Asked, AuditEntry, AuditResult
 from coordinator.core.cluster import ClusterEvent
 from coordinator.core.context import Identity, Settings
 from coordinator.core.engine import Engine
@@ -38,6 +39,7 @@ from coordinator.core.events import (
     GiveOrder,
     Persist,
     RaiseTerm,
+    Recorded,
     RefuseAgent,
     Requested,
     SendExamine,
@@ -163,6 +165,18 @@ def in_commits(persists: Iterable[Persist]) -> Iterator[dict[str, Json | None]]:
         yield together
 
 
+def _log_order(entry: AuditEntry) -> None:
+    """One line for each order that was answered, and for each kind of refusal when it is entered."""
+    names = ("principal", "address", "node", "request", "reason", "message")
+    about = {name: value for name in names if (value := getattr(entry, name))}
+    if entry.volumes:
+        about["volumes"] = list(entry.volumes)
+    if entry.count > 1:
+        about["count"] = entry.count
+    say = log.warning if entry.result is AuditResult.REFUSED else log.info
+    say("audit", method=entry.method, result=entry.result.value, sequence=entry.sequence, **about)
+
+
 class CurrentReign:
     """An engine at work. `run` returns never; it raises what ended the reign."""
 
@@ -262,15 +276,15 @@ class CurrentReign:
         except asyncio.QueueFull:
             raise Exhausted("TOO_LARGE", "the coordinator is behind with what it is told; try again") from None
 
-    async def ask(self, request: Request, timeout_s: float) -> object:
-        """What the engine answers; raises the error that it answers."""
+    async def ask(self, request: Request, timeout_s: float, asked: Asked | None = None) -> object:
+        """What the engine answers; raises the error that it answers. `asked` is for the audit trail."""
         if self._ended is not None:
             raise self._ended
         key = str(uuid.uuid4())
         future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._asked[key] = future
         try:
-            self.post(Requested(key, request))
+            self.post(Requested(key, request, asked))
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError:
@@ -316,8 +330,8 @@ class CurrentReign:
                     outbox.put(action)
             case Answer():
                 self._settle(action)
-            case Tell():
-                self._told(action.event)
+            case Tell() | Recorded():
+                self._told(action)
             case Changed():
                 for watcher in self._watchers:
                     watcher.add(action)
@@ -342,7 +356,11 @@ class CurrentReign:
         else:
             future.set_result(action.answer)
 
-    def _told(self, event: ClusterEvent) -> None:
+    def _told(self, action: Tell | Recorded) -> None:
+        if isinstance(action, Recorded):
+            _log_order(action.entry)
+            return
+        event = action.event
         self._history.append(event)
         names = ("volume", "node", "resync", "reason", "principal")
         about = {name: value for name in names if (value := getattr(event, name))}

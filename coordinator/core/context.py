@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from coordinator.core.audited import Asked, AuditEntry
 from coordinator.core.claims import Problem
 from coordinator.core.cluster import (
     ElectionRecord,
@@ -24,6 +25,7 @@ from coordinator.core.events import (
     GiveOrder,
     Kept,
     Persist,
+    Recorded,
     SendExamine,
     SendRecord,
     Tell,
@@ -34,6 +36,7 @@ from coordinator.core.orders import AnyOrder, OrderResult
 from coordinator.core.places import Places
 from coordinator.core.rolls import Nodes, Resyncs, Streams
 from coordinator.core.tasks import Flow, Tasks, Wait
+from coordinator.core.trail import Trail
 from coordinator.core.words import nearest
 from resilver.errors import NotFound, ResilverError, Unavailable
 from resilver.limits import NodeLimits
@@ -130,6 +133,7 @@ class Context:
     places: Places = field(default_factory=Places)
     sizes: dict[tuple[str, str, str], Size] = field(default_factory=dict)
     busy: dict[str, int] = field(default_factory=dict)
+    trail: Trail = field(default_factory=lambda: Trail(0))
     adopting: bool = False
     asking: list[tuple[str, frozenset[str]]] = field(default_factory=list)
     examine_id: str = ""
@@ -317,7 +321,11 @@ class Context:
         transaction. So there is no change that was not told of and nothing told that is not so, whoever dies.
         """
         event, forgotten = self.history.add(self.now_ms, kind, message, **about)
-        kept: tuple[Kept, ...] = (event, *forgotten)
+        self._persist_with_last((event, *forgotten))
+        self.emit(Tell(event))
+
+    def _persist_with_last(self, kept: tuple[Kept, ...]) -> None:
+        """In one transaction with what was stored last in this step, if anything was."""
         for at in range(len(self.actions) - 1, -1, -1):
             last = self.actions[at]
             if isinstance(last, Persist):
@@ -327,7 +335,26 @@ class Context:
                 break
         if kept:
             self.emit(Persist(kept))
-        self.emit(Tell(event))
+
+    def enter(self, asked: Asked) -> AuditEntry:
+        """Enters an order into the audit trail: stored before anything that it does."""
+        entry, kept = self.trail.begin(self.now_ms, asked)
+        self.emit(Persist(kept))
+        return entry
+
+    def enter_answer(self, entry: AuditEntry, answer: object) -> None:
+        """What it was answered: stored with what was stored last in this step, and before anybody hears it."""
+        ended, kept = self.trail.end(self.now_ms, entry, answer)
+        self._persist_with_last(kept)
+        self.emit(Recorded(ended))
+
+    def enter_attempts(self) -> None:
+        """What was refused since the last tick."""
+        entries, kept = self.trail.flush(self.now_ms)
+        if kept:
+            self._persist_with_last(kept)
+        for entry in entries:
+            self.emit(Recorded(entry))
 
     def tell_once(self, kind: str, message: str, **about: str) -> None:
         """The same of what is found again and again: nothing, if it was the last word on this within the hour."""
@@ -396,6 +423,12 @@ class Context:
             answer = self.orders.pop(order_id).answer
             answers[node] = answer or Unavailable("NODE_UNREACHABLE", f"node {node} did not answer in time", node=node)
         return answers
+
+    def order_answered(self, order_id: str, answer: OrderResult | ResilverError) -> None:
+        slot = self.orders.get(order_id)
+        if slot is not None:
+            slot.answer = answer
+            self.tasks.touch(f"order:{order_id}")
 
     def lock(self, *volumes: str) -> Flow[bool]:
         """Waits for the volumes' turn, and takes all of them at once: one operation that may change a volume's primary

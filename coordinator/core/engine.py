@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Final
 
 from coordinator.core import decide, hearing, points, prepare, resyncs, upkeep
+from coordinator.core.audited import AuditEntry
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Refusal, Resync, Size, VolumeView
 from coordinator.core.context import Context, Identity, RefusedAgent, Settings
 from coordinator.core.etag import volume_etag
@@ -30,6 +31,7 @@ from coordinator.core.events import (
     AgentDisconnected,
     AgentHeard,
     Answer,
+    Attempted,
     Event,
     Loaded,
     OrderAnswered,
@@ -61,6 +63,7 @@ from coordinator.core.requests import (
     VolumeRefusal,
 )
 from coordinator.core.tasks import Flow, Task, at_once, join
+from coordinator.core.trail import Trail
 from resilver.errors import Conflict, Invalid, NotFound, Refused, ResilverError
 from resilver.limits import NodeLimits
 from resilver.volume import ResyncState
@@ -76,6 +79,7 @@ class Engine:
     ) -> None:
         self._context = Context(identity, settings, new_id, History(identity.term, loaded.events), now_ms)
         context = self._context
+        context.trail = Trail(identity.term, loaded.audit)
         context.entries.update(loaded.volumes)
         context.elections.update({name: deque(records) for name, records in loaded.elections.items()})
         for resync in loaded.resyncs.values():
@@ -129,6 +133,10 @@ class Engine:
         """Oldest first, at most as many as are kept; those of a step only count once its actions are done."""
         return tuple(self._context.history)
 
+    def audit(self) -> tuple[AuditEntry, ...]:
+        """Orders and refused attempts, oldest first; those of a step only count once its actions are done."""
+        return tuple(self._context.trail)
+
     def size(self, volume: str, base: str, target: str) -> Size | None:
         return self._context.sizes.get((volume, base, target))
 
@@ -155,27 +163,30 @@ class Engine:
             case ProgressReported():
                 hearing.progressed(context, event)
             case OrderAnswered():
-                slot = context.orders.get(event.order_id)
-                if slot is not None:
-                    slot.answer = event.answer
-                    context.tasks.touch(f"order:{event.order_id}")
+                context.order_answered(event.order_id, event.answer)
             case Requested():
-                context.tasks.spawn(self._answer(event.key, event.request))
+                context.tasks.spawn(self._answer(event))
+            case Attempted():
+                context.trail.attempt(now_ms, event.asked, event.error)
             case Ticked():
                 hearing.tick(context)
+                context.enter_attempts()
         context.tasks.settle(now_ms, deadlines=isinstance(event, Ticked))
         context.send_examines()
         return context.actions
 
     # ------------------------------------------------------------ requests
 
-    def _answer(self, key: str, request: Request) -> Flow[None]:
+    def _answer(self, event: Requested) -> Flow[None]:
         """Runs one request's flow, and answers what it returns or raises."""
+        entry = self._context.enter(event.asked) if event.asked is not None else None
         try:
-            answer: object = yield from self._serve(request)
+            answer: object = yield from self._serve(event.request)
         except ResilverError as error:
             answer = error
-        self._context.emit(Answer(key, answer))
+        if entry is not None:
+            self._context.enter_answer(entry, answer)
+        self._context.emit(Answer(event.key, answer))
 
     def _serve(self, request: Request) -> Flow[object]:
         handlers: dict[type, Callable[[Any], Flow[object]]] = {

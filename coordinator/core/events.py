@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from coordinator.core.audited import Asked, AuditEntry
 from coordinator.core.cluster import (
     ClusterEvent,
     ElectionRecord,
@@ -77,8 +78,19 @@ class OrderAnswered:
 
 @dataclass(frozen=True, slots=True)
 class Requested:
+    """`asked`: who gives the order, for the audit trail; None for what changes nothing."""
+
     key: str
     request: Request
+    asked: Asked | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempted:
+    """Something was refused before it became an order."""
+
+    asked: Asked
+    error: ResilverError
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,7 @@ Event = (
     | ProgressReported
     | OrderAnswered
     | Requested
+    | Attempted
     | Ticked
 )
 
@@ -115,12 +128,12 @@ class DeletedNode:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """A decision, a finished resync or an event past its bound: deleted from the store."""
+    """A decision, a finished resync, an event or an audit entry past its bound: deleted from the store."""
 
-    record: ElectionRecord | Resync | ClusterEvent
+    record: ElectionRecord | Resync | ClusterEvent | AuditEntry
 
 
-Kept = Volume | ElectionRecord | Resync | NodeView | ClusterEvent | DeletedNode | Forgotten
+Kept = Volume | ElectionRecord | Resync | NodeView | ClusterEvent | AuditEntry | DeletedNode | Forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +188,13 @@ class Tell:
 
 
 @dataclass(frozen=True, slots=True)
+class Recorded:
+    """An order was answered, or attempts were refused, and that is stored: goes to the log."""
+
+    entry: AuditEntry
+
+
+@dataclass(frozen=True, slots=True)
 class Changed:
     """Watchers of these volumes and resyncs have something new to see."""
 
@@ -189,15 +209,15 @@ class RaiseTerm:
     above: int
 
 
-Action = Persist | SendExamine | SendRecord | RefuseAgent | GiveOrder | Answer | Tell | Changed | RaiseTerm
+Action = Persist | SendExamine | SendRecord | RefuseAgent | GiveOrder | Answer | Tell | Recorded | Changed | RaiseTerm
 
 # ---------------------------------------------------------------- what a reign begins with
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Everything that the store holds, as read at take-over. Elections are newest first, events oldest first; resyncs
-    are by id.
+    """Everything that the store holds, as read at take-over. Elections are newest first, events and audit entries
+    oldest first; resyncs are by id.
     """
 
     volumes: Mapping[str, VolumeEntry]
@@ -205,3 +225,4 @@ class Loaded:
     resyncs: Mapping[str, Resync]
     nodes: Mapping[str, NodeView]
     events: tuple[ClusterEvent, ...] = ()
+    audit: tuple[AuditEntry, ...] = ()

@@ -41,6 +41,7 @@ SECTIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
         "history": ("election:history", "Elections and refusals of a volume."),
         "resyncs": ("resync:resyncs", "Resyncs with their bytes."),
         "events": ("lists:events", "What happened."),
+        "audit": ("audit", "Who ordered what, and what was refused."),
         "inspect": ("inspect", "Offline: what replicas on this machine are."),
     },
     "Do": {
