@@ -15,6 +15,7 @@ The rules:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Final, TypeVar
@@ -43,6 +44,7 @@ from coordinator.wire import (
     started_to_proto,
     volume_refusal_to_proto,
 )
+from resilver.access import caller
 from resilver.errors import Conflict, Exhausted, Invalid, NotFound, Refused
 from resilver.limits import NodeLimits
 from resilver.lineage import Snapshot
@@ -377,7 +379,11 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
 
 def principal_of(context: Context) -> str:
-    """Who asks: the host that the call comes from, as long as nobody has to prove a name."""
+    """Who asks: the name in the certificate, or, where nobody has to prove one, the host that the call comes from."""
+    with contextlib.suppress(ValueError):  # one that names nobody, or several, and so was refused
+        name = caller(context).name
+        if name is not None:
+            return str(name)
     return peer_host(context.peer())
 
 

@@ -69,11 +69,12 @@ class App:
         """Serves until SIGTERM or SIGINT. Raises a ResilverError for what an operator must mend first."""
         config = self._config
         tls = credentials_of(config.tls, Name(config.cluster, Role.COORDINATOR, config.name))
-        server = rpc.make_server(tls=tls)
+        server = rpc.make_server(tls=tls, refused=lambda *call: service.auditor.refused(*call))  # noqa: PLW0108 - made later
         address = str(config.advertised(rpc.bind(server, config.listen, tls=tls)))
         store = MeasuredStore(open_store(config))
         front = Front(config.cluster, config.name, address, config.insecure, VERSION, store)
-        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(front), server)
+        service = CoordinatorService(front)
+        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, server)
         agent_pb2_grpc.add_ReportsServicer_to_server(Reports(front, node_timeout_s=config.node_timeout_s), server)
         servicer = await rpc.add_health_and_reflection(server, (COORDINATOR_SERVICE, REPORTS_SERVICE), serving=False)
         agents = Agents(

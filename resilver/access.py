@@ -13,16 +13,17 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from grpc import aio
 
-from resilver.errors import Forbidden, Unauthenticated
+from resilver.errors import Forbidden, ResilverError, Unauthenticated
 from resilver.names import Name, Role, only_name
 
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
+Refused: TypeAlias = Callable[[str, Any, Context, ResilverError], None]
 
 _READ: Final = frozenset({Role.OPERATOR, Role.VIEWER})
 _CHANGE: Final = frozenset({Role.OPERATOR})
@@ -41,7 +42,7 @@ ROLES: Final[Mapping[str, frozenset[Role]]] = {
         _COORDINATOR, _READ,
         "GetCluster", "ListNodes", "GetNode", "ListVolumes", "GetVolume", "WatchVolumes", "ListSnapshots",
         "ListPreserved", "ListElections", "ExplainVolume", "PlanResync", "GetResync", "ListResyncs", "WatchResyncs",
-        "ListEvents", "WatchEvents",
+        "ListEvents", "WatchEvents", "ListAuditEntries",
     ),
     **_all(
         _COORDINATOR, _CHANGE,
@@ -114,13 +115,22 @@ def party_of(uris: Iterable[str], cluster: str, roles: Collection[Role]) -> Name
 
 
 class Gate:
-    """Lets calls in: of parties of one cluster, to what their role may."""
+    """Lets calls in: of parties of one cluster, to what their role may. `refused` is told of those that it does not."""
 
-    def __init__(self, cluster: str) -> None:
+    def __init__(self, cluster: str, refused: Refused | None = None) -> None:
         self._cluster: Final = cluster
+        self._refused: Final = refused
 
     def admit(self, method: str, request: Any, context: Context) -> None:
         """Returns if the call may go on; raises Unauthenticated or Forbidden."""
+        try:
+            self._check(method, request, context)
+        except (Unauthenticated, Forbidden) as error:
+            if self._refused is not None:
+                self._refused(method, request, context, error)
+            raise
+
+    def _check(self, method: str, request: Any, context: Context) -> None:
         roles = ROLES.get(method, frozenset())
         if method in CHANGES_WITH and getattr(request, CHANGES_WITH[method]):
             roles &= _CHANGE

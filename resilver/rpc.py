@@ -34,7 +34,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from prometheus_client import Counter, Histogram
 
-from resilver.access import Gate
+from resilver.access import Gate, Refused
 from resilver.address import Address
 from resilver.credentials import Credentials
 from resilver.errors import Forbidden, Invalid, ResilverError, Unauthenticated
@@ -126,9 +126,17 @@ def make_channel(
     return aio.secure_channel(target, tls.channel(), options=options, interceptors=interceptors)
 
 
-def make_server(*, tls: Credentials | None = None, interceptors: Sequence[aio.ServerInterceptor] = ()) -> aio.Server:
-    """A server without a port, with the errors' interceptor outermost. With `tls` it asks each caller who it is."""
-    errors = Errors(Gate(tls.name.cluster) if tls is not None else None)
+def make_server(
+    *,
+    tls: Credentials | None = None,
+    refused: Refused | None = None,
+    interceptors: Sequence[aio.ServerInterceptor] = (),
+) -> aio.Server:
+    """A server without a port, with the errors' interceptor outermost.
+
+    With `tls` it asks each caller who it is, and tells `refused` of those that it does not let in.
+    """
+    errors = Errors(Gate(tls.name.cluster, refused) if tls is not None else None)
     return aio.server(
         interceptors=(errors, *interceptors), options=_SERVER, maximum_concurrent_rpcs=CONCURRENT_CALLS_MAX
     )
