@@ -34,6 +34,7 @@ def ordered(method: Callable[[Any, Any, Any], Awaitable[R]]) -> Callable[[Any, A
             except ResilverError as error:
                 metrics.ORDERS_REFUSED.labels(error.reason).inc()
                 _log.warning("order refused", order=kind, reason=error.reason, message=error.message)
+                error.logged = True
                 raise
             log = _log.debug if getattr(request, "size_only", False) else _log.info
             log("order obeyed", order=kind)

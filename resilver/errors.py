@@ -42,6 +42,8 @@ class ResilverError(Exception):
         self.message: Final = message
         self.next_command: Final = next_command
         self.metadata: Final = metadata
+        self.logged = False
+        """Whether a log has it already: who refuses somebody says so once."""
 
 
 class Refused(ResilverError):

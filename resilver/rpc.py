@@ -274,7 +274,7 @@ async def _end(context: Context, method: str, error: Exception) -> None:
         number = uuid.uuid4().hex[:8]
         _log.error("a call failed for an unforeseen reason", method=method, number=number, exc_info=error)
         error = ResilverError("INTERNAL", f"internal error; the server's log has it under number {number}")
-    if isinstance(error, Unauthenticated | Forbidden):
+    if isinstance(error, Unauthenticated | Forbidden) and not error.logged:
         _log.warning("refused", method=method, peer=context.peer(), reason=error.reason, why=error.message)
     status = to_status(error)
     _count(method, status.code.name)

@@ -26,9 +26,11 @@ def files_of(place: Path) -> Tls:
 class Authority:
     """A cluster's authority in a directory, as `resilver certs init` makes it."""
 
-    def __init__(self, directory: Path, cluster: str = "test") -> None:
+    def __init__(self, directory: Path, cluster: str = "test", *, also: ca.Signed | None = None) -> None:
+        """`also`: another authority that everybody trusts as well."""
         self.cluster = cluster
-        self.held = ca_files.create(directory, ca.make_authority(cluster, ca.utc_now()))
+        more = () if also is None else (also.cert,)
+        self.held = ca_files.create(directory, ca.make_authority(cluster, ca.utc_now()), more)
 
     def issue(self, role: Role, name: str) -> Tls:
         """A party's files; those that it has, if it has some."""
@@ -45,6 +47,23 @@ class Authority:
     def toml(self, role: Role, name: str) -> str:
         files = self.issue(role, name)
         return f'[tls]\nca = "{files.ca}"\ncert = "{files.cert}"\nkey = "{files.key}"\n'
+
+
+def brought_along() -> ca.Signed:
+    """An authority that may sign for anybody, as one has it that was there before us."""
+    key, now = ca.new_key(), datetime.now(UTC)
+    own = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "brought along")])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(own)
+        .issuer_name(own)
+        .serial_number(x509.random_serial_number())
+        .public_key(key.public_key())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    )
+    return ca.Signed(key, builder.sign(key, hashes.SHA256()))
 
 
 def forged(

@@ -70,6 +70,11 @@ class Ran:
         return json.loads(self.out)
 
 
+def _plain_environment() -> dict[str, str]:
+    """As a user has it: what a test's own import of ours has set is not handed on, but set by each process itself."""
+    return {key: value for key, value in os.environ.items() if key != "GRPC_SSL_CIPHER_SUITES"}
+
+
 @dataclass
 class Process:
     """One daemon, its log in a file."""
@@ -83,7 +88,7 @@ class Process:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.running = subprocess.Popen(
-                self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **self.env}
+                self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**_plain_environment(), **self.env}
             )
 
     @property
