@@ -85,7 +85,7 @@ def limits(node: pb.Node, now: float) -> Table:
             Text(node.name, style="bold"),
             way,
             _rate(cap) if known else "not known: it is away",
-            f"{clock(until)} ({age(until - now)} left)" if ordered else "its file says otherwise" if known else "-",
+            f"{clock(until)} ({age(until - now)} left)" if ordered else "as its file says" if known else "-",
             str(at_once or "-"),
         )
     return rows
