@@ -17,6 +17,7 @@ need losetup mount
 need ip iproute2
 need nft nftables
 need rsync rsync
+need openssl openssl
 compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
 need zfs-fuse zfs-fuse
 need spin spin

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 import urllib.error
@@ -33,12 +34,47 @@ class Member:
     process: subprocess.Popen[bytes] | None = None
 
 
+@dataclass(frozen=True)
+class Secured:
+    """Files with which clients are served by TLS alone, and must show a certificate; those of a client beside them."""
+
+    ca: Path
+    cert: Path
+    key: Path
+    client_cert: Path
+    client_key: Path
+
+    @property
+    def server(self) -> list[str]:
+        return [
+            f"--cert-file={self.cert}",
+            f"--key-file={self.key}",
+            f"--trusted-ca-file={self.ca}",
+            "--client-cert-auth",
+        ]
+
+    @property
+    def client(self) -> list[str]:
+        return [f"--cacert={self.ca}", f"--cert={self.client_cert}", f"--key={self.client_key}"]
+
+    def context(self) -> ssl.SSLContext:
+        made = ssl.create_default_context(cafile=self.ca)
+        made.load_cert_chain(self.client_cert, self.client_key)
+        return made
+
+
 @dataclass
 class Etcd:
     """A cluster of one or three members. Killing one is SIGKILL, stopping one is SIGSTOP."""
 
     directory: Path
     members: list[Member] = field(default_factory=list)
+    secured: Secured | None = None
+    options: tuple[str, ...] = ()
+
+    @property
+    def scheme(self) -> str:
+        return "http" if self.secured is None else "https"
 
     @property
     def endpoints(self) -> list[str]:
@@ -57,8 +93,8 @@ class Etcd:
             "etcd",
             f"--name={member.name}",
             f"--data-dir={self.directory / member.name}",
-            f"--listen-client-urls=http://127.0.0.1:{member.client}",
-            f"--advertise-client-urls=http://127.0.0.1:{member.client}",
+            f"--listen-client-urls={self.scheme}://127.0.0.1:{member.client}",
+            f"--advertise-client-urls={self.scheme}://127.0.0.1:{member.client}",
             f"--listen-peer-urls=http://127.0.0.1:{member.peer}",
             f"--initial-advertise-peer-urls=http://127.0.0.1:{member.peer}",
             "--initial-cluster=" + ",".join(f"{one.name}=http://127.0.0.1:{one.peer}" for one in self.members),
@@ -68,6 +104,8 @@ class Etcd:
             "--unsafe-no-fsync",
             "--logger=zap",
             "--log-level=warn",
+            *(self.secured.server if self.secured else []),
+            *self.options,
         ]
         with log:
             member.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -78,8 +116,9 @@ class Etcd:
         member = self.members[index]
         while True:
             with contextlib.suppress(OSError, urllib.error.URLError):
-                url = f"http://127.0.0.1:{member.client}/health"
-                with urllib.request.urlopen(url, timeout=1) as answer:
+                url = f"{self.scheme}://127.0.0.1:{member.client}/health"
+                context = self.secured.context() if self.secured else None
+                with urllib.request.urlopen(url, timeout=1, context=context) as answer:
                     if b'"true"' in answer.read():
                         return
             assert member.process is not None
@@ -105,15 +144,16 @@ class Etcd:
         lines = self.etcdctl("endpoint", "status", "--write-out=simple").splitlines()
         return next(index for index, line in enumerate(lines) if line.split(", ")[4] == "true")
 
-    def etcdctl(self, *arguments: str) -> str:
+    def etcdctl(self, *arguments: str, stdin: str = "") -> str:
         """What etcdctl prints, asked of all members that run."""
         endpoints = ",".join(
             endpoint for endpoint, member in zip(self.endpoints, self.members, strict=True) if member.process
         )
         return subprocess.run(
-            ["etcdctl", f"--endpoints={endpoints}", *arguments],
+            ["etcdctl", f"--endpoints={endpoints}", *(self.secured.client if self.secured else []), *arguments],
             check=True,
             capture_output=True,
+            input=stdin,
             text=True,
             timeout=20,
             env={**os.environ, "ETCDCTL_API": "3"},
@@ -130,10 +170,11 @@ class Etcd:
 
 
 @contextlib.contextmanager
-def running(directory: Path, count: int = 1) -> Iterator[Etcd]:
+def running(directory: Path, count: int = 1, *options: str, secured: Secured | None = None) -> Iterator[Etcd]:
     """A cluster that answers, until the end of the block."""
     ports = _free_ports(2 * count)
-    etcd = Etcd(directory, [Member(f"m{index}", ports[2 * index], ports[2 * index + 1]) for index in range(count)])
+    members = [Member(f"m{index}", ports[2 * index], ports[2 * index + 1]) for index in range(count)]
+    etcd = Etcd(directory, members, secured, options)
     try:
         for index in range(count):
             etcd.start(index)

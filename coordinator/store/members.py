@@ -7,6 +7,9 @@ The rules:
   commit it matters to know whether the request can have left before another member is asked.
 * The member that answered last is asked first. A member that is dead or hung costs one timeout once.
 * What is safe to send twice goes on to the next member; what is not ends with `UnknownOutcome`.
+* A client whose token has run out, or whose certificate has been renewed, is followed by a new one, and closed once
+  no call can be using it any more: another thread's commit would otherwise end with an outcome that nobody knows. Files
+  that do not fit each other, as while they are being replaced, change nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +17,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import ssl
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -28,6 +35,8 @@ from resilver.errors import Invalid, Unavailable
 
 TRIES_MAX: Final = 3
 THREADS: Final = 4
+RETIRED_CALLS: Final = 3
+"""For how many calls' time a client that is followed by another one stays open."""
 RECEIVE_BYTES_MAX: Final = 64 << 20
 
 _OPTIONS: Final = (
@@ -55,6 +64,7 @@ _TRANSIENT: Final = frozenset(
 )
 
 T = TypeVar("T")
+Stamp = tuple[tuple[int, int, int], ...]
 Client = Any  # pyetcd ships no types
 
 
@@ -70,13 +80,22 @@ class UnknownOutcome(Exception):
     """The request may have been carried out, or may yet be."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A client, and the files that it was made of, as they were."""
+
+    client: Client
+    stamp: Stamp
+
+
 class Members:
     """All members of one store."""
 
     def __init__(self, endpoints: Sequence[Address], config: EtcdConfig) -> None:
         self._endpoints: Final = tuple(endpoints)
         self._config: Final = config
-        self._clients: Final[dict[int, Client]] = {}
+        self._clients: Final[dict[int, _Held]] = {}
+        self._retired: Final[list[tuple[float, Client]]] = []
         self._first = 0
         self._closed = False
         self._threads: Final = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="etcd")
@@ -123,6 +142,9 @@ class Members:
         for index in order:
             try:
                 client = self._client(index)
+            except OSError as error:
+                said = str(error)
+                continue
             except (grpc.RpcError, pyetcd.Etcd3Exception) as error:
                 code, said = _cause(error)
                 if code not in _TRANSIENT:
@@ -132,10 +154,10 @@ class Members:
                 answer = ask(client)
             except (grpc.RpcError, pyetcd.Etcd3Exception) as error:
                 code, said = _cause(error)
-                if code is grpc.StatusCode.UNAUTHENTICATED and self._config.username and not renewed:
-                    # A token has run out; it was refused before anything was done.
+                if self._config.username and not renewed and _token_ended(code, said):
+                    # It was refused before anything was done.
                     renewed = True
-                    self._forget(index)
+                    self._retire(index, client)
                     order.append(index)
                 elif code not in _TRANSIENT:
                     raise Answered(code, said) from error
@@ -153,16 +175,44 @@ class Members:
             answer = client.maintenancestub.Status(
                 pyetcd.etcdrpc.StatusRequest(), self._config.timeout_s, metadata=client.metadata
             )
-        except (grpc.RpcError, pyetcd.Etcd3Exception):
+        except (OSError, grpc.RpcError, pyetcd.Etcd3Exception):
             return False
         return bool(answer.leader)
 
     def _client(self, index: int) -> Client:
         """The client of one member; two threads may both make one at first, and the later one stays."""
-        client = self._clients.get(index)
-        if client is None:
-            client = self._clients[index] = self._made(self._endpoints[index])
-        return client
+        stamp = self._stamp()
+        held = self._clients.get(index)
+        if held is not None and (held.stamp == stamp or not self._fits()):
+            return held.client
+        made = self._made(self._endpoints[index])
+        earlier = self._clients.get(index)
+        if earlier is not None:
+            self._retire(index, earlier.client)
+        self._clients[index] = _Held(made, stamp)
+        return made
+
+    def _stamp(self) -> Stamp:
+        """By what it is seen that a file has changed; zeros for one that is not there."""
+        found = []
+        for name in (self._config.ca, self._config.cert, self._config.key):
+            seen = (0, 0, 0)
+            with suppress(OSError):
+                if name:
+                    status = Path(name).stat()
+                    seen = (status.st_mtime_ns, status.st_size, status.st_ino)
+            found.append(seen)
+        return tuple(found)
+
+    def _fits(self) -> bool:
+        """Whether the files can be read, and the key is the certificate's."""
+        try:
+            context = ssl.create_default_context(cafile=self._config.ca or None)
+            if self._config.cert:
+                context.load_cert_chain(self._config.cert, self._config.key or None)
+        except OSError:
+            return False
+        return True
 
     def _made(self, address: Address) -> Client:
         config = self._config
@@ -192,14 +242,23 @@ class Members:
         client.call_credentials = None
         return client
 
-    def _forget(self, index: int) -> None:
-        client = self._clients.pop(index, None)
-        if client is not None:
-            client.close()
+    def _retire(self, index: int, client: Client) -> None:
+        """Has a new client made in place of this one, unless that has been done; and closes those of long ago."""
+        held = self._clients.get(index)
+        if held is None or held.client is not client:
+            return
+        self._clients.pop(index, None)
+        now = time.monotonic()
+        self._retired.append((now, client))
+        while self._retired and now - self._retired[0][0] > RETIRED_CALLS * self._config.timeout_s:
+            self._retired.pop(0)[1].close()
 
     def _close_clients(self) -> None:
-        for index in range(self.count):
-            self._forget(index)
+        clients = [held.client for held in self._clients.values()] + [client for _, client in self._retired]
+        self._clients.clear()
+        self._retired.clear()
+        for client in clients:
+            client.close()
 
 
 def check_files(config: EtcdConfig) -> None:
@@ -212,6 +271,11 @@ def check_files(config: EtcdConfig) -> None:
         except OSError as error:
             field = f"etcd.{key}"
             raise Invalid("CONFIG_INVALID", f"{field}: {name} cannot be read: {error.strerror}", field=field) from error
+
+
+def _token_ended(code: grpc.StatusCode, said: str) -> bool:
+    """Whether a token has run out, was forgotten, or is older than a change of users or roles."""
+    return code is grpc.StatusCode.UNAUTHENTICATED or "revision of auth store is old" in said
 
 
 def _cause(error: Exception) -> tuple[grpc.StatusCode, str]:
