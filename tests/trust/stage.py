@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from agent.disk.durable import read_json
 from agent.stream import frame as frames
@@ -175,6 +176,7 @@ _STUBS: Any = {
     "Peer": agent_pb2_grpc,
     "Reports": agent_pb2_grpc,
     "Coordinator": coordinator_pb2_grpc,
+    "Health": health_pb2_grpc,
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import pytest
+from grpc_health.v1 import health_pb2
 
 from resilver.access import ROLES
 from resilver.names import Role
@@ -214,6 +215,9 @@ def test_who_has_the_right_name_is_let_in(stage: Stage) -> None:
     assert stage.call("a", stage.files("coordinator/c2"), "Agent", "GetAgent", agent.GetAgentRequest()) == LET_IN
     assert ask("", "", "node/b").how(stage) == LET_IN
     assert stage.stream(stage.files("node/b"), stage.hello) == LET_IN
+    for who in ("viewer/jo", "node/b", "coordinator/c2"):
+        assert stage.call("c1", stage.files(who), "Health", "Check", health_pb2.HealthCheckRequest()) == LET_IN
+        assert stage.call("a", stage.files(who), "Health", "Check", health_pb2.HealthCheckRequest()) == LET_IN
     for port in ("c1", "a", "a-stream"):
         assert stage.handshake(port, ssl.TLSVersion.TLSv1_3) == f"{LET_IN} by TLSv1.3"
 

@@ -1,4 +1,7 @@
-"""The demo's programs: started in sessions of their own, stopped one by one, their output in files."""
+"""The demo's programs: started in sessions of their own, stopped one by one, their output in files.
+
+Each has a certificate, of an authority that is made for the demo and removed with it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from resilver import ca, ca_files
 from resilver.cli.demo.ground import failed
+from resilver.names import Name, Role
 
 if TYPE_CHECKING:
     from resilver.cli.demo.cleanup import Cleanup
@@ -23,6 +28,8 @@ STOP_TIMEOUT_S: Final = 5.0
 START_TIMEOUT_S: Final = 20.0
 LOG_LINES: Final = 12
 POLL_S: Final = 0.05
+CLUSTER: Final = "demo"
+OPERATOR: Final = Name(CLUSTER, Role.OPERATOR, "you")
 
 
 class Program:
@@ -125,6 +132,24 @@ class Cluster:
         self.agent_ports = dict(zip("abc", zip(ports[3:6], ports[6:9], strict=True), strict=True))
         self.store = ""
 
+    def make_certificates(self) -> Path:
+        """An authority, and what it signs for everybody: where they are."""
+        now = ca.utc_now()
+        authority = ca_files.create(self._base / "ca", ca.make_authority(CLUSTER, now))
+        nodes = [Name(CLUSTER, Role.NODE, node) for node in self.agent_ports]
+        for name in (Name(CLUSTER, Role.COORDINATOR, "c1"), *nodes, OPERATOR):
+            ca_files.issue(authority, name, ca.sign(authority.own, name, ca.Hosts(), now))
+        return authority.directory
+
+    def tls(self, name: Name) -> dict[str, Path]:
+        """The files of a party, by their keys in [tls]."""
+        place = self._base / "ca" / name.role.value / name.name
+        return {"ca": place / ca_files.CA_CERT, "cert": place / ca_files.CERT, "key": place / ca_files.KEY}
+
+    def _tls_table(self, role: Role, name: str) -> str:
+        files = self.tls(Name(CLUSTER, role, name))
+        return "[tls]\n" + "".join(f'{key} = "{path}"\n' for key, path in files.items())
+
     @property
     def coordinator(self) -> str:
         return f"127.0.0.1:{self.coordinator_port}"
@@ -152,8 +177,9 @@ class Cluster:
     def start_coordinator(self) -> None:
         config = self._base / "coordinator.toml"
         config.write_text(
-            f'name = "c1"\ncluster = "demo"\nlisten = "{self.coordinator}"\nmetrics_listen = "127.0.0.1:0"\n'
+            f'name = "c1"\ncluster = "{CLUSTER}"\nlisten = "{self.coordinator}"\nmetrics_listen = "127.0.0.1:0"\n'
             f'state_dir = "{self._base / "c1"}"\nstore = "{self.store}"\nlease_ttl_s = 10\n'
+            + self._tls_table(Role.COORDINATOR, "c1")
         )
         self._start("c1", _module("coordinator.app", config), self.coordinator_port)
 
@@ -161,10 +187,11 @@ class Cluster:
         control, stream = self.agent_ports[node]
         config = self._base / f"{node}.toml"
         config.write_text(
-            f'node = "{node}"\ncluster = "demo"\ncoordinators = ["{self.coordinator}"]\n'
+            f'node = "{node}"\ncluster = "{CLUSTER}"\ncoordinators = ["{self.coordinator}"]\n'
             f'listen = "127.0.0.1:{control}"\nstream_listen = "127.0.0.1:{stream}"\nmetrics_listen = "127.0.0.1:0"\n'
             # Volumes of a real installation on this machine are none of ours.
             f'state_dir = "{self._base / node}"\ninclude = []\n'
+            f"{self._tls_table(Role.NODE, node)}"
             f"[space]\nreserve_ratio = 0.0\nreserve_min_bytes = {64 << 20}\n"
             f'[[volumes]]\nname = "vm1"\nbackend = "image"\npath = "{image}"\n'
         )

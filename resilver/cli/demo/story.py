@@ -21,8 +21,10 @@ from resilver.cli.demo.ground import (
     prepare,
     sha256,
 )
-from resilver.cli.demo.processes import Cluster
+from resilver.cli.demo.processes import CLUSTER, OPERATOR, Cluster
 from resilver.cli.words import size
+from resilver.names import Name, Role
+from resilver.tls import server_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +84,7 @@ class Story:
         say(f"volume {VOLUME}   {make_volume(self._ground.image('a'), self._ground.base, self._seed)}")
         self._free_blocks = data_blocks(self._ground.image("a"))
         self._seed.shuffle(self._free_blocks)
+        say(f"certificates in {self.cluster.make_certificates()}: programs and command speak TLS 1.3, each by its name")
         say(f"store        {self.cluster.start_store()}")
         self.cluster.start_coordinator()
         say(f"coordinator  c1 on {self.cluster.coordinator}")
@@ -165,16 +168,22 @@ class Story:
         at = self.cluster.coordinator
         agent = f"127.0.0.1:{self.cluster.agent_ports['b'][0]}"
         self._act("Try next")
+        files = self.cluster.tls(OPERATOR)
+        ask = f"grpcurl -cacert {files['ca']} -cert {files['cert']} -key {files['key']}"
+        known, node = server_name(Name(CLUSTER, Role.COORDINATOR, "c1")), server_name(Name(CLUSTER, Role.NODE, "b"))
         lines = [
             f"export RESILVER_COORDINATOR={at}",
+            "export " + " ".join(f"RESILVER_TLS_{key.upper()}={path}" for key, path in files.items()),
             "resilver status --watch",
             f"resilver explain {VOLUME}",
             f"resilver history {VOLUME}",
             f"resilver elect {VOLUME} --dry-run",
-            f"grpcurl -plaintext {at} list",
-            f"grpcurl -plaintext {at} resilver.v1.Coordinator/ListVolumes",
-            f"grpcurl -plaintext -d '{{\"all\": true}}' {at} resilver.v1.Coordinator/PlanResync",
-            f'grpcurl -plaintext -d \'{{"volume": "{VOLUME}"}}\' {agent} resilver.v1.Agent/ExamineReplica',
+            f"resilver certs show {self._ground.base / 'ca'}",
+            f"alias ask='{ask}'",
+            f"ask -authority {known} {at} list",
+            f"ask -authority {known} {at} resilver.v1.Coordinator/ListVolumes",
+            f"ask -authority {known} -d '{{\"all\": true}}' {at} resilver.v1.Coordinator/PlanResync",
+            f"ask -authority {node} {agent} resilver.v1.Agent/GetAgent   # refused: agents obey coordinators alone",
         ]
         for line in lines:
             self._console.print(f"  {line}", soft_wrap=True)
@@ -220,7 +229,8 @@ class Story:
 
     def _command(self, *arguments: str) -> list[str]:
         program = [sys.executable, "-P", "-m", "resilver.cli.main"]
-        return [*program, "--coordinator", self.cluster.coordinator, "--timeout", "60s", *arguments]
+        who = [word for key, path in self.cluster.tls(OPERATOR).items() for word in (f"--tls-{key}", str(path))]
+        return [*program, "--coordinator", self.cluster.coordinator, *who, "--timeout", "60s", *arguments]
 
     def _reachable(self) -> set[str]:
         return {node["name"] for node in self._ask("nodes").get("nodes", []) if node["reachable"]}
