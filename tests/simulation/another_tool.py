@@ -106,6 +106,7 @@ class AnotherTool:
             kept = [one for one in disk.records if one.id != gone]
             parents = [one.id for one in kept[1:]] + ["" for _ in kept[:1]]
             disk.records = tuple(replace(one, parent=parent) for one, parent in zip(kept, parents, strict=True))
+        self.world.watch.let_go(self.volume, gone)
 
     def _held(self, disk: Disk) -> set[str]:
         """Its own snapshots whose data is there."""

@@ -108,6 +108,11 @@ class Guarantees:
     def made(self, snapshot_id: str) -> Snapshot:
         return self._made[snapshot_id]
 
+    def let_go(self, volume: str, snapshot_id: str) -> None:
+        """Another tool has dropped one of its own: if that was the last, whoever decides on it now cannot know."""
+        if not any(self._keeps(disk, snapshot_id) for (_, one), disk in self.disks.items() if one == volume):
+            self._gone.add(snapshot_id)
+
     def not_ours(self, disk: Disk, snapshot_id: str) -> None:
         raise Broken("KEPT", f"{snapshot_id} of another tool is dropped on {disk.node}")
 
