@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 SOURCES := pyproject.toml uv.lock hatch_build.py $(wildcard proto/resilver/v1/*.proto)
 
-.PHONY: help setup demo test thorough simulate bench lint check format clean
+.PHONY: help setup demo test thorough simulate fuzz bench lint check format clean
 help: ## What there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -29,6 +29,10 @@ thorough: setup ## All tests, with every kind of volume killed at every step in 
 
 simulate: setup ## The cluster that fails in every way, SEEDS=100000 times; a seed that fails is a line that replays it
 	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),10000) --first $(or $(FIRST),1)
+
+fuzz: setup ## Every fuzz target, MINUTES=30 together, guided by coverage; what breaks something is written to .fuzz/found
+	@UV_PROJECT_ENVIRONMENT=.venv .tools/bin/uv sync --quiet --locked --inexact --group fuzz
+	@$(BIN)/python -m fuzz --minutes $(or $(MINUTES),30) $(ARGS)
 
 bench: setup ## As root: us and the others on the same change, in turn; tables, JSON and plots into docs/benchmarks
 	@./deploy/bench-setup.sh

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+CAPACITY_BYTES_MAX: Final = (1 << 63) - 1
 
 
 class DeltaRange(NamedTuple):
@@ -46,12 +48,16 @@ class DeltaMap:
 
     def check(self) -> None:
         """Raises ValueError unless the ranges are ordered, non-empty, disjoint and within the capacity."""
+        if not 0 <= self.capacity_bytes <= CAPACITY_BYTES_MAX:
+            raise ValueError(f"a delta map of a volume of {self.capacity_bytes} bytes")
         if not len(self.offsets):
             return
-        ends = self.offsets + self.lengths
-        if bool((self.lengths <= 0).any()) or bool((self.offsets < 0).any()) or int(ends[-1]) > self.capacity_bytes:
+        # Never by a sum before it is known to fit: what wraps round would look small.
+        if bool((self.lengths <= 0).any()) or bool((self.offsets < 0).any()):
             raise ValueError("a delta map has an empty range or one outside the volume")
-        if bool((ends[:-1] > self.offsets[1:]).any()):
+        if bool((self.lengths > self.capacity_bytes - self.offsets).any()):
+            raise ValueError("a delta map has a range outside the volume")
+        if bool(((self.offsets + self.lengths)[:-1] > self.offsets[1:]).any()):
             raise ValueError("the ranges of a delta map overlap or are out of order")
 
     def __len__(self) -> int:

@@ -29,7 +29,8 @@ import structlog
 
 from agent import hookwatch
 from agent.disk import quiesce
-from agent.disk.durable import Json, disk_errors, make_dir, read_json, write_json
+from agent.disk.durable import Json, disk_errors, make_own_dir, read_json, write_json
+from agent.stored import typed
 from resilver.config import Hooks
 from resilver.errors import Refused, ResilverError
 
@@ -67,7 +68,7 @@ class HookWatch:
         deadline_s = min(each.hooks.timeout_s for each in those)
         spec = _spec(directory / f"{uuid.uuid4()}.json", node, group, those)
         with disk_errors(directory):
-            make_dir(directory)
+            make_own_dir(directory)
         write_json(Path(spec["record"]), spec)
         watch = cls._started({**spec, "deadline_s": deadline_s, "recover": False})
         answer = watch.next(deadline_s + ANSWER_MAX_S)
@@ -167,7 +168,13 @@ def recover(directory: Path, volume: str) -> dict[str, str]:
             quiesce.thaw_recorded(record)
         for record in sorted(directory.glob("*.json")):
             spec = read_json(record)
-            if spec is None or all(hook["volume"] != volume for hook in spec["hooks"]):
+            if spec is None:
+                continue
+            hooks = typed(record, spec, _Record).hooks
+            if all(hook.volume != volume for hook in hooks):
+                continue
+            if faults := _faults(hooks):
+                failed |= faults
                 continue
             _log.warning("hooks that were not ended are ended now", volume=volume, record=str(record))
             failed |= HookWatch.recover({**spec, "record": str(record)}).end()
@@ -208,6 +215,26 @@ def user_fault(name: str) -> str:
     if os.geteuid() not in (0, found.pw_uid):
         return f"only root may run programs as {name}"
     return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """What of a hook is looked at before a record is acted on."""
+
+    volume: str
+    after: tuple[str, ...]
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    hooks: tuple[_Recorded, ...]
+
+
+def _faults(hooks: Sequence[_Recorded]) -> dict[str, str]:
+    """Why what a record would run may not be run, by volume: since it was written the programs may have changed."""
+    faults = {hook.volume: program_fault(hook.after) for hook in hooks if hook.after}
+    return {volume: fault for volume, fault in faults.items() if fault}
 
 
 def _spec(record: Path, node: str, group: str, those: Sequence[Hooked]) -> Json:

@@ -21,8 +21,9 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from agent.disk.durable import disk_error, disk_errors, make_dir, read_json, write_json
-from resilver.errors import Forbidden, Invalid, Refused, Superseded
+from agent.disk.durable import disk_error, disk_errors, make_own_dir, open_own, read_json, write_json
+from agent.stored import typed
+from resilver.errors import Damaged, Forbidden, Invalid, Refused, Superseded
 from resilver.telemetry import marked
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ class Remembered:
     file_system_id: str
     tip: str
     volume_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    node: str
 
 
 class Identity:
@@ -122,10 +128,14 @@ class Identity:
 
     def remembered(self, volume: str) -> Remembered | None:
         """Where the volume's data was; None if none was ever seen here."""
-        value = read_json(self._volume_file(volume))
+        path = self._volume_file(volume)
+        value = read_json(path)
         if value is None:
             return None
-        return Remembered(str(value["file_system_id"]), str(value["tip"]), str(value.get("volume_id", "")))
+        if value.get("volume", volume) != volume:
+            said = f"{path} is damaged: it is of volume {value['volume']}, and does not belong to {volume}"
+            raise Damaged("IO_ERROR", said, path=str(path))
+        return typed(path, value, Remembered)
 
     def remember(self, volume: str, remembered: Remembered) -> None:
         """Written before anything is reported of the data; the same again costs nothing."""
@@ -134,6 +144,7 @@ class Identity:
         write_json(
             self._volume_file(volume),
             {
+                "volume": volume,
                 "file_system_id": remembered.file_system_id,
                 "tip": remembered.tip,
                 "volume_id": remembered.volume_id,
@@ -159,24 +170,28 @@ class Identity:
 
     def _load(self, cluster: str, node: str) -> Pin:
         self._node = node
-        value: Json | None = read_json(self.state_dir / "identity.json")
+        path = self.state_dir / "identity.json"
+        value: Json | None = read_json(path)
         if value is None:
             self._save(Pin(cluster))
             return self._pin
-        for key, word, mine in (("cluster", "cluster", cluster), ("node", "node", node)):
-            if value[key] != mine:
+        pin, owner = typed(path, value, Pin), typed(path, value, _Owner)
+        if pin.term and not (pin.store_id and pin.leader_id):
+            raise Damaged("IO_ERROR", f"{path} is damaged: it names a term, and not whose it is", path=str(path))
+        for word, theirs, mine in (("cluster", pin.cluster, cluster), ("node", owner.node, node)):
+            if theirs != mine:
                 raise Invalid(
                     "CONFIG_INVALID",
-                    f"state_dir {self.state_dir} belongs to {word} {value[key]}, and the configuration says {mine}; "
+                    f"state_dir {self.state_dir} belongs to {word} {theirs}, and the configuration says {mine}; "
                     f"{_BELONGS}",
                     field="state_dir",
                 )
-        return Pin(cluster, str(value["store_id"]), int(value["term"]), str(value["leader_id"]))
+        return pin
 
 
 def _make(state_dir: Path) -> None:
     try:
-        make_dir(state_dir / "volumes")
+        make_own_dir(state_dir / "volumes")
     except (NotADirectoryError, PermissionError) as error:
         said = f"state_dir {state_dir}: {error.strerror}; name a directory that this user can write to, or a new one"
         raise Invalid("CONFIG_INVALID", said, field="state_dir") from error
@@ -187,7 +202,7 @@ def _make(state_dir: Path) -> None:
 def _locked(state_dir: Path) -> int:
     """A descriptor that holds the lock of a state_dir until it is closed, also by a kill."""
     with disk_errors(state_dir):
-        fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = open_own(state_dir / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

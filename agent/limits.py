@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from agent.disk.durable import read_json, write_json
+from agent.stored import typed
 from agent.stream.throttle import Throttle
 from resilver.errors import ResilverError
 from resilver.limits import LIMIT_SECONDS_MAX, Cap, NodeLimits, rate_fault
@@ -39,6 +40,14 @@ class _Ordered:
     bytes_s: int
     ends_at: float
     until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """As `_Ordered`, in wall time."""
+
+    bytes_s: int
+    ends_at: float
 
 
 class Caps:
@@ -128,9 +137,10 @@ class Caps:
             for side in ("receive", "send"):
                 if side not in value:
                     continue
-                bytes_s, left_s = int(value[side]["bytes_s"]), float(value[side]["ends_at"]) - wall
+                saved = typed(self._path, value[side], _Saved)
+                bytes_s, left_s = saved.bytes_s, saved.ends_at - wall
                 if left_s > 0 and not rate_fault(bytes_s):
                     left_s = min(left_s, LIMIT_SECONDS_MAX)
                     self._ordered[side] = _Ordered(bytes_s, now + left_s, round((wall + left_s) * 1000))
-        except (ResilverError, ValueError, TypeError, KeyError) as error:
+        except ResilverError as error:
             _log.warning("limits not read", path=str(self._path), why=str(error))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from resilver.lineage import Consistency, ConsistencyPoint, Lineage, Origin, Snapshot
+import msgspec
+
+from agent.stored import checked
+from resilver.errors import Invalid
+from resilver.lineage import Lineage, Snapshot
 
 if TYPE_CHECKING:
     from agent.disk.durable import Json
@@ -21,7 +25,7 @@ def lineage_from_json(value: Json) -> Lineage | None:
     try:
         rows = value["records"]
         return Lineage(tuple(replace(record_from_json(row), present=row["present"]) for row in rows))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, Invalid):
         return None
 
 
@@ -42,16 +46,16 @@ def record_to_json(record: Snapshot) -> Json:
 
 
 def record_from_json(value: Json) -> Snapshot:
-    """The record, as present: whoever reads it knows better if it is not. Raises KeyError or ValueError."""
-    return Snapshot(
-        id=value["id"],
-        cp=ConsistencyPoint.parse(value["cp"]),
-        parent=value["parent"],
-        epoch_id=value["epoch_id"],
-        create_time_ms=value["create_time_ms"],
-        size_bytes=value["size_bytes"],
-        consistency=Consistency(value["consistency"]),
-        origin=Origin(value["origin"]),
-        note=value["note"],
-        group_id=value.get("group_id", ""),  # of a record that was written before there were groups
-    )
+    """The record, as present: whoever reads it knows better if it is not. Raises KeyError, ValueError or Invalid.
+
+    Only the `group_id` may be missing: of a record that was written before there were groups.
+    """
+    if not value["id"]:
+        raise ValueError("a record without an id")
+    fields = {name: value[name] for name in _FIELDS} | {"group_id": value.get("group_id", "")}
+    return msgspec.convert(checked(fields), Snapshot)
+
+
+_FIELDS: Final = (
+    "id", "cp", "parent", "epoch_id", "create_time_ms", "size_bytes", "consistency", "origin", "note"
+)  # fmt: skip

@@ -53,7 +53,7 @@ def about(request: Any) -> dict[str, object]:
         if not header.volume:  # an order to the node itself
             found = {"term": header.term}
     if group:
-        del found["volume"]
+        found.pop("volume", None)
         found["volumes"] = [one.header.volume[:FIELD_CHARS_MAX] for one in group[:FIELD_CHARS_MAX]]
     resync = getattr(request, "resync_id", "")
     if resync:

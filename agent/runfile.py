@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from agent.backends.base import StreamOrigin
 from agent.peers import Source
-from resilver.volume import Order, Progress, ResyncState, SourceShare
+from agent.stored import checked
+from resilver.errors import Invalid
+from resilver.volume import Order, Progress
 
 if TYPE_CHECKING:
     from agent.disk.durable import Json
@@ -55,20 +59,6 @@ def run_to_json(saved: SavedRun) -> Json:
 def run_from_json(value: Json) -> SavedRun | None:
     """The run; None for anything that is not one, such as the file of another version."""
     try:
-        wanted, progress = dict(value["wanted"]), dict(value["progress"])
-        wanted["order"] = Order(**wanted["order"])
-        wanted["sources"] = tuple(Source(**source) for source in wanted["sources"])
-        progress["state"] = ResyncState(progress["state"])
-        progress["sources"] = tuple(SourceShare(**share) for share in progress["sources"])
-        progress["preserved"] = tuple(progress["preserved"])
-        return SavedRun(RunOrder(**wanted), Progress(**progress), _place(value["place"]), value["time_ms"])
-    except (KeyError, TypeError, ValueError):
+        return msgspec.convert(checked(value), SavedRun)
+    except (TypeError, ValueError, Invalid):
         return None
-
-
-def _place(value: Json | None) -> StagePlace | None:
-    if value is None:
-        return None
-    told = value["origin"]
-    origin = None if told is None else StreamOrigin(**{**told, "formats": tuple(told["formats"])})
-    return StagePlace(value["capacity_bytes"], origin)

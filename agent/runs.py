@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from agent.disk.durable import disk_errors, make_dir, read_json, write_json
+from agent.disk.durable import disk_errors, make_own_dir, read_json, write_json
 from agent.disk.ioprio import set_io_priority
 from agent.examiner import now_ms
 from agent.rights import check_tip
@@ -75,7 +75,7 @@ class Runs:
         self._saved_at: dict[str, float] = {}
         self.slots: Final = Slots(receive_max_count)
         with disk_errors(directory):
-            make_dir(directory)
+            make_own_dir(directory)
 
     # Asked by the services.
 
@@ -158,6 +158,9 @@ class Runs:
                 _log.error("run not resumed", volume=volume, reason=error.reason, message=error.message)
                 continue
             saved = None if value is None else run_from_json(value)
+            if value is not None and (saved is None or saved.wanted.order.volume != volume):
+                _log.error("run not resumed", volume=volume, reason="IO_ERROR", message=_strange(self._file(volume)))
+                continue
             if saved is None:
                 continue
             self._saved[volume] = saved
@@ -261,6 +264,10 @@ class Runs:
 
     def _file(self, volume: str) -> Path:
         return self._directory / f"{volume}.json"
+
+
+def _strange(path: Path) -> str:
+    return f"{path} holds no run of this volume"
 
 
 def _replaced(wanted: RunOrder) -> ResilverError:

@@ -32,7 +32,7 @@ from resilver.access import caller
 from resilver.address import parse_address
 from resilver.config_hooks import GROUP_VOLUMES_MAX
 from resilver.errors import NotFound, Refused, ResilverError
-from resilver.fields import PATH_CHARS_MAX, check_count, check_id, check_name, check_number, check_text, invalid
+from resilver.fields import check_count, check_id, check_name, check_number, check_path, check_text, invalid
 from resilver.v1 import agent_pb2, agent_pb2_grpc
 from resilver.wire import SOURCES_MAX, order_from_proto, progress_to_proto, record_from_proto, snapshot_to_proto
 from resilver.wire_limits import change_from_proto, limits_to_proto
@@ -238,9 +238,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     ) -> agent_pb2.CloneSnapshotResponse:
         del context
         order, replica = await self._admitted(request.header)
-        path = Path(check_text(request.path, "path", chars_max=PATH_CHARS_MAX))
-        if not path.is_absolute():
-            raise invalid("path", f"is {request.path[:80]!r}; it must be absolute, because it is on {self._node.name}")
+        path = Path(check_path(request.path, "path"))
         export = partial(replica.export, order, check_id(request.id, "id"), path, writable=request.writable)
         size_bytes = await replica.worker.run(export)
         return agent_pb2.CloneSnapshotResponse(path=str(path), size_bytes=size_bytes)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from agent.disk.durable import read_json, write_json
+from agent.stored import typed, understood
 from resilver.errors import Exhausted, Unauthenticated
 
 if TYPE_CHECKING:
@@ -174,8 +175,13 @@ class Tickets:
     def _load(self) -> None:
         value = read_json(self._path)
         now, wall = self._clock(), self._wall()
-        for row in (value or {}).get("tickets", []):
-            left_s = float(row.pop("ends_at")) - wall + row["lifetime_s"] / 4
+        with understood(self._path):
+            rows = typed(self._path, (value or {}).get("tickets", []), tuple[Ticket, ...])
+            if len(rows) > TICKETS_MAX:
+                raise ValueError(f"it holds {len(rows)} tickets, and {TICKETS_MAX} are the most")
+        for row in rows:
+            lifetime_s = min(row.lifetime_s, LIFETIME_S_MAX)
+            left_s = row.ends_at - wall + lifetime_s / 4
             if left_s > 0:
-                ticket = Ticket(**row, ends_at=now + min(left_s, row["lifetime_s"]))
+                ticket = replace(row, lifetime_s=lifetime_s, ends_at=now + min(left_s, lifetime_s))
                 self._tickets[ticket.resync_id, ticket.target_node] = ticket

@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar, cast
 
+from google.protobuf import json_format
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from grpc import aio
@@ -145,7 +146,10 @@ def _text_of(request: Message) -> str:
     size = request.ByteSize()
     if size > REQUEST_BYTES_MAX:
         return f"{size} bytes"
-    fields = MessageToDict(request, preserving_proto_field_name=True)
+    try:
+        fields = MessageToDict(request, preserving_proto_field_name=True)
+    except (ValueError, json_format.Error):  # a time or a duration that is none: nothing has been checked yet
+        return str(request)
     fields.pop("request_id", None)
     return json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 

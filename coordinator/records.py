@@ -24,6 +24,7 @@ from coordinator.core.cluster import Candidate, ClusterEvent, ElectionRecord, No
 from coordinator.core.events import DeletedNode, Forgotten, Kept, Loaded, Volume
 from coordinator.store.base import Json, Stored
 from resilver.errors import Damaged
+from resilver.fields import NUMBER_MAX
 from resilver.lineage import ConsistencyPoint
 
 RECORD_BYTES_MAX: Final = 64 << 10
@@ -36,6 +37,8 @@ _TIME_DIGITS: Final = 15
 _SEQUENCE_DIGITS: Final = 20
 _FREE_FORM: Final = frozenset({"bases", "evidence"})
 """Fields whose keys are names of nodes, and not of fields."""
+
+_SIGNED: Final = frozenset({"priority"})
 
 T = TypeVar("T")
 
@@ -191,7 +194,7 @@ def _plain_mapping(value: Any) -> Any:
 def _typed(key: str, value: Json, kind: type[T]) -> T:
     try:
         return msgspec.convert(_read_cps(value), kind)
-    except (msgspec.ValidationError, ValueError) as error:
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
         raise _unreadable(key, str(error)) from error
 
 
@@ -222,14 +225,16 @@ def _write_cps(node: Any) -> None:
 
 
 def _read_cps(node: Any, field: str = "") -> Any:
-    """The reverse, into a new value. Raises ValueError for a text that is no CP."""
+    """The reverse, into a new value. Raises ValueError for a text that is no CP, and a number that is beyond all."""
     if field in _FREE_FORM:
         return node
+    if isinstance(node, int | float) and not (-NUMBER_MAX if field in _SIGNED else 0) <= node <= NUMBER_MAX:
+        raise ValueError(f"{field} is {node}")
     if isinstance(node, dict):
         return {name: _read_cps(value, name) for name, value in node.items()}
     if isinstance(node, list):
         return [_read_cps(value) for value in node]
     if _is_cp(field) and isinstance(node, str):
         cp = ConsistencyPoint.parse(node)
-        return {"epoch": cp.epoch, "sequence": cp.sequence}
+        return _read_cps({"epoch": cp.epoch, "sequence": cp.sequence})
     return node

@@ -57,6 +57,7 @@ log = structlog.get_logger()
 QUEUE_MAX: Final = 20_000
 OUTBOX_MAX: Final = 10_000
 STEPS_AT_ONCE_MAX: Final = 64
+WATCHES_MAX: Final = 1000
 COMMIT_CHARS_MAX: Final = 256 << 10
 """How much goes into one commit of many: far below what the store takes, however the characters are written."""
 TICK_S: Final = 1.0
@@ -293,6 +294,9 @@ class CurrentReign:
             del self._asked[key]
 
     def watch(self) -> Watcher:
+        if len(self._watchers) >= WATCHES_MAX:
+            said = f"{len(self._watchers)} watches are open, which is all that are served; end one, or ask without one"
+            raise Exhausted("TOO_LARGE", said)
         watcher = Watcher(self._watchers.discard)
         self._watchers.add(watcher)
         return watcher

@@ -39,12 +39,12 @@ from resilver.errors import NotFound, Refused
 from resilver.fields import (
     NOTE_CHARS_MAX,
     ORIGIN_BY_VALUE,
-    PATH_CHARS_MAX,
     check_count,
     check_enum,
     check_id,
     check_name,
     check_number,
+    check_path,
     check_text,
     invalid,
 )
@@ -245,16 +245,6 @@ def remove_volume(message: coordinator_pb2.RemoveVolumeRequest, names: Names, pr
 
 def adopt_store(message: coordinator_pb2.AdoptStoreRequest, principal: str) -> AdoptStoreRequest:
     return AdoptStoreRequest(check_id(message.store_id, "store_id"), principal)
-
-
-def check_path(path: str, field: str) -> str:
-    """An absolute path that says where it leads: nothing in it climbs."""
-    check_text(path, field, chars_max=PATH_CHARS_MAX)
-    if not path.startswith("/"):
-        raise invalid(field, f"is {path[:80]!r}; it must be absolute, on the node that is named")
-    if not {"", ".", ".."}.isdisjoint(path.split("/")[1:]):
-        raise invalid(field, f"is {path[:80]!r}; it must name a file, without '.', '..', '//' or a slash at its end")
-    return path
 
 
 def check_origins(origins: Sequence[int]) -> frozenset[Origin]:

@@ -106,6 +106,16 @@ def check_text(text: str, field: str, *, chars_max: int = TEXT_CHARS_MAX) -> str
     return text
 
 
+def check_path(path: str, field: str) -> str:
+    """An absolute path that says where it leads: nothing in it climbs."""
+    check_text(path, field, chars_max=PATH_CHARS_MAX)
+    if not path.startswith("/"):
+        raise invalid(field, f"is {path[:80]!r}; it must be absolute, on the node that is named")
+    if not {"", ".", ".."}.isdisjoint(path.split("/")[1:]):
+        raise invalid(field, f"is {path[:80]!r}; it must name a file, without '.', '..', '//' or a slash at its end")
+    return path
+
+
 def check_number(number: int, field: str, *, least: int = 0) -> int:
     if not least <= number <= NUMBER_MAX:
         raise invalid(field, f"is {number}; it must be between {least} and 2^63 - 1")

@@ -55,6 +55,8 @@ MESSAGE_BYTES_MAX: Final = 1 << 20
 RECEIVE_BYTES_MAX: Final = 2 << 20
 CALL_TIMEOUT_MAX_S: Final = 60.0
 CONCURRENT_CALLS_MAX: Final = 4096
+CONNECTION_CALLS_MAX: Final = 1024
+HANDSHAKE_TIMEOUT_MS: Final = 10_000
 NO_DEADLINE_S: Final = 365 * 24 * 3600.0
 """gRPC tells a call without a deadline by a time that is centuries away."""
 
@@ -77,6 +79,10 @@ _SERVER: Final = (
     *_KEEPALIVE,
     # Else it takes the pings of a caller who waits long for an answer for abuse, and ends the connection.
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    # Whoever connects and then says nothing, or half of what opens a connection, is dropped after this.
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+    # Of one connection; further calls wait at the caller. So no one of them takes all of CONCURRENT_CALLS_MAX.
+    ("grpc.max_concurrent_streams", CONNECTION_CALLS_MAX),
     # gRPC would let a second process listen on the same port and take half of the calls.
     ("grpc.so_reuseport", 0),
 )

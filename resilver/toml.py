@@ -58,8 +58,10 @@ def read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(data.decode())
     except UnicodeDecodeError as error:
         raise invalid(file, "", f"is not UTF-8 text at byte {error.start}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also a number of thousands of digits
         raise invalid(file, "", f"is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise invalid(file, "", "is nested too deeply") from error
 
 
 def convert(

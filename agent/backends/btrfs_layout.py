@@ -27,6 +27,7 @@ from pathlib import Path
 from agent.backends.image_layout import Layout
 from agent.disk import btrfs
 from agent.disk.durable import disk_errors, make_dir, read_json, write_json
+from agent.stored import typed
 from resilver.errors import Damaged, Invalid, Refused
 
 
@@ -96,7 +97,7 @@ def save_native(path: Path, native: Native) -> None:
 
 def load_native(path: Path) -> Native | None:
     value = read_json(path)
-    return Native(**value) if value is not None else None
+    return None if value is None else typed(path, value, Native)
 
 
 def check_untouched(layout: Layout, snapshot_id: str, gone: str = "BASE_GONE") -> Native:

@@ -37,6 +37,7 @@ from agent.backends.image_layout import Layout, State, list_preserved
 from agent.disk import contents, ioctl
 from agent.disk.durable import read_json, remove_file, write_json
 from agent.disk.places import Mask, Places, places, seams_by_part
+from agent.stored import typed
 from resilver.errors import Damaged, ResilverError
 
 STEPS = (
@@ -54,6 +55,13 @@ PART_BYTES: Final = 4 << 20
 GAIN_MIN: Final = 64
 _READ_BYTES: Final = 1 << 20
 _LOCKED_BYTES: Final = 256 << 10  # for as long as comparing so much takes, writers of the live copy wait
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """Where the part begins that is being compacted."""
+
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +150,12 @@ class Compactor:
         mark = read_json(self._layout.compacting)
         if mark is None:
             return
+        offset = typed(self._layout.compacting, mark, _Mark).offset // PART_BYTES * PART_BYTES
         with self.comparing:
-            tip = family.tip.map(mark["offset"], family.block)
+            tip = family.tip.map(offset, family.block)
             for file in family.every:
                 if file is not family.tip:
-                    apart = tip.data & ~tip.shared(file.map(mark["offset"], family.block))
+                    apart = tip.data & ~tip.shared(file.map(offset, family.block))
                     self._move(family.tip.fd, file, tip, apart)
             self._close(family.every)
 

@@ -38,8 +38,9 @@ from typing import Final
 from agent.backends.image_kept import Kept, Stamp, stamp_of
 from agent.disk.durable import Json, append_log, disk_errors, make_dir, read_json, read_log, write_json
 from agent.lineages import record_from_json, record_to_json
+from agent.stored import checked, typed, understood
 from resilver.errors import Damaged, Invalid
-from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
+from resilver.lineage import Lineage, Snapshot
 from resilver.volume import Grant, PreservedCopy, VolumeRecord
 
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -225,7 +226,7 @@ def _load_record_at(path: str) -> Stored:
 
 
 def _read_ancestry(path: str) -> dict[str, Snapshot]:
-    return {record.id: record for line in read_log(Path(path)) for record in _records(line)}
+    return {record.id: record for line in read_log(Path(path)) for record in records_of(line, path)}
 
 
 def _state_of(layout: Layout, stored: dict[str, Stored], known: dict[str, Snapshot], present: set[str]) -> State:
@@ -263,15 +264,25 @@ def _directories(layout: Layout) -> list[tuple[str, Stamp]]:
             entries = list(os.scandir(layout.root))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        names = [name for name in names if _ID.fullmatch(name) and name not in _RESERVED]
+        if layout.root.is_symlink():
+            raise _linked(layout.root)
+        ours = [entry for entry in entries if _ID.fullmatch(entry.name)]
+        if linked := next((entry for entry in ours if entry.is_symlink()), None):
+            raise _linked(linked.path)
+        names = [entry.name for entry in ours if entry.name not in _RESERVED and entry.is_dir(follow_symlinks=False)]
         stamps = [(name, stamp_of(f"{layout.root}/{name}/record.json")) for name in names]
     return [(name, stamp) for name, stamp in stamps if stamp is not None]
 
 
+def _linked(path: Path | str) -> Damaged:
+    """A snapshot that is somewhere else is not the one that was taken, and without it the tip would be another."""
+    said = f"{path} is a symbolic link: put back what stood there, or name another snapshot_dir"
+    return Damaged("IO_ERROR", said, path=str(path))
+
+
 def append_records(layout: Layout, records: Iterable[Snapshot], state: State, logged: Iterable[str] = ()) -> None:
     """Adds to the log those records that it does not hold yet; `logged` must go in although a directory has them."""
-    in_log = {record.id for line in read_log(layout.ancestry) for record in _records(line)}
+    in_log = {record.id for line in read_log(layout.ancestry) for record in records_of(line, layout.ancestry)}
     wanted = set(logged)
     missing = [
         record
@@ -282,8 +293,10 @@ def append_records(layout: Layout, records: Iterable[Snapshot], state: State, lo
         append_log(layout.ancestry, {"records": [record_to_json(record) for record in missing]})
 
 
-def _records(line: Json) -> list[Snapshot]:
-    return [record_from_json(record) for record in line["records"]]
+def records_of(line: Json, path: Path | str) -> list[Snapshot]:
+    """The records in a line of a log of ancestry; Damaged if it holds none."""
+    with understood(path):
+        return [record_from_json(record) for record in line["records"]]
 
 
 def save_stored(directory: Path, stored: Stored) -> None:
@@ -296,7 +309,13 @@ def load_stored(directory: Path) -> Stored:
     value = read_json(path)
     if value is None:
         raise Damaged("IO_ERROR", f"{path} is missing", path=str(path))
-    return Stored(record_from_json(value), value["volume_id"], value["table"])
+    with understood(path):
+        about = checked({"volume_id": value["volume_id"], "table": value["table"]})
+        stored = Stored(record_from_json(value), about["volume_id"], about["table"])
+    if stored.snapshot.id != directory.name and not directory.name.startswith("."):
+        said = f"{path} is damaged: it is the record of {stored.snapshot.id}, and does not belong there"
+        raise Damaged("IO_ERROR", said, path=str(path))
+    return stored
 
 
 def check_untouched(directory: Path) -> None:
@@ -322,10 +341,7 @@ def save_journal(layout: Layout, journal: Journal) -> None:
 
 def load_journal(layout: Layout) -> Journal | None:
     value = read_json(layout.commit)
-    if value is None:
-        return None
-    keeps = tuple((gone, pid) for gone, pid in value.pop("keeps"))
-    return Journal(keeps=keeps, **value)
+    return None if value is None else typed(layout.commit, value, Journal)
 
 
 def save_preserved(directory: Path, copy: PreservedCopy) -> None:
@@ -339,8 +355,11 @@ def load_preserved(directory: Path) -> PreservedCopy:
     value = read_json(path)
     if value is None:
         raise Damaged("IO_ERROR", f"{path} is missing", path=str(path))
-    value["cp"] = ConsistencyPoint.parse(value["cp"])
-    return PreservedCopy(path=str(directory / "data"), **value)
+    copy = typed(path, {**value, "path": str(directory / "data")}, PreservedCopy)
+    if copy.id != directory.name and not directory.name.startswith("."):
+        said = f"{path} is damaged: it is of preserved copy {copy.id}, and does not belong there"
+        raise Damaged("IO_ERROR", said, path=str(path))
+    return copy
 
 
 def list_preserved(layout: Layout) -> tuple[PreservedCopy, ...]:
@@ -359,12 +378,13 @@ def save_record(layout: Layout, record: VolumeRecord) -> None:
 
 
 def load_record(layout: Layout) -> VolumeRecord | None:
-    value = read_json(layout.root / "volume.json")
-    if value is None:
-        return None
-    value["newest_cp"] = ConsistencyPoint.parse(value["newest_cp"])
-    value["members"] = tuple(value["members"])
-    return VolumeRecord(**value)
+    path = layout.root / "volume.json"
+    value = read_json(path)
+    record = None if value is None else typed(path, value, VolumeRecord)
+    if record is not None and record.volume != layout.volume:
+        said = f"{path} is damaged: it is of volume {record.volume}, and does not belong to {layout.volume}"
+        raise Damaged("IO_ERROR", said, path=str(path))
+    return record
 
 
 def save_grant(layout: Layout, grant: Grant) -> None:
@@ -372,5 +392,6 @@ def save_grant(layout: Layout, grant: Grant) -> None:
 
 
 def load_grant(layout: Layout) -> Grant | None:
-    value = read_json(layout.root / "grant.json")
-    return Grant(**value) if value is not None else None
+    path = layout.root / "grant.json"
+    value = read_json(path)
+    return None if value is None else typed(path, value, Grant)

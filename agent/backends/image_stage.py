@@ -34,7 +34,7 @@ class ImageStage:
         self._path = layout.tree / "data"
         self._closing = threading.Lock()
         with disk_errors(self._path):
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def write(self, offset: int, data: memoryview) -> None:
         with disk_errors(self._path):

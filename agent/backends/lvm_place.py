@@ -33,6 +33,7 @@ from agent.disk import blockdev, lvm
 from agent.disk.durable import disk_errors, make_dir, read_json, write_json
 from agent.disk.lvm import Group, Lv
 from agent.disk.thin import Pool
+from agent.stored import typed, understood
 from resilver.errors import Damaged, Invalid, Refused
 from resilver.lineage import Snapshot
 
@@ -83,7 +84,10 @@ def save_ref(path: Path, ref: Ref) -> None:
 
 def load_ref(path: Path) -> Ref | None:
     value = read_json(path)
-    return Ref(value["name"], value["lv"]) if value is not None else None
+    if value is None:
+        return None
+    with understood(path):
+        return typed(path, {"name": value["name"], "uuid": value["lv"]}, Ref)
 
 
 class Place:

@@ -14,6 +14,7 @@ from agent.backends.image_layout import Layout, State, list_preserved, read_stat
 from agent.backends.lvm_place import Place, Ref, View, load_ref
 from agent.disk.durable import read_json, write_json
 from agent.disk.lvm import Lv
+from agent.stored import typed
 from resilver.volume import PreservedCopy
 
 
@@ -98,10 +99,7 @@ def save_journal(layout: Layout, journal: Journal) -> None:
 
 def load_journal(layout: Layout) -> Journal | None:
     value = read_json(layout.commit)
-    if value is None:
-        return None
-    keeps = tuple((gone, pid) for gone, pid in value.pop("keeps"))
-    return Journal(keeps=keeps, **value)
+    return None if value is None else typed(layout.commit, value, Journal)
 
 
 def preserved(place: Place, view: View) -> tuple[PreservedCopy, ...]:

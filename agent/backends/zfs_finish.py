@@ -18,6 +18,7 @@ from agent.backends.zfs_live import put_back, unmodified
 from agent.backends.zfs_stage import discard
 from agent.disk import zfs
 from agent.disk.durable import read_json, remove_file, write_json
+from agent.stored import typed
 from resilver.errors import Damaged, Refused
 
 # Not the new dataset's to take over: what it is itself, what says who made it, and what is set in any case.
@@ -60,7 +61,7 @@ def save_journal(layout: Layout, journal: Journal) -> None:
 
 def load_journal(layout: Layout) -> Journal | None:
     value = read_json(layout.files.commit)
-    return None if value is None else Journal(**value)
+    return None if value is None else typed(layout.files.commit, value, Journal)
 
 
 def readonly(layout: Layout) -> str:

@@ -21,8 +21,9 @@ from typing import Final
 from agent.backends.zfs_layout import RECORD, SEND_TAG, TAG, TAKING, Layout, State, append_records
 from agent.disk import zfs
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
+from agent.stored import typed
 from resilver.errors import Damaged, Invalid, Refused
-from resilver.lineage import NO_CP, ConsistencyPoint, Snapshot
+from resilver.lineage import NO_CP, Snapshot
 from resilver.volume import PreservedCopy
 
 COPY_TIMEOUT_S: Final = 24 * 3600.0
@@ -65,8 +66,8 @@ def list_preserved(layout: Layout) -> tuple[PreservedCopy, ...]:
     """The descriptions, oldest first."""
     with disk_errors(layout.files.preserved):
         entries = sorted(layout.files.preserved.glob(f"*/{_WHERE}"))
-    values = [value for entry in entries if (value := read_json(entry)) is not None]
-    copies = [PreservedCopy(**{**value, "cp": ConsistencyPoint.parse(value["cp"])}) for value in values]
+    values = [(entry, value) for entry in entries if (value := read_json(entry)) is not None]
+    copies = [typed(entry, value, PreservedCopy) for entry, value in values]
     return tuple(sorted(copies, key=lambda copy: (copy.create_time_ms, copy.id)))
 
 

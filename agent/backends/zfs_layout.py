@@ -37,10 +37,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from agent.backends import image_layout
 from agent.disk import zfs
-from agent.disk.durable import DIR_MODE, Json, append_log, disk_errors, read_json, read_log, write_json
+from agent.disk.durable import DIR_MODE, append_log, disk_errors, read_json, read_log, write_json
 from agent.lineages import record_from_json, record_to_json
+from agent.stored import checked, typed, understood
 from resilver.errors import Damaged, Invalid, Refused
 from resilver.lineage import Lineage, Origin, Snapshot
 
@@ -223,8 +226,8 @@ def record_property(record: Snapshot, volume_id: str) -> str:
 def _read_record(text: str) -> tuple[Snapshot, str] | None:
     try:
         value = json.loads(text)
-        return record_from_json(value), str(value["volume_id"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return record_from_json(value), msgspec.convert(checked(value["volume_id"], "volume_id"), str)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, Invalid):
         return None
 
 
@@ -259,11 +262,12 @@ def append_records(layout: Layout, records: Iterable[Snapshot], natives: Mapping
 def _read_ancestry(layout: Layout) -> tuple[dict[str, Snapshot], dict[str, str]]:
     known: dict[str, Snapshot] = {}
     natives: dict[str, str] = {}
-    for line in read_log(layout.files.ancestry):
-        for row in line["records"]:
-            record = record_from_json(row)
+    path = layout.files.ancestry
+    for line in read_log(path):
+        for record in image_layout.records_of(line, path):
             known.setdefault(record.id, record)
-        natives.update(line["natives"])
+        with understood(path):
+            natives.update(typed(path, line["natives"], dict[str, str]))
     return known, natives
 
 
@@ -274,11 +278,19 @@ def save_tip(layout: Layout, tip: str, volume_id: str) -> None:
 # Finding the tip.
 
 
+@dataclass(frozen=True, slots=True)
+class _Pointer:
+    """What `tip.json` names."""
+
+    tip: str = ""
+    volume_id: str = ""
+
+
 def load_state(layout: Layout, *, there: bool | None = None) -> State:
     """Looks at all snapshots and finds the lineage. Changes nothing; `there` if it is known that the records are."""
     there = ready(layout) if there is None else there
     known, natives = _read_ancestry(layout) if there else ({}, {})
-    pointer = (read_json(layout.pointer) if there else None) or {"tip": "", "volume_id": ""}
+    pointer = typed(layout.pointer, (read_json(layout.pointer) if there else None) or {}, _Pointer)
     found = zfs.family(layout.live, RECORD, TAKING)
     head = found.get(layout.live)
     if head is None:
@@ -358,9 +370,9 @@ def _sort_out(every: Iterable[zfs.Dataset], natives: Mapping[str, str]) -> _Sort
     return _SortedOut(records, where, list(where), foreign, tuple(unfinished), tuple(problems))
 
 
-def _tip_of(found: _SortedOut, known: Mapping[str, Snapshot], pointer: Json) -> str:
+def _tip_of(found: _SortedOut, known: Mapping[str, Snapshot], pointer: _Pointer) -> str:
     newest = found.order[-1] if found.order else ""
-    told = pointer["tip"]
+    told = pointer.tip
     if told not in known or newest == told:
         return newest
     at = known[told].parent
@@ -373,10 +385,10 @@ def _tip_of(found: _SortedOut, known: Mapping[str, Snapshot], pointer: Json) -> 
     return newest
 
 
-def _volume_of(tip: str, found: _SortedOut, pointer: Json) -> str:
+def _volume_of(tip: str, found: _SortedOut, pointer: _Pointer) -> str:
     if tip in found.records:
         return found.records[tip][1]
-    return str(pointer["volume_id"]) if tip and tip == pointer["tip"] else ""
+    return pointer.volume_id if tip and tip == pointer.tip else ""
 
 
 def find(layout: Layout, state: State, snapshot_id: str, reason: str) -> zfs.Dataset:

@@ -163,9 +163,14 @@ def estimate(base: str, target: str) -> int | None:
         return None
     between = ["-i", base] if base else []
     flags = _flags(formats(zfs.pool_of(target))[0], target)
-    for line in zfs.run("zfs", "send", "-nP", *flags, *between, target).splitlines():
+    return parse_estimate(zfs.run("zfs", "send", "-nP", *flags, *between, target))
+
+
+def parse_estimate(text: str) -> int | None:
+    """The size that `zfs send -nP` prints; None if it prints none."""
+    for line in text.splitlines():
         fields = line.split("\t") if "\t" in line else line.split()
-        if fields and fields[0] == "size" and fields[-1].isdigit():
+        if fields and fields[0] == "size" and re.fullmatch(r"[0-9]{1,18}", fields[-1]):
             return int(fields[-1])
     return None
 
@@ -174,12 +179,18 @@ def check_token(token: str, native_base: str, native_target: str) -> None:
     """A token must speak of the two snapshots that were asked for, and of no others."""
     if not zfs.features().resume:
         raise Unauthenticated("TICKET_INVALID", "this node's zfs cannot go on with a stream where it stopped")
-    if re.fullmatch(r"[0-9a-zA-Z-]{1,8192}", token) is None:
+    if re.fullmatch(r"[0-9a-zA-Z][0-9a-zA-Z-]{0,8191}", token) is None:
         raise Unauthenticated("TICKET_INVALID", "that is no resume token of zfs")
     try:
         told = zfs.run("zfs", "send", "-nvt", token)
     except zfs.ZfsError as error:
         raise Unauthenticated("TICKET_INVALID", f"the resume token is refused: {error.text}") from error
-    found = {key: str(int(value, 0)) for key, value in re.findall(r"^\s*(\w+guid)\s*=\s*(\w+)\s*$", told, re.MULTILINE)}
+    found = parse_token(told)
     if found.get("toguid") != native_target or found.get("fromguid", "0") != (native_base or "0"):
         raise Unauthenticated("TICKET_INVALID", "the resume token is of another base or target")
+
+
+def parse_token(text: str) -> dict[str, str]:
+    """The guids that `zfs send -nvt` says a token speaks of, as decimal numbers."""
+    found = re.findall(r"^[ \t]*([a-z]{1,16}guid) = (0x[0-9a-f]{1,16}|[0-9]{1,20})[ \t]*$", text, re.MULTILINE)
+    return {key: str(int(value, 16 if value.startswith("0x") else 10)) for key, value in found}

@@ -32,6 +32,7 @@ from agent.backends.zfs_send import PLAIN, Words, open_stream, reap
 from agent.backends.zfs_stream import Change, Contents, Reader
 from agent.disk import zfs
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
+from agent.stored import typed
 from agent.stream.work import Stopped
 from resilver.errors import Damaged, Invalid, ResilverError
 
@@ -340,8 +341,9 @@ def save_plan(layout: Layout, plan: Plan) -> None:
 
 
 def load_plan(layout: Layout) -> Plan | None:
-    value = read_json(layout.files.stage / "stage.json")
-    return None if value is None else Plan(**value)
+    path = layout.files.stage / "stage.json"
+    value = read_json(path)
+    return None if value is None else typed(path, value, Plan)
 
 
 def drop_dataset(layout: Layout) -> None:

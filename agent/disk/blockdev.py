@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import stat as modes
 import struct
 from collections.abc import Iterator
@@ -79,8 +78,7 @@ def _looked_up(number: int, own_fd: int) -> Iterator[User]:
     for point in mounts_of(number):
         yield User(f"mount {point}", True)
     for line in _lines(Path("/proc/swaps"))[1:]:
-        name = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split()[0])
-        if _is_device(name, number):
+        if _is_device(loops.plain(line.partition(" ")[0].partition("\t")[0]), number):
             yield User("swap", True)
     for holder in sorted(Path(f"/sys/dev/block/{text}/holders").glob("*")):
         name = next(iter(_lines(holder / "dm" / "name")), holder.name)

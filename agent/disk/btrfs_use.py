@@ -95,7 +95,8 @@ def _far_mounts(process: str, known: dict[str, frozenset[str]]) -> frozenset[str
     try:
         namespace = os.readlink(f"{process}/ns/mnt")
         if namespace not in known:
-            with open(f"{process}/mountinfo", errors="surrogateescape") as file:
+            # By new lines alone: whoever mounts in a namespace of his own chooses what else stands in a line.
+            with open(f"{process}/mountinfo", errors="surrogateescape", newline="\n") as file:
                 known[namespace] = frozenset(line.split(" ", 1)[0] for line in file if not _is_near(line))
         return known[namespace]
     except OSError:
@@ -127,7 +128,7 @@ def _open_modes(process: str, subvolume: int, far: frozenset[str]) -> Iterator[b
 
 
 def _fields(process: str, number: str) -> dict[str, str]:
-    with open(f"{process}/fdinfo/{number}") as file:
+    with open(f"{process}/fdinfo/{number}", errors="replace") as file:
         lines = (line.split(":", 1) for line in file.read().splitlines()[:4])
         return {name: value.strip() for name, value in lines}
 
@@ -161,7 +162,7 @@ def _mapped_modes(process: str, subvolume: int, device: str) -> Iterator[bool]:
 
 def _command(process: str) -> str:
     try:
-        with open(f"{process}/comm") as file:
+        with open(f"{process}/comm", errors="replace") as file:
             return file.read().strip() or "?"
     except OSError:
         return "?"

@@ -7,7 +7,10 @@
 * `append_log` adds one checksummed line and returns when it is on the disk. Only the last line can be torn, by a
   crash during its own append: it is ignored, and cut off by the next append. A bad line before it is damage.
 
-Files are made 0600 and directories 0700: what stands in them concerns other people's disks.
+Files are made 0600 and directories 0700: what stands in them concerns other people's disks. None of them is followed if
+it is a symbolic link, for reading or for writing: its place is where it is looked for, and nowhere else. What is not a
+plain file, or is larger than a bound, is `Damaged` without being read. A digest tells chance from intent no better than
+any checksum: what a value means is checked by whoever reads it (`agent/stored.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +33,8 @@ Json = dict[str, Any]
 FORMAT: Final = 1
 FILE_MODE: Final = 0o600
 DIR_MODE: Final = 0o700
+VALUE_BYTES_MAX: Final = 32 << 20
+LOG_BYTES_MAX: Final = 256 << 20
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 OF_THE_DISK: Final = _FULL | {errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.EUCLEAN}
 """Errors that only a disk or its file system gives."""
@@ -51,6 +57,37 @@ def disk_errors(path: Path | str) -> Iterator[None]:
         raise disk_error(error, error.filename or path) from error
 
 
+def open_own(path: Path, flags: int) -> int:
+    """A descriptor of a plain file of ours; FileNotFoundError, or Damaged for a link or whatever else stands there."""
+    try:
+        # Without O_NONBLOCK a pipe of that name would hold us up.
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, FILE_MODE)
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENXIO}:
+            raise _no_file(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise _no_file(path)
+    return fd
+
+
+def read_own(path: Path, bytes_max: int) -> bytes:
+    """What a plain file of ours holds; Damaged if it is larger than the bound."""
+    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        # By the size first, so that a large one costs nothing; by what came, because it may be growing.
+        raw = file.read(bytes_max + 1) if size <= bytes_max else b""
+    if size > bytes_max or len(raw) > bytes_max:
+        raise Damaged("IO_ERROR", f"{path} is damaged: it is larger than {bytes_max:,} bytes", path=str(path))
+    return raw
+
+
+def _no_file(path: Path) -> Damaged:
+    said = f"{path} is no plain file: links and devices are not followed here; put back what stood there"
+    return Damaged("IO_ERROR", said, path=str(path))
+
+
 def fsync_dir(path: Path) -> None:
     """Returns when the names in a directory are on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -70,15 +107,21 @@ def make_dir(path: Path) -> None:
     fsync_dir(path.parent)
 
 
+def make_own_dir(path: Path) -> None:
+    """As `make_dir`, for a directory that others must not have put elsewhere: Damaged if it is a symbolic link."""
+    if path.is_symlink():
+        raise Damaged("IO_ERROR", f"{path} is a symbolic link: put back the directory that stood there", path=str(path))
+    make_dir(path)
+
+
 def write_json(path: Path, value: Json) -> None:
     """Replaces a file by a value, atomically and durably. NO_SPACE or IO_ERROR leave the old file as it was."""
     temporary = path.with_name(f".{path.name}.tmp")
-    body = {"format": FORMAT, "blake3": _digest(value), "value": value}
     with disk_errors(path):
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
+            fd = open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             with os.fdopen(fd, "wb") as file:
-                file.write(json.dumps(body, indent=1, sort_keys=True).encode() + b"\n")
+                file.write(sealed(value))
                 file.flush()
                 os.fsync(file.fileno())
             temporary.rename(path)
@@ -89,11 +132,22 @@ def write_json(path: Path, value: Json) -> None:
         fsync_dir(path.parent)
 
 
+def sealed(value: Json) -> bytes:
+    """A value as its file holds it."""
+    body = {"format": FORMAT, "blake3": _digest(value), "value": value}
+    return json.dumps(body, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def sealed_line(value: Json) -> bytes:
+    """A value as a line of a log."""
+    return json.dumps({"format": FORMAT, "blake3": _digest(value), "value": value}, sort_keys=True).encode() + b"\n"
+
+
 def read_json(path: Path) -> Json | None:
     """The value in a file, None if there is no such file; `Damaged("IO_ERROR")` if it cannot be trusted."""
     with disk_errors(path):
         try:
-            raw = path.read_bytes()
+            raw = read_own(path, VALUE_BYTES_MAX)
         except (FileNotFoundError, NotADirectoryError):
             return None
     value = _checked(raw)
@@ -114,9 +168,9 @@ def remove_file(path: Path) -> None:
 
 def append_log(path: Path, value: Json) -> None:
     """Adds a value to a log and returns when it is on the disk; a torn last line is cut off first."""
-    line = json.dumps({"format": FORMAT, "blake3": _digest(value), "value": value}, sort_keys=True).encode() + b"\n"
+    line = sealed_line(value)
     with disk_errors(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
+        fd = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             end = _sound_length(fd, path)
             os.ftruncate(fd, end)
@@ -137,7 +191,7 @@ def read_log(path: Path) -> list[Json]:
     """The values in a log, oldest first; empty if there is no file. `Damaged("IO_ERROR")` for a bad line within."""
     with disk_errors(path):
         try:
-            raw = path.read_bytes()
+            raw = read_own(path, LOG_BYTES_MAX)
         except (FileNotFoundError, NotADirectoryError):
             return []
     return [value for value, _end in _lines(raw, path)]
@@ -174,12 +228,15 @@ def _sound_length(fd: int, path: Path) -> int:
 def _checked(raw: bytes) -> Json | None:
     try:
         body = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(body, dict) or body.get("format") != FORMAT or not isinstance(body.get("value"), dict):
         return None
     value: Json = body["value"]
-    return value if body.get("blake3") == _digest(value) else None
+    try:
+        return value if body.get("blake3") == _digest(value) else None
+    except (ValueError, RecursionError):  # a number of thousands of digits, or nested too deeply to be written
+        return None
 
 
 def _digest(value: Json) -> str:

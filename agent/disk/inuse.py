@@ -150,7 +150,10 @@ def _open_modes(process: Path, stat: os.stat_result, besides_fd: int) -> Iterato
             # Sockets, pipes and the like, which are most, have no path.
             if not os.readlink(f"{process}/fd/{number}").startswith("/"):  # noqa: PTH115  # as above
                 continue
-            fields = dict(line.split(":", 1) for line in (process / "fdinfo" / number).read_text().splitlines()[:4])
+            fields = dict(
+                line.split(":", 1)
+                for line in (process / "fdinfo" / number).read_text(errors="replace").splitlines()[:4]
+            )
             if "ino" in fields and int(fields["ino"]) != stat.st_ino:
                 continue
             if os.path.samestat((process / "fd" / number).stat(), stat):
@@ -183,6 +186,6 @@ def _mapped_modes(process: Path, stat: os.stat_result) -> Iterator[bool]:
 
 def command_of(process: Path) -> str:
     try:
-        return (process / "comm").read_text().strip() or "?"
+        return (process / "comm").read_text(errors="replace").strip() or "?"
     except OSError:
         return "?"

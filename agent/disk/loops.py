@@ -7,6 +7,7 @@ looked for in every mount namespace that a process lives in, not only in ours.
 from __future__ import annotations
 
 import os
+import re
 import select
 import stat as modes
 import threading
@@ -18,6 +19,9 @@ from typing import Final
 from agent.disk import ioctl
 
 _BLOCK: Final = Path("/sys/block")
+_FIELDS_BEFORE: Final = 6
+_FIELDS_BEHIND: Final = 2
+_ESCAPED: Final = re.compile(r"\\(?!000)([0-3][0-7]{2})")
 _EVERY_BLOCK: Final = Path("/sys/class/block")  # partitions too
 
 
@@ -56,7 +60,7 @@ def loops_on(stat: os.stat_result) -> list[Device]:
     found = []
     for entry in sorted(_BLOCK.glob("loop*")):
         try:
-            backing = (entry / "loop" / "backing_file").read_text().removesuffix("\n")
+            backing = (entry / "loop" / "backing_file").read_text(errors="surrogateescape").removesuffix("\n")
         except OSError:
             continue
         device = Path("/dev") / entry.name
@@ -185,21 +189,30 @@ def mount_namespace(process: Path) -> str:
 
 
 def _parse(mountinfo: Path, root: Path) -> list[Mount]:
-    try:
-        lines = mountinfo.read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return []
     made = []
-    for line in lines:
-        fields = line.split(" ")
-        tail = fields[fields.index("-") + 1 :]
-        point = _plain(fields[4])
-        made.append(Mount(fields[2], _plain(fields[3]), point, _plain(tail[1]), root / point.lstrip("/")))
+    for fields, tail in mount_lines(mountinfo):
+        point = plain(fields[4])
+        made.append(Mount(fields[2], plain(fields[3]), point, plain(tail[1]), root / point.lstrip("/")))
     return made
 
 
-def _plain(field: str) -> str:
-    """Undoes the octal escapes of a mountinfo."""
-    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        field = field.replace(code, character)
-    return field
+def mount_lines(mountinfo: Path) -> Iterator[tuple[list[str], list[str]]]:
+    """The fields of each line, before and behind the dash; none if it cannot be read.
+
+    Whoever may mount in a namespace of his own chooses what stands there: only a new line ends a line, whatever else
+    Python takes for one, and a line that is none of a mountinfo is passed over.
+    """
+    try:
+        raw = mountinfo.read_bytes()
+    except OSError:
+        return
+    for line in raw.split(b"\n"):
+        before, dash, behind = os.fsdecode(line).partition(" - ")
+        fields, tail = before.split(" "), behind.split(" ")
+        if dash and len(fields) >= _FIELDS_BEFORE and len(tail) >= _FIELDS_BEHIND:
+            yield fields, tail
+
+
+def plain(field: str) -> str:
+    """Undoes the octal escapes of a mountinfo, and of a list of swap space."""
+    return _ESCAPED.sub(lambda found: os.fsdecode(bytes([int(found[1], 8)])), field)

@@ -10,10 +10,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
+
+import msgspec
 
 from agent.disk import dm
 from agent.disk.durable import disk_errors
@@ -27,6 +28,14 @@ _FIELDS: Final = (
     "vg_uuid,vg_extent_size,lv_name,lv_uuid,lv_size,lv_attr,lv_tags,thin_id,origin,pool_lv,segtype,chunk_size,zero,"
     "discards,lv_when_full"
 )
+
+
+class _Volumes(msgspec.Struct):
+    lv: list[dict[str, str]]
+
+
+class _Report(msgspec.Struct):
+    report: list[_Volumes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,27 +100,33 @@ def look(group: str) -> Group | None:
         if f'Volume group "{group}" not found' in done.stderr:
             return None
         raise _failed(done)
-    rows = _rows(done)
+    return parse_report(group, done.stdout)
+
+
+def parse_report(group: str, text: str) -> Group:
+    """What `lvs --reportformat json` prints of a group; Damaged("IO_ERROR") if that is not understood."""
+    rows = _rows(text)
     if not rows:
         return Group(group, "", 0, ())
     try:
         volumes = tuple(_volume(group, row) for row in rows)
         return Group(group, rows[0]["vg_uuid"], int(rows[0]["vg_extent_size"]), volumes)
-    except (KeyError, ValueError, IndexError) as error:
+    except (LookupError, ValueError) as error:
         raise Damaged("IO_ERROR", f"lvs {group} answers what is not understood here: {error!r}") from error
 
 
-def _rows(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+def _rows(text: str) -> list[dict[str, str]]:
+    """Every value in it is a text, whatever it means."""
     try:
-        rows = json.loads(done.stdout)["report"][0]["lv"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise Damaged("IO_ERROR", f"lvs answers no JSON report: {done.stdout[:200]!r}") from error
-    if not isinstance(rows, list):
+        reports = msgspec.json.decode(text, type=_Report).report
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise Damaged("IO_ERROR", f"lvs answers no JSON report: {text[:200]!r}: {error}") from error
+    if not reports:
         raise Damaged("IO_ERROR", "lvs answers a report without logical volumes")
-    return rows
+    return reports[0].lv
 
 
-def _volume(group: str, row: dict[str, Any]) -> Lv:
+def _volume(group: str, row: dict[str, str]) -> Lv:
     attributes, kind = row["lv_attr"], row["segtype"]
     uuid = row["lv_uuid"]
     layer = "-tpool" if kind == "thin-pool" else ""

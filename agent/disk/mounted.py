@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from agent.disk.loops import mount_namespace
+from agent.disk.loops import mount_lines, mount_namespace, plain
 
 _HEX: Final = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) [1-9]", re.MULTILINE)
 
@@ -54,16 +54,10 @@ def _all(source: str) -> Iterator[Place]:
 
 
 def _parse(mountinfo: Path, source: str, *, own: bool) -> Iterator[Place]:
-    try:
-        lines = mountinfo.read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        fields = line.split(" ")
-        end = fields.index("-")
-        if len(fields) > end + 2 and _plain(fields[end + 2]) == source:
-            linked = any(field.startswith(("shared:", "master:")) for field in fields[6:end])
-            yield Place(fields[0], fields[2], _plain(fields[3]), _plain(fields[4]), own, linked)
+    for fields, tail in mount_lines(mountinfo):
+        if plain(tail[1]) == source:
+            linked = any(field.startswith(("shared:", "master:")) for field in fields[6:])
+            yield Place(fields[0], fields[2], plain(fields[3]), plain(fields[4]), own, linked)
 
 
 def users(where: Iterable[Place]) -> tuple[str, ...]:
@@ -120,7 +114,7 @@ def _has_open_on(process: Path, where: list[Place]) -> bool:
         return False
     for number in numbers:
         try:
-            text = (process / "fdinfo" / number).read_text()
+            text = (process / "fdinfo" / number).read_text(errors="replace")
         except OSError:
             continue
         if any(line.startswith("mnt_id:") and line[7:].strip() in ids for line in text.splitlines()):
@@ -140,7 +134,7 @@ def _has_mapped(process: Path, where: list[Place]) -> bool:
 def _loops(where: list[Place]) -> Iterator[str]:
     for entry in sorted(Path("/sys/block").glob("loop*")):
         try:
-            backing = (entry / "loop" / "backing_file").read_text().removesuffix("\n")
+            backing = (entry / "loop" / "backing_file").read_text(errors="surrogateescape").removesuffix("\n")
         except OSError:
             continue
         if _below(backing, where):
@@ -149,11 +143,6 @@ def _loops(where: list[Place]) -> Iterator[str]:
 
 def _command(process: Path) -> str:
     try:
-        return (process / "comm").read_text().strip() or "?"
+        return (process / "comm").read_text(errors="replace").strip() or "?"
     except OSError:
         return "?"
-
-
-def _plain(text: str) -> str:
-    """Undoes the octal escapes of a mountinfo."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

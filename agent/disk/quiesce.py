@@ -20,16 +20,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from agent.disk import freeze, ioctl, loops
 from agent.disk.durable import read_json, remove_file, write_json
+from agent.stored import typed
 from resilver.lineage import Consistency
 
 FREEZE_MAX_S: Final = 10.0
 _ANSWER_MAX_S: Final = 30.0
 _ANSWER_BYTES_MAX: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Frozen:
+    """What is written down of mounts that are frozen."""
+
+    mounts: tuple[str, ...]
 
 
 class _Helper:
@@ -205,7 +214,7 @@ def thaw_recorded(record: Path) -> None:
     left = read_json(record)
     if left is None:
         return
-    for mount in left["mounts"]:
+    for mount in typed(record, left, _Frozen).mounts:
         with contextlib.suppress(OSError):
             fd = os.open(mount, os.O_RDONLY | os.O_DIRECTORY)
             try:

@@ -19,7 +19,8 @@ class FileReader:
 
     def __init__(self, path: Path, node: Path | None = None, size_bytes: int | None = None) -> None:
         self._path = path
-        self._fd = os.open(node or path, os.O_RDONLY | os.O_CLOEXEC)
+        # What stands in our own directories is what it is called, and no link to anything else.
+        self._fd = os.open(node or path, os.O_RDONLY | os.O_CLOEXEC | (0 if node else os.O_NOFOLLOW))
         self.size_bytes = os.fstat(self._fd).st_size if size_bytes is None else size_bytes
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 

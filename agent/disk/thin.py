@@ -39,6 +39,7 @@ LOCK_MAX_S: Final = 120.0
 FOREIGN_MAX_S: Final = 10.0
 TOOL_MAX_S: Final = 600.0
 RANGES_MAX: Final = 8_000_000
+CHUNKS_MAX: Final = 1 << 48
 SECTOR_BYTES: Final = 512
 
 SAME: Final = 0
@@ -173,7 +174,7 @@ def _release_ours(pool: Pool) -> bool:
     held = pool.status().held_root
     marked = read_json(pool.marker)
     if marked is not None:
-        if held and marked["pool"] == pool.lv.uuid and marked["root"] in {0, held}:
+        if held and marked.get("pool") == pool.lv.uuid and marked.get("root") in (0, held):
             _release(pool)
             held = 0
         remove_file(pool.marker)
@@ -310,6 +311,8 @@ def parse(out: IO[bytes], row_of: RowOf, tool: str, until: float) -> Chunks:
         except (KeyError, ValueError) as error:
             raise Damaged("IO_ERROR", f"{tool}: <{tag}> is not understood: {error!r}") from error
         if row is not None:
+            if max(row[:2]) > CHUNKS_MAX:
+                raise Damaged("IO_ERROR", f"{tool}: <{tag}> is beyond every pool: {fields}")
             begins.append(row[0])
             lengths.append(row[1])
             kinds.append(row[2])

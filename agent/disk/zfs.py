@@ -57,6 +57,7 @@ _COLUMNS: Final = (
     "sharenfs",
     "sharesmb",
 )
+_DIGITS_MAX: Final = 20
 _PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -180,7 +181,11 @@ def brief(raw: bytes) -> str:
 @functools.cache
 def features() -> Features:
     """Reads what the usage texts offer, once for each process."""
-    send, receive, properties = (_usage(verb) for verb in ("send", "receive", "get"))
+    return parse_usages(*(_usage(verb) for verb in ("send", "receive", "get")))
+
+
+def parse_usages(send: str, receive: str, properties: str) -> Features:
+    """What the usage texts of `zfs send`, `receive` and `get` offer."""
     can_send, can_receive = _letters(send), _letters(receive)
     return Features(
         written=re.search(r"^\s+written\s", properties, re.MULTILINE) is not None,
@@ -256,16 +261,21 @@ def get(name: str, prop: str) -> str:
 def local_properties(name: str) -> dict[str, str]:
     """The properties that were set on a file system itself, or came with a stream that another tool received."""
     text = run("zfs", "get", "-Hp", "-s", "local,received", "-o", "name,property,value,source", "all", name)
-    rows = (line.split("\t") for line in text.splitlines())
+    rows = (line.split("\t") for line in text.split("\n"))
     return {row[1]: row[2] for row in rows if len(row) == 4 and row[0] == name}
 
 
 def _get(names: tuple[str, ...], properties: tuple[str, ...], *how: str) -> dict[str, Dataset]:
     asked = ",".join((*_COLUMNS, *properties))
-    text = run("zfs", "get", "-Hp", *how, "-o", "name,property,value,source", asked, *names)
+    return parse_get(run("zfs", "get", "-Hp", *how, "-o", "name,property,value,source", asked, *names))
+
+
+def parse_get(text: str) -> dict[str, Dataset]:
+    """What `zfs get -Hp -o name,property,value,source` prints, by name; what is no such line is passed over."""
     values: dict[str, dict[str, str]] = {}
     own: dict[str, dict[str, str]] = {}
-    for line in text.splitlines():
+    # By new lines alone: the value of a property may hold what else Python takes for the end of a line.
+    for line in text.split("\n"):
         row = line.split("\t")
         if len(row) != 4 or "#" in row[0]:  # a bookmark is no snapshot
             continue
@@ -278,7 +288,7 @@ def _get(names: tuple[str, ...], properties: tuple[str, ...], *how: str) -> dict
 def _dataset(name: str, value: dict[str, str], own: dict[str, str]) -> Dataset:
     def number(key: str) -> int:
         text = value.get(key, "-")
-        return int(text) if text.isascii() and text.isdigit() else 0
+        return int(text) if text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX else 0
 
     shares = [f"{key}={value[key]}" for key in ("sharenfs", "sharesmb") if value.get(key, "off") not in {"off", "-"}]
     return Dataset(

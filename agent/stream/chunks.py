@@ -15,8 +15,11 @@ import numpy.typing as npt
 
 from agent.delta import DeltaMap
 from agent.stream.frame import PAYLOAD_BYTES_MAX
+from resilver.errors import Exhausted
 
 CHUNK_BYTES_MAX: Final = PAYLOAD_BYTES_MAX
+CHUNKS_MAX: Final = 1 << 28
+"""256 TiB of data; each takes a byte of memory while a transfer runs."""
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -32,6 +35,10 @@ class ChunkTable:
     @classmethod
     def of(cls, delta: DeltaMap) -> ChunkTable:
         counts = np.where(delta.zeros, 1, -(-delta.lengths // CHUNK_BYTES_MAX))
+        count = int(counts.sum())
+        if count > CHUNKS_MAX:
+            said = f"a delta of {count:,} chunks of 1 MiB; at most {CHUNKS_MAX:,} are taken in one transfer"
+            raise Exhausted("TOO_LARGE", said)
         first = np.zeros(len(delta) + 1, dtype=np.int64)
         np.cumsum(counts, out=first[1:])
         return cls(delta, first)

@@ -122,6 +122,10 @@ class Connection:
         self.life: Final = LifeSign(accepted)
         self.thread: Final = threading.Thread(target=self._run, name=f"stream-{peer}", daemon=True)
 
+    @property
+    def host(self) -> str:
+        return self._peer.host
+
     def finish(self) -> None:
         """Wakes a connection that waits for requests; one that is sending finishes its buffer first."""
         with contextlib.suppress(OSError):

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from agent.delta import DeltaMap
-from agent.disk.durable import disk_errors
+from agent.disk.durable import disk_errors, open_own
 from agent.stream.chunks import CHUNK_BYTES_MAX, Bools, ChunkTable, Ints
 from agent.stream.frame import NO_DIGEST
 from agent.stream.mapfile import JournalKey, load_map, replace_file, save_map, write_all
@@ -92,7 +92,8 @@ class Journal:
         with disk_errors(path):
             if _first_bytes(path) != head:
                 replace_file(path, lambda fd: write_all(fd, head))
-            journal = cls(path, os.open(path, os.O_RDWR | os.O_CLOEXEC), key, ChunkTable.of(delta))
+            table = ChunkTable.of(delta)
+            journal = cls(path, open_own(path, os.O_RDWR), key, table)
         try:
             journal._read()
         except BaseException:
@@ -188,7 +189,7 @@ class Journal:
 
 def _first_bytes(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
             return file.read(_HEAD_BYTES)
     except FileNotFoundError:
         return b""

@@ -20,7 +20,9 @@ import numpy as np
 from blake3 import blake3
 
 from agent.delta import DeltaMap
-from agent.disk.durable import disk_errors, fsync_dir
+from agent.disk.durable import disk_errors, fsync_dir, open_own, read_own
+
+MAP_BYTES_MAX: Final = 128 << 20
 
 _MAGIC: Final = b"RSVM"
 _VERSION: Final = 1
@@ -76,7 +78,7 @@ def load_map(path: Path) -> tuple[JournalKey, DeltaMap] | None:
     """The map in a file with the key that it belongs to; None if there is none that can be trusted."""
     with disk_errors(path):
         try:
-            raw = path.read_bytes()
+            raw = read_own(path, MAP_BYTES_MAX)
         except FileNotFoundError:
             return None
     try:
@@ -89,7 +91,7 @@ def replace_file(path: Path, write: Callable[[int], None]) -> None:
     """Makes a file by what `write` puts into its descriptor: the whole of it under that name, or nothing."""
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             write(fd)
             os.fsync(fd)

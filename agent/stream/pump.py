@@ -23,7 +23,14 @@ from blake3 import blake3
 
 from agent.backends.base import SendStream
 from agent.stream import frame as frames
-from agent.stream.frame import HEADER_BYTES, PAYLOAD_BYTES_MAX, Kind, StreamEnd, StreamWish
+from agent.stream.frame import (
+    HEADER_BYTES,
+    PAYLOAD_BYTES_MAX,
+    VOLUME_BYTES_MAX,
+    Kind,
+    StreamEnd,
+    StreamWish,
+)
 from agent.stream.group import seal
 from agent.stream.lifesign import WAIT_S
 from agent.stream.packing import Packer
@@ -35,6 +42,7 @@ STOP_LOOK_S: Final = 0.5
 ENDING_S: Final = 5.0
 FORMATS_MAX: Final = 16
 TOKEN_CHARS_MAX: Final = 16_384
+CHAIN_CHARS_MAX: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +146,8 @@ def check_wish(wish: StreamWish) -> None:
     """Raises Invalid for a wish that nobody can have."""
     check_texts(wish.formats, "stream.formats", FORMATS_MAX)
     check_text(wish.token, "stream.token", chars_max=TOKEN_CHARS_MAX)
-    if wish.offset < 0 or wish.offset % PAYLOAD_BYTES_MAX:
+    check_text(wish.chain, "stream.chain", chars_max=CHAIN_CHARS_MAX)
+    if not 0 <= wish.offset <= VOLUME_BYTES_MAX or wish.offset % PAYLOAD_BYTES_MAX:
         raise Invalid("INVALID_FIELD", f"stream.offset is {wish.offset}, no multiple of 1 MiB", field="stream.offset")
 
 

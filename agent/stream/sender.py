@@ -2,7 +2,8 @@
 
 * What a connection may do, and how long for, is in `connection.py`.
 * So many runs at once, `runs_max`, however many connections each of them has: what is beyond is told so and closed. So
-  is a connection beyond `CONNECTIONS_MAX`, whoever it is of.
+  is a connection beyond `CONNECTIONS_MAX`, whoever it is of, or beyond `HOST_CONNECTIONS_MAX` of one host: half of all,
+  so that one that says nothing leaves room for the others.
 * `stop` lets each connection finish the buffer that it is sending, says BYE, and cuts what is left at its deadline; a
   connection that waits at the throttle is cut at once.
 """
@@ -30,6 +31,7 @@ from resilver.errors import Exhausted, Invalid
 
 RUNS_MAX: Final = 32
 CONNECTIONS_MAX: Final = 256
+HOST_CONNECTIONS_MAX: Final = 128
 RUN_CONNECTIONS_MAX: Final = 8
 IDLE_TIMEOUT_S: Final = 60.0
 HELLO_TIMEOUT_S: Final = 10.0
@@ -51,6 +53,7 @@ class BlockServer:
         *,
         runs_max: int = RUNS_MAX,
         connections_max: int = CONNECTIONS_MAX,
+        host_connections_max: int = HOST_CONNECTIONS_MAX,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
         hello_timeout_s: float = HELLO_TIMEOUT_S,
         wait_s: float = WAIT_S,
@@ -62,6 +65,7 @@ class BlockServer:
         self._authorize = authorize
         self._runs_max = runs_max
         self._connections_max = connections_max
+        self._host_connections_max = host_connections_max
         self._idle_timeout_s = idle_timeout_s
         self._hello_timeout_s = hello_timeout_s
         self._wait_s = wait_s
@@ -139,12 +143,11 @@ class BlockServer:
     def _admit(self, accepted: socket.socket, peer: Address) -> None:
         connection = Connection(self, accepted, peer)
         with self._lock:
-            full = len(self._connections) >= self._connections_max
-            if not full:
+            message = self._full(peer.host)
+            if not message:
                 self._connections.add(connection)
-        if full:
-            log.warning("stream.too_many_connections", peer=str(peer), connections_max=self._connections_max)
-            message = f"this node serves {self._connections_max} connections already"
+        if message:
+            log.warning("stream.too_many_connections", peer=str(peer), why=message)
             if self.tls is None:
                 connection.refuse(Exhausted("TOO_MANY_RESYNCS", message), timeout_s=0.0)
             accepted.close()
@@ -155,6 +158,14 @@ class BlockServer:
             log.warning("stream.accept_failed", error=str(error))
             self.ended(connection)
             accepted.close()
+
+    def _full(self, host: str) -> str:
+        """Why no more connections of a host are taken; empty if one is. The lock is held."""
+        if len(self._connections) >= self._connections_max:
+            return f"this node serves {self._connections_max} connections already"
+        if sum(one.host == host for one in self._connections) >= self._host_connections_max:
+            return f"this node serves {self._host_connections_max} connections of {host} already"
+        return ""
 
     def ended(self, connection: Connection) -> None:
         with self._lock:

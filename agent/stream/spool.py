@@ -17,7 +17,8 @@ from typing import Final
 
 from blake3 import blake3
 
-from agent.disk.durable import Json, disk_errors, read_json, remove_file, write_json
+from agent.disk.durable import Json, disk_errors, open_own, read_json, remove_file, write_json
+from agent.stored import typed
 from agent.stream.frame import PAYLOAD_BYTES_MAX, extend_chain
 from resilver.errors import Refused, ResilverError
 
@@ -108,8 +109,8 @@ class Spool:
             return None
         try:
             value: Json | None = read_json(self._about)
-            return StreamKey(**value) if value is not None else None
-        except (ResilverError, TypeError):
+            return typed(self._about, value, StreamKey) if value is not None else None
+        except ResilverError:
             return None
 
     def _open(self, flags: int) -> None:
@@ -117,7 +118,7 @@ class Spool:
         with contextlib.ExitStack() as stack:
             fds = []
             for path in (self._data, self._chain):
-                fds.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
+                fds.append(open_own(path, flags))
                 stack.callback(os.close, fds[-1])
             stack.pop_all()
         self._fds = (fds[0], fds[1])

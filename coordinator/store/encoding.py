@@ -36,7 +36,9 @@ def decode(key: str, value: bytes) -> Json:
     """Raises `Damaged("IO_ERROR")` that names the record."""
     try:
         decoded = json.loads(value)
-    except ValueError:
+        # Half a character and an infinite number can be read, but never be written again, nor told to anybody.
+        encode(decoded)
+    except (TypeError, ValueError, RecursionError):
         decoded = None
     if not isinstance(decoded, dict):
         raise Damaged("IO_ERROR", f"the store's record {key} is no JSON object; somebody else has written it", key=key)
@@ -89,7 +91,7 @@ def decode_leader(value: bytes) -> Leader:
             leader_id=str(fields["leader_id"]),
             version=str(fields.get("version", "")),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Damaged("IO_ERROR", f"the store's leader record cannot be read: {error!r}", key=LEADER) from error
 
 

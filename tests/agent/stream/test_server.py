@@ -239,6 +239,18 @@ def _of_run(resync):
     return frames.encode_hello(dataclasses.replace(HELLO, resync_id=resync))
 
 
+def test_one_host_leaves_room_for_others(image):
+    """Whoever says nothing holds a place until its deadline: not all of them are one host's."""
+    with serving(image, host_connections_max=2) as server, Client(server.port) as first, Client(server.port):
+        first.greeted()
+        with Client(server.port) as third:
+            assert third.refusal() == "TOO_MANY_RESYNCS"
+        with Client(server.port, "127.0.0.1") as again:
+            assert again.refusal() == "TOO_MANY_RESYNCS"
+        first.say(frames.encode_request([(0, 10)]))
+        assert first.hear() is not None
+
+
 def test_a_run_counts_once_however_many_connections_it_has(image):
     with serving(image, runs_max=2) as server:
         with Client(server.port) as first, Client(server.port) as again, Client(server.port) as other:
