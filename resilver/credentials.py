@@ -168,6 +168,9 @@ class Credentials:
         for context in (listening, dialling):
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.verify_mode = ssl.CERT_REQUIRED
+            # What is sent has ends of its own, so that an end without a word takes nothing away; and whoever stops to
+            # listen, as a server does that is told to end, can still say why.
+            context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
             try:
                 context.load_verify_locations(cadata=ca.decode("ascii"))
             except (ssl.SSLError, ValueError) as error:

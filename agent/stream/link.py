@@ -25,6 +25,7 @@ from resilver.errors import Damaged, Forbidden, Refused, ResilverError, Unauthen
 
 TICK_S: Final = 0.25
 CONNECT_TIMEOUT_S: Final = 5.0
+GATHER_BYTES: Final = 1 << 20
 
 # `tcpi_min_rtt` of struct tcp_info (linux/tcp.h), in microseconds: what queues at either end is not in it.
 _RTT_US: Final = struct.Struct("=I")
@@ -138,7 +139,10 @@ class Link:
         started = time.monotonic()
         count = -1
         try:
-            count = self._socket.recv_into(self._share.room(self._buffer.space()))
+            room = self._share.room(self._buffer.space())
+            count = self._socket.recv_into(room)
+            if count > 0 and self._source.tls is not None:
+                count += self._at_hand(room[count:GATHER_BYTES])
         except TimeoutError:
             pass
         except OSError as error:
@@ -159,6 +163,22 @@ class Link:
             self.paying = False
         if self._silent_s >= self._silence_timeout_s:
             raise SourceFailed(Verdict.AWAY, self._silent())
+
+    def _at_hand(self, room: memoryview) -> int:
+        """Reads what has come already. TLS gives a record of 16 KiB at a time, and a look at each would cost more."""
+        count = 0
+        self._socket.settimeout(0)
+        try:
+            while count < len(room):
+                more = self._socket.recv_into(room[count:])
+                if not more:
+                    break
+                count += more
+        except OSError:
+            pass  # nothing more now, or an end, which the next wait meets
+        finally:
+            self._socket.settimeout(TICK_S)
+        return count
 
     def next(self) -> Frame | None:
         """The next frame that has come whole; its payload is not looked at yet."""

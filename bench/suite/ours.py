@@ -11,11 +11,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from msgspec import to_builtins
 
 from agent.backends.base import NewSnapshot
 from agent.backends.image import ImageBackend
@@ -32,6 +34,8 @@ from bench.suite.limit import rehearsal
 from bench.suite.measure import Used
 from bench.suite.workers import Pair, answer, orders
 from resilver.address import Address
+from resilver.config import Tls
+from resilver.credentials import Credentials
 from resilver.lineage import ConsistencyPoint
 
 VOLUME: Final = "vm1"
@@ -79,8 +83,12 @@ class Ours:
         "the agent's block stream between two processes: digests, journal, syncs; then every changed range is read back"
     )
 
-    def __init__(self, source: Replica, target: Replica, base: str, goal: str, ranges: Path) -> None:
+    def __init__(
+        self, source: Replica, target: Replica, base: str, goal: str, ranges: Path, *, tls: Sequence[Tls] = ()
+    ) -> None:
+        """`tls`: who the source is, and who the target; without it they speak in plaintext."""
         self._source, self._target = source, target
+        self._tls = [to_builtins(files) for files in tls] or [None, None]
         self._base, self._goal, self._ranges = base, goal, ranges
         self._pair: Pair | None = None
 
@@ -89,10 +97,10 @@ class Ours:
 
     def before(self) -> None:
         pair = self._pair = Pair(_MODULE)
-        self._port = pair.serve.tell(directory=str(self._source.directory))["port"]
+        self._port = pair.serve.tell(directory=str(self._source.directory), tls=self._tls[0])["port"]
         size = self._source.data(self._goal).stat().st_size
         what = {"base": self._base, "target": self._goal, "size": size, "ranges": str(self._ranges)}
-        pair.receive.tell(directory=str(self._target.directory), rehearse_from=self._port, **what)
+        pair.receive.tell(directory=str(self._target.directory), rehearse_from=self._port, tls=self._tls[1], **what)
 
     def run(self) -> Used:
         assert self._pair is not None, "before comes first"
@@ -117,7 +125,8 @@ def delta_of(ranges: Path, size_bytes: int) -> DeltaMap:
 def serving() -> None:
     """Serves every snapshot that is asked for, until its input ends."""
     for order in orders():
-        server = BlockServer(Address("127.0.0.1", 0), serving_of(Replica(Path(order["directory"])).backend))
+        backend = Replica(Path(order["directory"])).backend
+        server = BlockServer(Address("127.0.0.1", 0), serving_of(backend), tls=credentials(order))
         server.start()
         answer(port=server.port)
 
@@ -129,19 +138,25 @@ def serving_of(backend: ImageBackend) -> Authorize:
 def receiving() -> None:
     """Is told the delta and opens a stage for it, is told the port and goes."""
     opened: dict[str, Any] = {}
+    tls: Credentials | None = None
     for order in orders():
         if "directory" in order:
-            backend = Replica(Path(order["directory"])).backend
+            backend, tls = Replica(Path(order["directory"])).backend, credentials(order)
             # A rehearsal, in a stage of its own, so that the program itself is in memory.
             rehearsed = prepared(backend, order, rehearsal(Path(order["ranges"])))
-            moved(order["rehearse_from"], **rehearsed)
+            moved(order["rehearse_from"], tls, **rehearsed)
             for each in ("journal", "stage"):
                 rehearsed[each].close()
             backend.discard_stage()
             opened = prepared(backend, order, Path(order["ranges"]))
             answer()
             continue
-        answer(**moved(order["port"], **opened))
+        answer(**moved(order["port"], tls, **opened))
+
+
+def credentials(order: dict[str, Any]) -> Credentials | None:
+    """Who this process is, if it is anybody."""
+    return Credentials(Tls(**order["tls"])) if order["tls"] else None
 
 
 def prepared(backend: ImageBackend, order: dict[str, Any], ranges: Path) -> dict[str, Any]:
@@ -152,14 +167,14 @@ def prepared(backend: ImageBackend, order: dict[str, Any], ranges: Path) -> dict
     return {"stage": stage, "delta": delta, "journal": journal}
 
 
-def moved(port: int, stage: Any, delta: DeltaMap, journal: Journal) -> dict[str, float]:
+def moved(port: int, tls: Credentials | None, stage: Any, delta: DeltaMap, journal: Journal) -> dict[str, float]:
     """The transfer and the read-back, and how long each took."""
     begun = time.perf_counter()
     received = receive(
         stage,
         delta,
         journal,
-        [SourceAddress("a", "127.0.0.1", port)],
+        [SourceAddress("a", "127.0.0.1", port, tls)],
         Hello("ticket", "resync", VOLUME, stage.target, "b"),
         on_progress=_unheard,
         stop=threading.Event(),
