@@ -67,6 +67,7 @@ class Client:
         self._tls = tls
         self._timeout_s = timeout_s
         self._channels: dict[str, aio.Channel] = {}
+        self._number = 0
 
     async def __aenter__(self) -> Self:
         return self
@@ -164,7 +165,13 @@ class Client:
 
     async def _connected(self, address: str) -> aio.Channel:
         """A channel that is ready; a refused connection is known at once, a silent one after a bound."""
+        number = 0 if self._tls is None else self._tls.number
         channel = self._channels.get(address)
+        if channel is not None and number != self._number:
+            # What watches for weeks outlives its certificate's files.
+            await self._channels.pop(address).close()
+            channel = None
+        self._number = number
         if channel is None:
             channel = self._channels[address] = rpc.make_channel(address, tls=self._tls)
         bound_s = min(CONNECT_TIMEOUT_S, self._timeout_s or CONNECT_TIMEOUT_S)

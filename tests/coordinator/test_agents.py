@@ -30,7 +30,7 @@ from coordinator.core.orders import (
     TakeSnapshots,
 )
 from resilver.address import Address
-from resilver.errors import Exhausted, Invalid, Refused, Superseded, Unavailable
+from resilver.errors import Exhausted, Invalid, Refused, ResilverError, Superseded, Unavailable
 from resilver.lineage import ConsistencyPoint, Snapshot
 from resilver.rpc import bind, make_channel, make_server
 from resilver.v1 import agent_pb2, agent_pb2_grpc
@@ -60,6 +60,7 @@ class Agent(agent_pb2_grpc.AgentServicer):
         self.raises: Exception | None = None
         self.hangs = False
         self.hanging = asyncio.Semaphore(0)
+        self.go_on = asyncio.Event()
         self.answer: object = None
 
     async def _obey(self, request, answer):
@@ -68,7 +69,7 @@ class Agent(agent_pb2_grpc.AgentServicer):
             raise self.raises
         if self.hangs:
             self.hanging.release()
-            await asyncio.Event().wait()
+            await self.go_on.wait()
         return self.answer if self.answer is not None else answer
 
     async def OpenEpoch(self, request, context):  # noqa: N802 - the protocol's name
@@ -260,6 +261,24 @@ async def test_one_channel_for_an_address_and_idle_ones_are_closed():
     assert dial.open == ["127.0.0.1:2"]
     await agents.close()
     assert dial.open == []
+
+
+async def test_new_certificate_files_make_new_channels_and_cut_no_call():
+    number = 1
+    async with served() as (agent, address, _agents):
+        dial = Dialled()
+        agents = Agents(dial, clock=lambda: 0.0, number=lambda: number)
+        await give(agents, address)
+        agent.hangs = True
+        waiting = asyncio.create_task(give(agents, address))
+        await asyncio.wait_for(agent.hanging.acquire(), 20)
+        agent.hangs, number = False, 2
+        assert not isinstance(await give(agents, address), ResilverError)
+        assert (dial.count, len(dial.open)) == (2, 2)
+        agent.go_on.set()
+        assert not isinstance(await waiting, ResilverError)
+        assert (dial.count, len(dial.open)) == (2, 1)
+        await agents.close()
 
 
 async def test_the_number_of_channels_is_bounded():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 import ssl
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -220,6 +224,35 @@ def test_who_has_the_right_name_is_let_in(stage: Stage) -> None:
         assert stage.call("a", stage.files(who), "Health", "Check", health_pb2.HealthCheckRequest()) == LET_IN
     for port in ("c1", "a", "a-stream"):
         assert stage.handshake(port, ssl.TLSVersion.TLSv1_3) == f"{LET_IN} by TLSv1.3"
+
+
+def test_who_does_not_say_who_it_is_is_not_kept_waiting_for(stage: Stage) -> None:
+    """Half a handshake, or none: each of the ports ends it by itself."""
+    waiting = [
+        (port, said, socket.create_connection(("127.0.0.1", stage.cluster.ports[port]), timeout=60))
+        for port in ("c1", "a", "a-stream")
+        for said in (b"", b"\x16\x03\x01\x02\x00\x01\x00")
+    ]
+    for port, said, stranger in waiting:
+        with stranger:
+            stranger.sendall(said)
+            with contextlib.suppress(ConnectionResetError):
+                assert len(stranger.recv(64)) < 64, f"{port}: an alert at most"
+
+
+def test_the_command_is_told_what_it_may_lack(stage: Stage) -> None:
+    at = f"127.0.0.1:{stage.cluster.ports['c1']}"
+    node = stage.files("node/b")
+    assert node is not None
+    for words, says in (
+        ([], "name yours with --tls-ca, --tls-cert and --tls-key"),
+        (["--tls-ca", node.ca], "--tls-cert is missing"),
+        (["--tls-ca", node.ca, "--tls-cert", node.cert, "--tls-key", node.key], "it is for operator or viewer"),
+    ):
+        command = [sys.executable, "-m", "resilver.cli.main", "--coordinator", at, *words, "status"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode in {1, 2, 4}
+        assert says in done.stderr
 
 
 def test_a_ticket_that_was_taken_back_is_worth_nothing(stage: Stage) -> None:
