@@ -175,7 +175,7 @@ class LvmKind(Kind):
     by_calls = False
     slow = True
     odd_name = "Büro №1, data"
-    full_size_bytes = 160 << 20
+    full_size_bytes = 1 << 30
     uses = (
         Use("writer", lambda replica: process("writer", replica.path), writes=True),
         Use("reader", lambda replica: process("reader", replica.path), writes=False),
@@ -227,9 +227,10 @@ class LvmGround(Ground):
     def fill(self, node: str) -> None:
         run("lvcreate", "-V", f"{self.size_bytes}b", "-n", f"{self.name}-filler", "--thinpool", self.pool(node), GROUP)
         fd = os.open(f"/dev/{GROUP}/{self.name}-filler", os.O_WRONLY | os.O_SYNC)
-        with contextlib.suppress(OSError):
-            while True:
-                os.write(fd, b"\xff" * CHUNK)
+        for step_bytes in (16 * CHUNK, CHUNK):
+            with contextlib.suppress(OSError):
+                while True:
+                    os.write(fd, b"\xff" * step_bytes)
         os.close(fd)
 
     def make_room(self, node: str) -> None:
