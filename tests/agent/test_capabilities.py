@@ -6,9 +6,10 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def listed(text: str) -> list[str]:
 
 
 OF_IMAGE = listed(AGENT.split("# ---- capabilities, for `image`", 1)[1].split("# ---- for `btrfs`", 1)[0])
+OF_BTRFS = listed(AGENT.split("# ---- for `btrfs`", 1)[1].split("# ---- for `lvm-thin`", 1)[0])
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
@@ -95,17 +97,19 @@ def test_without_any_one_of_them_something_fails() -> None:
 
 
 class Bounded(Cluster):
-    """A cluster whose agents have the capabilities of the unit, and no others."""
+    """A cluster whose agents have these capabilities, and no others."""
+
+    rights: Sequence[str] = OF_IMAGE
 
     def within(self, name: str, command: list[str]) -> list[str]:
         if name not in ("a", "b"):
             return command
-        bound = ",".join(["-all", *(f"+{one.removeprefix('CAP_').lower()}" for one in OF_IMAGE)])
+        bound = ",".join(["-all", *(f"+{one.removeprefix('CAP_').lower()}" for one in self.rights)])
         return ["setpriv", f"--bounding-set={bound}", "--inh-caps=-all", *command]
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
+def cluster(tmp_path: Path) -> Iterator[Bounded]:
     made = Bounded(tmp_path, "sqlite")
     try:
         made.start_coordinator()
@@ -150,4 +154,43 @@ def test_an_agent_mirrors_another_users_image_under_exactly_these(cluster: Clust
         finally:
             holder.kill()
             holder.wait()
+        cluster.close()
+
+
+def tree_with_everything(tree: Path) -> None:
+    """A subvolume with what takes a right to be made."""
+    subprocess.run(["btrfs", "-q", "subvolume", "create", tree], check=True, timeout=30)
+    for name, mode in (("file", 0o600), ("set-id", 0o6755), ("capable", 0o755)):
+        (tree / name).write_bytes(os.urandom(64 << 10))
+        os.chown(tree / name, OWNER, OWNER)
+        (tree / name).chmod(mode)
+    os.mknod(tree / "null", 0o20666, os.makedev(1, 3))
+    os.setxattr(tree / "file", "trusted.word", b"1")
+    os.setxattr(tree / "capable", "security.capability", struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0))
+
+
+def seen_in(tree: Path) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for path in sorted(tree.iterdir()) if tree.is_dir() else ():
+        at = path.lstat()
+        attributes = {name: os.getxattr(path, name) for name in os.listxattr(path)}
+        content = path.read_bytes() if path.is_file() else b""
+        found[path.name] = (at.st_mode, at.st_uid, at.st_gid, at.st_rdev, attributes, content)
+    return found
+
+
+@needs_root
+@pytest.mark.parametrize("missing", ["", *OF_BTRFS])
+def test_an_agent_mirrors_a_tree_under_these_and_not_with_one_less(cluster: Bounded, missing: str) -> None:
+    cluster.rights = [one for one in (*OF_IMAGE, *OF_BTRFS) if one != missing]
+    with mounted("btrfs", 1 << 30) as disk:
+        for node in ("a", "b"):
+            (disk / node).mkdir()
+        tree, copy = disk / "a" / "data", disk / "b" / "data"
+        tree_with_everything(tree)
+        for node in ("a", "b"):
+            cluster.start_agent(node, {"data": disk / node / "data"}, backend="btrfs")
+        cluster.wait_reachable("data", "a", "b")
+        cluster.cli("resync", "data", timeout_s=60)
+        assert (seen_in(copy) == seen_in(tree)) is (missing == "")
         cluster.close()

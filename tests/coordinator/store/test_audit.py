@@ -9,6 +9,8 @@ import pytest
 from grpc import aio
 
 from coordinator.audit import AUDITED
+from coordinator.core.cluster import NodeView
+from coordinator.core.events import AgentConnected
 from resilver.v1 import coordinator_pb2 as api
 from tests.coordinator.running import eventually
 from tests.coordinator.store.test_events import leading
@@ -95,3 +97,21 @@ async def test_a_field_that_is_wrong_is_named(another, monkeypatch) -> None:
         for field, value in (("volume", "a/b"), ("result", 77), ("principal", "x" * 999)):
             with pytest.raises(aio.AioRpcError, match=field):
                 await entries(one.stub, **{field: value})
+
+
+async def test_an_order_whose_leader_ends_is_there_without_an_answer(another, monkeypatch) -> None:
+    store = await another()
+    async with leading(store, monkeypatch) as first:
+        # An agent that offers a volume and never says what it has: the election waits for it.
+        first.current.post(AgentConnected("a1", NodeView("a", "a1", "a:1", "a:2", "1", ("vm1",)), "demo", "s", 0))
+        order = asyncio.ensure_future(first.stub.ElectPrimary(api.ElectPrimaryRequest(volume="vm1", choose_node="a")))
+        (begun,) = await until(first.stub, 1)
+        assert begun.result == api.AUDIT_RESULT_UNKNOWN
+        assert not order.done()
+    await asyncio.wait([order])
+    assert order.cancelled() or order.exception() is not None
+    async with leading(store, monkeypatch) as second:
+        (found,) = await entries(second.stub, volume="vm1", result=api.AUDIT_RESULT_UNKNOWN)
+        assert found == begun
+        assert (found.method, found.request) == ("ElectPrimary", '{"choose_node":"a","volume":"vm1"}')
+        assert not found.HasField("end_time")
