@@ -135,8 +135,8 @@ class Gate:
         if method in CHANGES_WITH and getattr(request, CHANGES_WITH[method]):
             roles &= _CHANGE
         version = _property(context, "ssl_tls_version")
-        if version != [TLS_VERSION]:
-            raise Unauthenticated("NO_CERTIFICATE", f"this port speaks {TLS_VERSION}, not {version or 'plaintext'}")
+        if version and version != [TLS_VERSION]:  # older gRPC does not tell; that there is TLS the name below shows
+            raise Unauthenticated("NO_CERTIFICATE", f"this port speaks {TLS_VERSION}, not {', '.join(version)}")
         party_of(_property(context, "peer_uri"), self._cluster, roles)
 
 

@@ -122,7 +122,9 @@ class Asked:
     """What gRPC tells of a call."""
 
     def __init__(self, *uris: str, version: str = "TLSv1.3") -> None:
-        self._auth = {"peer_uri": [uri.encode() for uri in uris], "ssl_tls_version": [version.encode()]}
+        self._auth = {"peer_uri": [uri.encode() for uri in uris]}
+        if version:
+            self._auth["ssl_tls_version"] = [version.encode()]
 
     def auth_context(self) -> dict[str, list[bytes]]:
         return self._auth
@@ -136,3 +138,11 @@ def test_an_rpc_that_stands_in_no_table_is_refused() -> None:
         gate.admit("/grpc.health.v1.Health/Check", None, Asked(f"resilver://test/{role.value}/x"))
     with pytest.raises(Unauthenticated, match=r"TLSv1\.3"):
         gate.admit("/grpc.health.v1.Health/Check", None, Asked("resilver://test/viewer/x", version="TLSv1.2"))
+
+
+def test_a_version_that_is_not_told_is_no_name() -> None:
+    """As with the oldest gRPC that we take, and on a port without TLS."""
+    gate = Gate("test")
+    gate.admit("/grpc.health.v1.Health/Check", None, Asked("resilver://test/viewer/x", version=""))
+    with pytest.raises(Unauthenticated, match="names no party"):
+        gate.admit("/grpc.health.v1.Health/Check", None, Asked(version=""))
