@@ -13,6 +13,7 @@ import contextlib
 import math
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from agent.backends.base import Glancing
@@ -39,6 +40,7 @@ class ReplicaSettings:
     group: str = ""
     hooks: Hooks = NO_HOOKS
     resync_priority: int = 0
+    snapshot_dir: Path | None = None
 
 
 def now_ms() -> int:

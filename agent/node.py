@@ -364,7 +364,9 @@ def _close_late(opening: Any) -> None:
 
 
 def _settings(volume: VolumeConfig) -> ReplicaSettings:
-    return ReplicaSettings(volume.priority, volume.keep_last, volume.group, volume.hooks, volume.resync_priority)
+    return ReplicaSettings(
+        volume.priority, volume.keep_last, volume.group, volume.hooks, volume.resync_priority, volume.snapshot_dir
+    )
 
 
 def _advertised(stated: str, listen: Address, port: int) -> str:

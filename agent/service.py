@@ -22,6 +22,7 @@ from agent import metrics
 from agent.basecheck import digest_ranges
 from agent.delta import DeltaRange
 from agent.deltas import Deltas
+from agent.exporting import check_outside
 from agent.ordered import ordered
 from agent.peers import Source
 from agent.runfile import RunOrder
@@ -239,6 +240,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         del context
         order, replica = await self._admitted(request.header)
         path = Path(check_path(request.path, "path"))
+        ours = [self._node.identity.state_dir, *(one.settings.snapshot_dir for one in self._node.replicas.values())]
+        await replica.worker.run(partial(check_outside, path, list(filter(None, ours))))
         export = partial(replica.export, order, check_id(request.id, "id"), path, writable=request.writable)
         size_bytes = await replica.worker.run(export)
         return agent_pb2.CloneSnapshotResponse(path=str(path), size_bytes=size_bytes)

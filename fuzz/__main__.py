@@ -14,11 +14,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from fuzz.all_targets import ALL
+from fuzz.target import SCRATCH
 
 PLACE: Final = Path(".fuzz")
 START_MAX_S: Final = 120
@@ -50,10 +52,20 @@ def run(name: str, seconds: int) -> Outcome:
         directory.mkdir(parents=True, exist_ok=True)
     before = set(found.glob(f"{name}-*"))
     command = [sys.executable, "-m", "fuzz.one", name, str(corpus), str(found), str(seconds)]
-    with log.open("wb") as file:
+    memory = Path("/dev/shm")  # noqa: S108 - the directory within it is private
+    with (
+        log.open("wb") as file,
+        tempfile.TemporaryDirectory(prefix="resilver-fuzz-", dir=memory if os.access(memory, os.W_OK) else None) as own,
+    ):
+        environment = {**os.environ, SCRATCH: own}
         try:
             done = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds + START_MAX_S, check=False
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                timeout=seconds + START_MAX_S,
+                check=False,
             )
             code = done.returncode
         except subprocess.TimeoutExpired:

@@ -7,7 +7,6 @@ breaks something, takes more than ten seconds or more than two GiB is written to
 
 from __future__ import annotations
 
-import contextlib
 import random
 import sys
 
@@ -22,7 +21,7 @@ structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
 with atheris.instrument_imports(include=["agent", "coordinator", "resilver"]):
     from fuzz.all_targets import ALL
 from fuzz.mutate import mutated
-from fuzz.target import INPUT_BYTES_MAX, Target, sweep
+from fuzz.target import INPUT_BYTES_MAX, Target
 
 
 def main(name: str, corpus: str, artifacts: str, seconds: str) -> None:
@@ -37,11 +36,7 @@ def main(name: str, corpus: str, artifacts: str, seconds: str) -> None:
         return mutated(target, data, seeds, chance)[:max_size]
 
     atheris.Setup(_words(target, corpus, artifacts, seconds), target.run, custom_mutator=mutate)
-    with contextlib.suppress(SystemExit):
-        try:
-            atheris.Fuzz()
-        finally:
-            sweep()
+    atheris.Fuzz()  # ends the process
 
 
 def _words(target: Target, corpus: str, artifacts: str, seconds: str) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from agent.disk.durable import sealed
 
+SCRATCH: Final = "RESILVER_FUZZ_SCRATCH"
 CORPORA: Final = Path(__file__).parent / "corpora"
 INPUT_BYTES_MAX: Final = 64 << 10
 
@@ -58,7 +59,9 @@ def target(name: str, form: str = "bytes") -> Callable[[Run], Run]:
 
 @cache
 def _scratch(process: int) -> Path:
-    """A directory in memory for this process; it goes with it (`sweep`)."""
+    """A directory in memory for this process, or within the one that whoever started it will remove."""
+    if given := os.environ.get(SCRATCH):
+        return Path(given)
     shared = Path("/dev/shm")  # noqa: S108 - the directory within it is private
     return Path(
         tempfile.mkdtemp(prefix=f"resilver-fuzz-{process}-", dir=shared if os.access(shared, os.W_OK) else None)
@@ -70,6 +73,7 @@ def scratch() -> Path:
 
 
 def sweep() -> None:
+    """At the end of whoever uses a scratch of its own."""
     shutil.rmtree(scratch(), ignore_errors=True)
     _scratch.cache_clear()
 

@@ -205,7 +205,7 @@ def _read_journal(found: Journal | None) -> None:
 @target("btrfs_stream")
 def btrfs_stream(data: bytes) -> None:
     """What `btrfs send` writes."""
-    for size in (len(data) or 1, 7):
+    for size in (len(data) or 1, 7 + len(data) // 40):
         with contextlib.suppress(Damaged):
             parser = Parser()
             for at in range(0, len(data), size):

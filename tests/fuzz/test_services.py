@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from grpc import aio
 
+from resilver.errors import Invalid
 from resilver.rpc import make_channel
 from resilver.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2
 from tests.agent.agents import AgentProcess, Leader, write_image
@@ -144,3 +146,25 @@ async def test_an_agent_answers_anything(agent, tmp_path):
     assert agent.process.alive
     assert not any(fault in agent.log() for fault in FAULTS), agent.log()[-4000:]
     assert {"OpenEpoch", "PrepareSend", "GetAgent"} <= {name for name, one in seen.items() if "OK" in one}, seen
+
+
+async def test_nothing_is_exported_among_the_agents_own_files(agent, tmp_path):
+    """What a guest has written would pass there for a hook that is still to be run, or for a record."""
+    leader = Leader()
+    agent.open_epoch(leader)
+    tip = agent.snapshot(leader, opening=True)
+    (tmp_path / "link").symlink_to(tmp_path / "state-a")
+    state, snapshots = tmp_path / "state-a", agent.place / ".resilver" / "vm1"
+    before = sorted(tmp_path.rglob("*"))
+    for path in (
+        state / "x.json", state / "volumes" / "vm9.json", tmp_path / "link" / "runs.json", snapshots / "x",
+        snapshots / "preserved" / "x", tmp_path / "disk" / ".." / "out", Path("relative"), tmp_path / "link",
+    ):  # fmt: skip
+        with pytest.raises(Invalid) as caught:
+            agent.call(
+                "CloneSnapshot", agent_pb2.CloneSnapshotRequest(header=leader.header(), id=tip.id, path=str(path))
+            )
+        assert caught.value.metadata["field"] == "path"
+    assert sorted(tmp_path.rglob("*")) == before
+    request = agent_pb2.CloneSnapshotRequest(header=leader.header(), id=tip.id, path=str(tmp_path / "out"))
+    assert agent.call("CloneSnapshot", request).size_bytes == 1 << 20
