@@ -49,6 +49,8 @@ _PATTERNS = (
     r"acceptance/test_trees\.py::test_a_(receiver|primary|database)",
     # Which of the agent's rights are needed: the ordinary tests hold that they are enough.
     r"agent/test_capabilities\.py::test_(without_any_one|an_agent_mirrors_a_tree)",
+    # Renewing a certificate is ordinary; replacing the authority is the same, for everybody.
+    r"trust/test_rotation\.py",
     # What random moments and the large add to the steps and sizes that the ordinary tests take one by one.
     r"acceptance/test_in_use\.py::test_a_(disk_that_is_full|kill_at_any_moment)",
     r"acceptance/test_memory\.py::test_memory_and_time",
