@@ -25,7 +25,7 @@ from tests.agent.backends.crash import At, Step, Steps, deciding, killed, reason
 from tests.agent.backends.transfer import close_stages, open_stage, transfer
 
 DISTINCT = True
-pytestmark = pytest.mark.timeout(900)  # many replicas in one test
+pytestmark = pytest.mark.timeout(3000)  # many replicas in one test, and of thin volumes each takes its time
 EACH_ANEW = {"newcomer", "stale", "diverged"}  # the others differ in what is preserved: the same steps again
 SEEN: dict[str, set[str]] = defaultdict(set)
 FULL = {"", "NO_SPACE", "IO_ERROR"}
