@@ -222,7 +222,13 @@ def read_state(layout: Layout, left: set[str]) -> State:
 
 
 def _load_record_at(path: str) -> Stored:
-    return load_stored(Path(path).parent)
+    """The record in a directory that counts, which has its snapshot's name."""
+    directory = Path(path).parent
+    stored = load_stored(directory)
+    if stored.snapshot.id != directory.name:
+        said = f"{path} is damaged: it is the record of {stored.snapshot.id}, and does not belong there"
+        raise Damaged("IO_ERROR", said, path=path)
+    return stored
 
 
 def _read_ancestry(path: str) -> dict[str, Snapshot]:
@@ -311,11 +317,7 @@ def load_stored(directory: Path) -> Stored:
         raise Damaged("IO_ERROR", f"{path} is missing", path=str(path))
     with understood(path):
         about = checked({"volume_id": value["volume_id"], "table": value["table"]})
-        stored = Stored(record_from_json(value), about["volume_id"], about["table"])
-    if stored.snapshot.id != directory.name and not directory.name.startswith("."):
-        said = f"{path} is damaged: it is the record of {stored.snapshot.id}, and does not belong there"
-        raise Damaged("IO_ERROR", said, path=str(path))
-    return stored
+        return Stored(record_from_json(value), about["volume_id"], about["table"])
 
 
 def check_untouched(directory: Path) -> None:
