@@ -13,8 +13,10 @@ The rules:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 from grpc import aio
@@ -137,7 +139,19 @@ class Gate:
         version = _property(context, "ssl_tls_version")
         if version and version != [TLS_VERSION]:  # older gRPC does not tell; that there is TLS the name below shows
             raise Unauthenticated("NO_CERTIFICATE", f"this port speaks {TLS_VERSION}, not {', '.join(version)}")
-        party_of(_property(context, "peer_uri"), self._cluster, roles)
+        name = party_of(_property(context, "peer_uri"), self._cluster, roles)
+        # Looked at in each call: the connection, on which it was looked at too, may be older than that.
+        for pem in context.auth_context().get("x509_pem_cert", ()):
+            if _ends_at(pem) <= time.time():
+                raise Unauthenticated("NO_CERTIFICATE", f"the certificate of {name} has ended")
+
+
+@lru_cache(maxsize=1024)
+def _ends_at(pem: bytes) -> float:
+    """When a certificate ends, in seconds since 1970."""
+    from cryptography import x509  # noqa: PLC0415 - only who has a certificate needs it
+
+    return x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()
 
 
 def _property(context: Context, key: str) -> list[str]:

@@ -86,6 +86,12 @@ _SERVER: Final = (
     # gRPC would let a second process listen on the same port and take half of the calls.
     ("grpc.so_reuseport", 0),
 )
+# What was checked in the handshake (the time, the authority) is checked anew in a day at most: until then whoever has a
+# connection keeps it. The longest call that is under way may end.
+_SECURED: Final = (
+    ("grpc.max_connection_age_ms", 24 * 3600 * 1000),
+    ("grpc.max_connection_age_grace_ms", 900_000),
+)
 _CHANNEL: Final = (
     *_LIMITS,
     *_KEEPALIVE,
@@ -144,7 +150,9 @@ def make_server(
     """
     errors = Errors(Gate(tls.name.cluster, refused) if tls is not None else None)
     return aio.server(
-        interceptors=(errors, *interceptors), options=_SERVER, maximum_concurrent_rpcs=CONCURRENT_CALLS_MAX
+        interceptors=(errors, *interceptors),
+        options=_SERVER if tls is None else (*_SERVER, *_SECURED),
+        maximum_concurrent_rpcs=CONCURRENT_CALLS_MAX,
     )
 
 

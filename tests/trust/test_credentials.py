@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from datetime import timedelta
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
+from resilver import rpc
 from resilver.access import CHANGES_WITH, ROLES, Gate
+from resilver.address import Address
 from resilver.config import Tls
 from resilver.credentials import Credentials, credentials_of
 from resilver.errors import Forbidden, Invalid, Unauthenticated
@@ -121,8 +126,10 @@ def test_every_rpc_of_ours_stands_in_the_table() -> None:
 class Asked:
     """What gRPC tells of a call."""
 
-    def __init__(self, *uris: str, version: str = "TLSv1.3") -> None:
+    def __init__(self, *uris: str, version: str = "TLSv1.3", cert: str = "") -> None:
         self._auth = {"peer_uri": [uri.encode() for uri in uris]}
+        if cert:
+            self._auth["x509_pem_cert"] = [Path(cert).read_bytes()]
         if version:
             self._auth["ssl_tls_version"] = [version.encode()]
 
@@ -146,3 +153,36 @@ def test_a_version_that_is_not_told_is_no_name() -> None:
     gate.admit("/grpc.health.v1.Health/Check", None, Asked("resilver://test/viewer/x", version=""))
     with pytest.raises(Unauthenticated, match="names no party"):
         gate.admit("/grpc.health.v1.Health/Check", None, Asked(version=""))
+
+
+def test_a_certificate_that_ends_while_its_connection_is_open_is_refused(authority: Authority, tmp_path: Path) -> None:
+    gate, uri = Gate("test"), "resilver://test/viewer/x"
+    trusted = Path(authority.issue(Role.NODE, "a").ca).read_bytes()
+    for ends, refused in ((timedelta(hours=1), False), (timedelta(seconds=-1), True)):
+        files = forged(tmp_path / str(refused), uri, by=authority.held.own, trusted=trusted, ends=ends)
+        asked = Asked(uri, cert=files.cert)
+        if refused:
+            with pytest.raises(Unauthenticated, match="has ended"):
+                gate.admit("/grpc.health.v1.Health/Check", None, asked)
+        else:
+            gate.admit("/grpc.health.v1.Health/Check", None, asked)
+
+
+async def test_a_connection_has_an_age_and_whoever_has_one_must_make_another(authority, monkeypatch) -> None:
+    monkeypatch.setattr(
+        rpc, "_SECURED", (("grpc.max_connection_age_ms", 500), ("grpc.max_connection_age_grace_ms", 500))
+    )
+    tls = Credentials(authority.issue(Role.COORDINATOR, "c1"))
+    server = rpc.make_server(tls=tls)
+    await rpc.add_health_and_reflection(server, [])
+    port = rpc.bind(server, Address("127.0.0.1", 0), tls=tls)
+    await server.start()
+    mine = Credentials(authority.issue(Role.NODE, "a"))
+    async with rpc.make_channel(f"127.0.0.1:{port}", tls=mine) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watching = stub.Watch(health_pb2.HealthCheckRequest())
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+        assert await asyncio.wait_for(watching.code(), 60) is grpc.StatusCode.UNAVAILABLE
+        answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=20, wait_for_ready=True)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    await server.stop(None)
