@@ -18,6 +18,7 @@ import asyncio
 import concurrent.futures
 import functools
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -96,6 +97,7 @@ class Members:
         self._config: Final = config
         self._clients: Final[dict[int, _Held]] = {}
         self._retired: Final[list[tuple[float, Client]]] = []
+        self._making: Final = tuple(threading.Lock() for _ in endpoints)
         self._first = 0
         self._closed = False
         self._threads: Final = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="etcd")
@@ -180,11 +182,29 @@ class Members:
         return bool(answer.leader)
 
     def _client(self, index: int) -> Client:
-        """The client of one member; two threads may both make one at first, and the later one stays."""
-        stamp = self._stamp()
+        """The client of one member. One thread makes it, and the others wait for that: a password costs etcd time.
+
+        A member that hangs holds them up for one timeout; then each tries by itself, and the latest one stays.
+        """
+        held = self._present(index)
+        if held is not None:
+            return held
+        acquired = self._making[index].acquire(timeout=self._config.timeout_s)
+        try:
+            return self._present(index) or self._another(index)
+        finally:
+            if acquired:
+                self._making[index].release()
+
+    def _present(self, index: int) -> Client | None:
+        """The client that is there, unless it is of files that have been replaced since."""
         held = self._clients.get(index)
-        if held is not None and (held.stamp == stamp or not self._fits()):
-            return held.client
+        if held is None or (held.stamp != self._stamp() and self._fits()):
+            return None
+        return held.client
+
+    def _another(self, index: int) -> Client:
+        stamp = self._stamp()
         made = self._made(self._endpoints[index])
         earlier = self._clients.get(index)
         if earlier is not None:
