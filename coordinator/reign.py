@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import secrets
 import time
 import uuid
 from collections import deque
@@ -207,7 +208,15 @@ class CurrentReign:
         self._revisions = {key: one.revision for key, one in stored.items()}
         leader = self._reign.leader
         identity = Identity(self._cluster, self._store_id, leader.term, leader.leader_id, leader.name)
-        self.engine = Engine(identity, self._settings, records.load(stored), now_ms(), lambda: str(uuid.uuid4()))
+        loaded = records.load(stored)
+        self.engine = Engine(
+            identity,
+            self._settings,
+            loaded,
+            now_ms(),
+            lambda: str(uuid.uuid4()),
+            new_ticket=lambda: secrets.token_hex(16),
+        )
         self._history.extend(self.engine.events())
 
     async def run(self, still_leading: Callable[[], bool]) -> None:

@@ -324,7 +324,8 @@ class Resync:
 
     Only `state`, the times, the counts and the order of the sources change after it is made. `held_before`: the goal
     was in the replica's lineage from the start (only its live copy is to be set right). The higher `priority` begins
-    first.
+    first. `ticket` is what the target shows to its sources: a secret of these nodes and the coordinators, so no screen
+    and no answer has it, and the same under the next leader, because a run that is under way goes on with it.
     """
 
     id: str
@@ -343,6 +344,7 @@ class Resync:
     refusal: Refusal | None = None
     held_before: bool = False
     priority: int = 0
+    ticket: str = ""
 
     @property
     def senders(self) -> frozenset[str]:

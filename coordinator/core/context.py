@@ -116,6 +116,7 @@ class Context:
     identity: Identity
     settings: Settings
     new_id: Callable[[], str]
+    new_ticket: Callable[[], str]
     history: History
     now_ms: int = 0
     tasks: Tasks = field(default_factory=Tasks)

@@ -8,8 +8,8 @@ The caller's whole loop is::
             await run(action)          # a Persist that fails ends the reign, and this engine with it
 
 What must be remembered stands before what acts on it. The engine does no I/O, reads no clock and draws no lots;
-`new_id` is given. Only reports change what it believes of a replica: an order's answer tells that it was heard, and
-the report that follows tells what became of it.
+`new_id` is given, and `new_ticket`, which nobody can guess. Only reports change what it believes of a replica: an
+order's answer tells that it was heard, and the report that follows tells what became of it.
 """
 
 from __future__ import annotations
@@ -75,9 +75,16 @@ class Engine:
     """One leader's mind for one reign; the next leader begins with what was stored."""
 
     def __init__(
-        self, identity: Identity, settings: Settings, loaded: Loaded, now_ms: int, new_id: Callable[[], str]
+        self,
+        identity: Identity,
+        settings: Settings,
+        loaded: Loaded,
+        now_ms: int,
+        new_id: Callable[[], str],
+        *,
+        new_ticket: Callable[[], str],
     ) -> None:
-        self._context = Context(identity, settings, new_id, History(identity.term, loaded.events), now_ms)
+        self._context = Context(identity, settings, new_id, new_ticket, History(identity.term, loaded.events), now_ms)
         context = self._context
         context.trail = Trail(identity.term, loaded.audit)
         context.entries.update(loaded.volumes)

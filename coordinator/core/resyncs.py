@@ -62,6 +62,7 @@ def begin(context: Context, volume: str, row: ReplicaPlan, principal: str) -> Re
         create_time_ms=context.now_ms,
         held_before=lineage.find(row.target) is not None,
         priority=priority_of(context.view(volume)),
+        ticket=context.new_ticket(),
     )
     context.persist(resync)
     context.tell(
@@ -128,7 +129,7 @@ def _order(context: Context, resync: Resync) -> Flow[ResilverError | None]:
         resync.id,
         row.base,
         row.target,
-        resync.id,
+        resync.ticket,
         tuple(sources.values()),
         replace_own_data=row.replace_own_data,
         replace_unrelated=row.replace_unrelated,
@@ -149,7 +150,7 @@ def _order(context: Context, resync: Resync) -> Flow[ResilverError | None]:
 def _tell_sources(context: Context, resync: Resync, sources: dict[str, Source]) -> Flow[ResilverError | None]:
     """Fills in those that will serve; a problem only if there are none."""
     row, volume = resync.plan, resync.volume
-    prepare_send = PrepareSend(context.header(volume), resync.id, row.base, row.target, resync.node, resync.id)
+    prepare_send = PrepareSend(context.header(volume), resync.id, row.base, row.target, resync.node, resync.ticket)
     answers = yield from context.give(dict.fromkeys(row.sources, prepare_send))
     problem: ResilverError | None = None
     for node, answer in answers.items():

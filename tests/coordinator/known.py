@@ -76,7 +76,12 @@ class Known:
             {entry.record.volume: entry for entry in entries}, chosen, {resync.id: resync for resync in resyncs}, {}
         )
         self.engine = Engine(
-            Identity("demo", "st1", 12, "lead1", "c1"), Settings(), loaded, NOW_MS, lambda: f"i{next(numbers)}"
+            Identity("demo", "st1", 12, "lead1", "c1"),
+            Settings(),
+            loaded,
+            NOW_MS,
+            lambda: f"i{next(numbers)}",
+            new_ticket=lambda: "ticket",
         )
         self._seqs = itertools.count(1)
 

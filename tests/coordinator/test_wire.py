@@ -226,3 +226,8 @@ def test_what_was_begun_is_told_in_one_message_however_much_it_is(begun, refused
         assert (len(told.resyncs) + int(counted[0]), len(told.refusals) - 1 + int(counted[1])) == (begun, refused)
     else:
         assert (len(told.resyncs), len(told.refusals)) == (begun, refused)
+
+
+def test_nobody_is_shown_a_ticket():
+    told = resync_to_proto(replace(RESYNC, ticket="5ec2e7"))
+    assert b"5ec2e7" not in told.SerializeToString()

@@ -173,7 +173,14 @@ class Coordinator:
         loaded, self.revisions = world.store.read()
         identity = Identity(CLUSTER, STORE_ID, term, leader_id, self.name)
         world.watch.met("the store", term, leader_id, "a campaign")
-        self.engine = Engine(identity, Settings(), loaded, world.now_ms(self.name), lambda: world.next_id("i"))
+        self.engine = Engine(
+            identity,
+            Settings(),
+            loaded,
+            world.now_ms(self.name),
+            lambda: world.next_id("i"),
+            new_ticket=lambda: world.next_id("t"),
+        )
         world.watch.counts["reigns"] += 1
         world.log(lambda: f"{self.name} leads, term {term}")
 

@@ -71,7 +71,12 @@ class Scenario:
         self.now_ms = START_MS
         self.new_id = lambda: f"i{next(numbers)}"
         self.engine = Engine(
-            Identity("demo", "store-1", 1, "leader-1", "c1"), Settings(), loaded, self.now_ms, self.new_id
+            Identity("demo", "store-1", 1, "leader-1", "c1"),
+            Settings(),
+            loaded,
+            self.now_ms,
+            self.new_id,
+            new_ticket=lambda: "ticket",
         )
         self.boots: dict[str, int] = {}
         self.seqs = itertools.count(1)

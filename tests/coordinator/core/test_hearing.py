@@ -23,7 +23,14 @@ def engine() -> Engine:
     record = VolumeRecord("vm1", "V1", 1, "E1", "a", ("a", "b"), ConsistencyPoint(1, 1), "s1")
     ids = itertools.count(1)
     loaded = e.Loaded({"vm1": VolumeEntry(record)}, {}, {}, {})
-    return Engine(Identity("demo", "store-1", 3, "leader-1"), Settings(), loaded, NOW_MS, lambda: f"i{next(ids)}")
+    return Engine(
+        Identity("demo", "store-1", 3, "leader-1"),
+        Settings(),
+        loaded,
+        NOW_MS,
+        lambda: f"i{next(ids)}",
+        new_ticket=lambda: "ticket",
+    )
 
 
 def connect(
@@ -97,7 +104,14 @@ def test_a_volume_may_be_removed_while_its_point_is_awaited(opening):
     record = VolumeRecord("vm1", "V1", 1, "E1", "a", ("a",), ConsistencyPoint(1, 1), "s1")
     ids = itertools.count(1)
     loaded = e.Loaded({"vm1": VolumeEntry(record, opening=opening)}, {}, {}, {})
-    engine = Engine(Identity("demo", "store-1", 3, "leader-1"), Settings(), loaded, NOW_MS, lambda: f"i{next(ids)}")
+    engine = Engine(
+        Identity("demo", "store-1", 3, "leader-1"),
+        Settings(),
+        loaded,
+        NOW_MS,
+        lambda: f"i{next(ids)}",
+        new_ticket=lambda: "ticket",
+    )
     connect(engine, "first", "a", "boot-1")
     done = report(engine, "first", 1, "s1", grant=True)
     if not opening:

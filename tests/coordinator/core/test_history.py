@@ -61,7 +61,7 @@ def test_texts_are_cut() -> None:
 
 
 def test_what_is_found_again_and_again_is_said_once_an_hour() -> None:
-    context = Context(Identity("demo", "s", 1, "l"), Settings(), str, History(1, ()))
+    context = Context(Identity("demo", "s", 1, "l"), Settings(), str, str, History(1, ()))
 
     def said(now_ms: int, message: str, volume: str = "vm1") -> bool:
         context.now_ms, context.actions = now_ms, []
@@ -76,13 +76,13 @@ def test_what_is_found_again_and_again_is_said_once_an_hour() -> None:
     assert not said(4 + SAID_AGAIN_MS - 1, "no")
     assert said(4 + SAID_AGAIN_MS, "no")
     assert said(5, "no"), "a clock that was put back"
-    again = Context(Identity("demo", "s", 2, "l"), Settings(), str, History(2, tuple(context.history)), 6)
+    again = Context(Identity("demo", "s", 2, "l"), Settings(), str, str, History(2, tuple(context.history)), 6)
     again.tell_once("OPENING", "no", volume="vm1", reason="OPENING")
     assert not again.actions, "the next leader does not say it again"
 
 
 def test_an_event_is_stored_with_what_was_stored_last() -> None:
-    context = Context(Identity("demo", "s", 1, "l"), Settings(), str, History(1, ()))
+    context = Context(Identity("demo", "s", 1, "l"), Settings(), str, str, History(1, ()))
     context.persist(Volume("vm1", None))
     context.persist(Volume("vm2", None))
     context.tell("REMOVED", "vm2", volume="vm2")
@@ -95,7 +95,7 @@ def test_an_event_is_stored_with_what_was_stored_last() -> None:
 
 
 def test_a_transaction_takes_so_many_events_and_then_there_is_another() -> None:
-    context = Context(Identity("demo", "s", 1, "l"), Settings(), str, History(1, ()))
+    context = Context(Identity("demo", "s", 1, "l"), Settings(), str, str, History(1, ()))
     for number in range(2 * RECORDS_AT_ONCE_MAX + 1):
         context.tell("TOLD", str(number))
     stored = [one.records for one in context.actions if isinstance(one, Persist)]

@@ -109,7 +109,14 @@ def engine(resyncs: list[Resync], **settings: int) -> Engine:
     }
     ids = itertools.count()
     loaded = Loaded(entries, {}, {one.id: one for one in resyncs}, {})
-    return Engine(Identity("test", "st", 1, "lead"), Settings(**settings), loaded, 0, lambda: f"i{next(ids)}")
+    return Engine(
+        Identity("test", "st", 1, "lead"),
+        Settings(**settings),
+        loaded,
+        0,
+        lambda: f"i{next(ids)}",
+        new_ticket=lambda: "ticket",
+    )
 
 
 def hello(node: str, volumes: tuple[str, ...], limits: NodeLimits) -> AgentConnected:

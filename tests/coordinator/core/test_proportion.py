@@ -55,7 +55,12 @@ class Told:
             assert record is not None
             entries[record.volume] = VolumeEntry(record, newest_cp_time_ms=START_MS)
         self.engine = Engine(
-            Identity("test", "st", 1, "lead"), Settings(), Loaded(entries, {}, {}, {}), NOW_MS, lambda: f"i{next(ids)}"
+            Identity("test", "st", 1, "lead"),
+            Settings(),
+            Loaded(entries, {}, {}, {}),
+            NOW_MS,
+            lambda: f"i{next(ids)}",
+            new_ticket=lambda: "ticket",
         )
         self.reports = {
             (node_name(agent), volume_name(at)): self.shape.report(at, node_name(agent))
