@@ -72,7 +72,8 @@ class Ran:
 
 def _plain_environment() -> dict[str, str]:
     """As a user has it: what a test's own import of ours has set is not handed on, but set by each process itself."""
-    return {key: value for key, value in os.environ.items() if key != "GRPC_SSL_CIPHER_SUITES"}
+    ours = {"GRPC_SSL_CIPHER_SUITES", "GRPC_VERBOSITY"}
+    return {key: value for key, value in os.environ.items() if key not in ours}
 
 
 @dataclass

@@ -129,7 +129,7 @@ class BtrfsBackend:
                 volume_id=known.state.volume_id,
                 lineage=lineage,
                 live=live,
-                record=image_layout.load_record(layout),
+                record=image_layout.load_record(layout, known.state.volume_id),
                 grant=image_layout.load_grant(layout),
                 preserved=image_layout.list_preserved(layout),
                 free_bytes=space.free,

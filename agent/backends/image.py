@@ -120,7 +120,7 @@ class ImageBackend:
                 volume_id=state.volume_id,
                 lineage=state.lineage,
                 live=live,
-                record=image_layout.load_record(layout),
+                record=image_layout.load_record(layout, state.volume_id),
                 grant=image_layout.load_grant(layout),
                 preserved=image_layout.list_preserved(layout),
                 free_bytes=free,

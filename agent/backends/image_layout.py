@@ -379,11 +379,14 @@ def save_record(layout: Layout, record: VolumeRecord) -> None:
     write_json(layout.root / "volume.json", {**value, "newest_cp": str(record.newest_cp)})
 
 
-def load_record(layout: Layout) -> VolumeRecord | None:
+def load_record(layout: Layout, volume_id: str = "") -> VolumeRecord | None:
+    """The record of the volume, `volume_id` being that of the data. Of another volume together with its data it is a
+    whole replica of that, which counts as foreign; beside other data it is damaged.
+    """
     path = layout.root / "volume.json"
     value = read_json(path)
     record = None if value is None else typed(path, value, VolumeRecord)
-    if record is not None and record.volume != layout.volume:
+    if record is not None and record.volume != layout.volume and record.volume_id != volume_id:
         said = f"{path} is damaged: it is of volume {record.volume}, and does not belong to {layout.volume}"
         raise Damaged("IO_ERROR", said, path=str(path))
     return record

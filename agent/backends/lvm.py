@@ -126,7 +126,9 @@ class LvmBackend:
                 volume_id=found.state.volume_id,
                 lineage=found.state.lineage,
                 live=live,
-                record=image_layout.load_record(self._layout) if view.records is not None else None,
+                record=image_layout.load_record(self._layout, found.state.volume_id)
+                if view.records is not None
+                else None,
                 grant=image_layout.load_grant(self._layout) if view.records is not None else None,
                 preserved=lvm_state.preserved(self._place, view),
                 free_bytes=free,

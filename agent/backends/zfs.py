@@ -124,7 +124,7 @@ class ZfsBackend:
                 volume_id=state.volume_id,
                 lineage=state.lineage,
                 live=live,
-                record=image_layout.load_record(layout.files) if there else None,
+                record=image_layout.load_record(layout.files, state.volume_id) if there else None,
                 grant=image_layout.load_grant(layout.files) if there else None,
                 preserved=zfs_keep.list_preserved(layout) if there else (),
                 free_bytes=free,
