@@ -17,8 +17,8 @@ from typing import Protocol, Self
 
 from coordinator.core.audited import Asked, AuditEntry
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Resync, Size, VolumeView
-from coordinator.core.context import RefusedAgent
 from coordinator.core.events import Changed, Event, RefuseAgent, SendExamine, SendRecord
+from coordinator.core.known import RefusedAgent
 from coordinator.core.requests import Request
 from coordinator.store.base import Health, Leader
 from resilver.limits import NodeLimits

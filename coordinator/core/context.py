@@ -1,4 +1,4 @@
-"""What the engine knows, and what its flows act with: the one owner of the core's mutable state."""
+"""What the engine's flows act with: on top of what is known, the clock, the outbox and whatever is under way."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from coordinator.core.audited import Asked, AuditEntry
-from coordinator.core.claims import Problem
 from coordinator.core.cluster import (
     ElectionRecord,
-    NodeView,
-    ReplicaView,
     Resync,
     Size,
     VolumeEntry,
-    VolumeView,
 )
 from coordinator.core.events import (
     Action,
@@ -32,15 +28,14 @@ from coordinator.core.events import (
     Volume,
 )
 from coordinator.core.history import History
+from coordinator.core.known import Known
 from coordinator.core.orders import AnyOrder, OrderResult
 from coordinator.core.places import Places
-from coordinator.core.rolls import Nodes, Resyncs, Streams
 from coordinator.core.tasks import Flow, Tasks, Wait
 from coordinator.core.trail import Trail
-from coordinator.core.words import nearest
-from resilver.errors import NotFound, ResilverError, Unavailable
+from resilver.errors import ResilverError, Unavailable
 from resilver.limits import NodeLimits
-from resilver.volume import Order, ReplicaReport, VolumeRecord
+from resilver.volume import Order, VolumeRecord
 
 ELECTIONS_KEPT_MAX: Final = 1_000
 SIZES_MAX: Final = 10_000
@@ -73,26 +68,6 @@ class Settings:
 
 
 @dataclass(slots=True)
-class Heard:
-    """The last report of one replica, the stream that it came by, and the start of the agent that it is of."""
-
-    report: ReplicaReport
-    stream: str
-    boot: str
-    seq: int
-    time_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class RefusedAgent:
-    """An agent that this coordinator would not serve, and when it last asked."""
-
-    node: NodeView
-    problem: Problem
-    time_ms: int
-
-
-@dataclass(slots=True)
 class Examine:
     """One question to every member; later callers join it."""
 
@@ -110,7 +85,7 @@ class OrderSlot:
 
 
 @dataclass(slots=True)
-class Context:
+class Context(Known):
     """State, clock and outbox of one step. Flows call it; only `Engine` makes one."""
 
     identity: Identity
@@ -121,16 +96,10 @@ class Context:
     now_ms: int = 0
     tasks: Tasks = field(default_factory=Tasks)
     actions: list[Action] = field(default_factory=list)
-    entries: dict[str, VolumeEntry] = field(default_factory=dict)
-    nodes: Nodes = field(default_factory=Nodes)
-    streams: Streams = field(default_factory=Streams)
-    refused: dict[str, RefusedAgent] = field(default_factory=dict)
-    heard: dict[str, dict[str, Heard]] = field(default_factory=dict)
     examines: dict[str, Examine] = field(default_factory=dict)
     orders: dict[str, OrderSlot] = field(default_factory=dict)
     locks: set[str] = field(default_factory=set)
     elections: dict[str, deque[ElectionRecord]] = field(default_factory=dict)
-    resyncs: Resyncs = field(default_factory=Resyncs)
     places: Places = field(default_factory=Places)
     sizes: dict[tuple[str, str, str], Size] = field(default_factory=dict)
     busy: dict[str, int] = field(default_factory=dict)
@@ -138,141 +107,6 @@ class Context:
     adopting: bool = False
     asking: list[tuple[str, frozenset[str]]] = field(default_factory=list)
     examine_id: str = ""
-    _names: tuple[tuple[int, int], tuple[str, ...]] = ((-1, -1), ())
-    _renamed: int = 0
-    _views: dict[str, VolumeView] = field(default_factory=dict)
-    _viewed: dict[str, set[str]] = field(default_factory=dict)
-
-    # ------------------------------------------------------------ reading
-
-    def names(self) -> tuple[str, ...]:
-        """Every volume that is stored or reported, in order; worked out when that has changed."""
-        changes = (self.nodes.changes, self._renamed)
-        if self._names[0] != changes:
-            offered = {volume for node in self.nodes.values() for volume in node.volumes if node.connected}
-            self._names = changes, tuple(sorted({*self.entries, *self.heard, *offered}))
-        return self._names[1]
-
-    def node_names(self) -> frozenset[str]:
-        """Every node that is known, or has a replica of any volume."""
-        members = {node for entry in self.entries.values() for node in entry.record.members}
-        return frozenset(members.union(self.nodes, *self.heard.values()))
-
-    def require(self, volume: str) -> None:
-        """Raises NotFound with the nearest name for a volume that nobody knows."""
-        if volume in self.entries or volume in self.heard:
-            return
-        if not any(node.connected for node in self.nodes.offering(volume)):
-            known = self.names()
-            raise NotFound("VOLUME_NOT_FOUND", f"no volume is named {volume!r}{nearest(volume, known)}", volume=volume)
-
-    def view(self, volume: str, fresh: Iterable[str] | None = None) -> VolumeView:
-        """One volume as decisions see it. `fresh` None: a report counts if its node is connected.
-
-        That one is kept until something that it, or a screen of it, shows has changed: as long as it is the same
-        object, nothing has.
-        """
-        kept = self._views.get(volume)
-        if kept is None:
-            kept = self._views[volume] = self._look_at(volume)
-            for node in kept.replicas:
-                self._viewed.setdefault(node, set()).add(volume)
-        if fresh is None:
-            return kept
-        wanted = frozenset(fresh)
-        replicas = {
-            name: one if one.report is None or one.fresh == (name in wanted) else replace(one, fresh=name in wanted)
-            for name, one in kept.replicas.items()
-        }
-        return kept if replicas == kept.replicas else VolumeView(volume, kept.entry, replicas)
-
-    def _look_at(self, volume: str) -> VolumeView:
-        entry = self.entries.get(volume)
-        heard = self.heard.get(volume, {})
-        removed = set(entry.removed) if entry else set()
-        # Before the first epoch whoever once offered the volume may have its newest data, also after a restart here.
-        silent_too = entry is None or not entry.record.epoch
-        offering = {node.name for node in self.nodes.offering(volume) if node.connected or silent_too}
-        names = ({*heard} - removed) | offering | set(entry.record.members if entry else ())
-        replicas: dict[str, ReplicaView] = {}
-        for name in sorted(names):
-            one = heard.get(name)
-            duplicate = name in self.nodes and self.nodes[name].duplicate
-            if one is None:
-                replicas[name] = ReplicaView(name, duplicate=duplicate)
-                continue
-            replicas[name] = ReplicaView(name, one.report, one.time_ms, self.current(name, one), duplicate)
-        return VolumeView(volume, entry, replicas)
-
-    def current(self, node: str, heard: Heard) -> bool:
-        """Whether that report came by the node's present stream."""
-        return self.reachable(node) and heard.stream in self.streams
-
-    def reachable(self, node: str) -> bool:
-        known = self.nodes.get(node)
-        return known is not None and known.reachable
-
-    def speaker(self, stream: str) -> NodeView:
-        """Who opened a stream, as it introduced itself; without a name if the stream has ended."""
-        return self.streams.get(stream) or NodeView("")
-
-    def stream_of(self, node: str) -> str:
-        """The node's newest stream, empty if it has none: an older one may be dead, and nobody has noticed yet."""
-        return next(reversed(self.streams.of(node)), "")
-
-    def active_resync(self, volume: str, node: str) -> Resync | None:
-        return next((one for one in self.resyncs.of(volume) if one.node == node and not one.state.final), None)
-
-    # ------------------------------------------------------------ taking on
-
-    def put_node(self, node: NodeView) -> None:
-        old = self.nodes.get(node.name)
-        self.nodes.put(node)
-        if old is None or replace(old, last_heard_ms=node.last_heard_ms) != node:
-            self._node_changed(node.name, *node.volumes, *(old.volumes if old is not None else ()))
-
-    def drop_node(self, name: str) -> None:
-        self.nodes.drop(name)
-        self._node_changed(name)
-
-    def open_stream(self, stream: str, node: NodeView) -> None:
-        self.streams.put(stream, node)
-        self._node_changed(node.name)
-
-    def close_stream(self, stream: str) -> NodeView | None:
-        """Who it was of; None if it is not known."""
-        node = self.streams.drop(stream)
-        if node is not None:
-            self._node_changed(node.name)
-        return node
-
-    def hear(self, volume: str, node: str, heard: Heard, *, changed: bool) -> None:
-        """Takes on a report. Not `changed`: nothing that anything is compared by is otherwise than before."""
-        if volume not in self.heard:
-            self._renamed += 1
-        self.heard.setdefault(volume, {})[node] = heard
-        kept = self._views.pop(volume, None)
-        was = kept.replicas.get(node) if kept is not None else None
-        if changed or kept is None or was is None:
-            return
-        again = ReplicaView(node, heard.report, heard.time_ms, was.fresh, was.duplicate)
-        view = self._views[volume] = VolumeView(volume, kept.entry, {**kept.replicas, node: again})
-        view.compared.update(kept.compared)
-
-    def unhear(self, volume: str, node: str = "") -> None:
-        """Forgets what was heard of a replica, or of the whole volume."""
-        if node:
-            self.heard.get(volume, {}).pop(node, None)
-        else:
-            self.heard.pop(volume, None)
-            self._renamed += 1
-        self._views.pop(volume, None)
-
-    def _node_changed(self, name: str, *volumes: str) -> None:
-        for volume in {*volumes, *self._viewed.pop(name, ())}:
-            self._views.pop(volume, None)
-
-    # ------------------------------------------------------------ acting
 
     def emit(self, *actions: Action) -> None:
         self.actions.extend(actions)
@@ -281,12 +115,7 @@ class Context:
         """Remembers in the store, before any later action, and in the view."""
         for record in records:
             if isinstance(record, Volume):
-                if record.entry is None or record.name not in self.entries:
-                    self._renamed += 1
-                if record.entry is None:
-                    self.entries.pop(record.name, None)
-                else:
-                    self.entries[record.name] = record.entry
+                self.put_entry(record.name, record.entry)
                 self.changed(record.name)
             elif isinstance(record, ElectionRecord):
                 records = (*records, *self._keep_election(record))
@@ -313,7 +142,7 @@ class Context:
                 self.emit(SendRecord(stream, record))
 
     def changed(self, volume: str, *resyncs: str) -> None:
-        self._views.pop(volume, None)
+        self.look_again(volume)
         self.tasks.touch(f"volume:{volume}", *(f"resync:{one}" for one in resyncs))
         self.emit(Changed(frozenset({volume}), frozenset(resyncs)))
 

@@ -23,7 +23,7 @@ from typing import Any, Final
 from coordinator.core import decide, hearing, points, prepare, resyncs, upkeep
 from coordinator.core.audited import AuditEntry
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Refusal, Resync, Size, VolumeView
-from coordinator.core.context import Context, Identity, RefusedAgent, Settings
+from coordinator.core.context import Context, Identity, Settings
 from coordinator.core.etag import volume_etag
 from coordinator.core.events import (
     Action,
@@ -41,6 +41,7 @@ from coordinator.core.events import (
     Ticked,
 )
 from coordinator.core.history import History
+from coordinator.core.known import RefusedAgent
 from coordinator.core.orders import Done, StopTransfer
 from coordinator.core.planner import plan_etag
 from coordinator.core.requests import (

@@ -13,7 +13,7 @@ from typing import Final
 from coordinator.core import decide, prepare, resyncs, upkeep
 from coordinator.core.claims import Problem, reconcile
 from coordinator.core.cluster import NodeView
-from coordinator.core.context import Context, Heard, RefusedAgent
+from coordinator.core.context import Context
 from coordinator.core.events import (
     AgentConnected,
     AgentHeard,
@@ -26,6 +26,7 @@ from coordinator.core.events import (
     SendRecord,
     Volume,
 )
+from coordinator.core.known import Heard, RefusedAgent
 from coordinator.core.status import status_of
 from coordinator.core.tasks import Flow
 from resilver.lineage import Origin
