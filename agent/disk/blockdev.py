@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from agent.disk import contents, loops
-from agent.disk.inuse import User, command_of
+from agent.disk import contents, loops, proc
+from agent.disk.inuse import User
 
 BLKGETSIZE64: Final = 0x80081272
 BLKDISCARD: Final = 0x1277
@@ -93,28 +93,23 @@ def _looked_up(number: int, own_fd: int) -> Iterator[User]:
 def _processes(number: int, own_fd: int) -> Iterator[User]:
     own = os.getpid()
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            descriptors = os.listdir(process / "fd")  # noqa: PTH208  # a Path for each descriptor of a machine is too many
-        except OSError:
-            continue
-        for descriptor in descriptors:
+        for descriptor in proc.descriptors(process):
             if int(process.name) == own and int(descriptor) == own_fd:
                 continue
             try:
                 # By its name first: a stat of a descriptor on a dead network mount could hang.
-                if not os.readlink(f"{process}/fd/{descriptor}").startswith("/dev/"):  # noqa: PTH115  # as above
+                if not proc.target(process, f"fd/{descriptor}").startswith("/dev/"):
                     continue
                 if _is_device(f"{process}/fd/{descriptor}", number):
-                    fields = dict(line.split(":", 1) for line in _lines(process / "fdinfo" / descriptor)[:4])
-                    writes = int(fields["flags"], 8) & os.O_ACCMODE != os.O_RDONLY
-                    yield User(f"{command_of(process)} pid {process.name}", writes)
+                    writes = proc.may_write(proc.fields(process, descriptor))
+                    yield User(f"{proc.command_of(process)} pid {process.name}", writes)
             except (OSError, ValueError, KeyError):
                 continue
 
 
 def _is_device(name: str, number: int) -> bool:
     try:
-        found = os.stat(name)  # noqa: PTH116  # as above
+        found = Path(name).stat()
     except OSError:
         return False
     return modes.S_ISBLK(found.st_mode) and found.st_rdev == number

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from agent.disk import btrfs, ioctl, loops
+from agent.disk import btrfs, ioctl, loops, proc
 from agent.disk.inuse import User
 
 _EXPORTS: Final = (Path("/var/lib/nfs/etab"), Path("/proc/fs/nfsd/exports"))
@@ -52,14 +52,9 @@ def users_of(path: Path) -> list[User]:
     return [User(name, writes) for name, writes in sorted(found.items())]
 
 
-# A machine has many processes with many descriptors: text, not a Path for each, and no look that is not needed.
-# ruff: noqa: PTH115, PTH116, PTH123, PTH208
-
-
 def _processes(subvolume: int, device: str) -> Iterator[User]:
     far_by_namespace: dict[str, frozenset[str]] = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        process = f"/proc/{pid}"
+    for process in proc.processes():
         if _is_kernel(process):
             continue
         far = _far_mounts(process, far_by_namespace)
@@ -69,13 +64,13 @@ def _processes(subvolume: int, device: str) -> Iterator[User]:
             *_mapped_modes(process, subvolume, device),
         ]
         if modes:
-            yield User(f"{_command(process)} pid {pid}", any(modes))
+            yield User(f"{proc.command_of(process)} pid {process.rpartition('/')[2]}", any(modes))
 
 
 def _is_kernel(process: str) -> bool:
     """Whether it is a thread of the kernel, which has neither a program nor descriptors."""
     try:
-        os.readlink(f"{process}/exe")
+        proc.target(process, "exe")
     except FileNotFoundError:
         return True
     except OSError:
@@ -85,7 +80,7 @@ def _is_kernel(process: str) -> bool:
 
 def _is_on(path: str, subvolume: int) -> bool:
     try:
-        return os.stat(path).st_dev == subvolume
+        return Path(path).stat().st_dev == subvolume
     except OSError:
         return False
 
@@ -93,10 +88,10 @@ def _is_on(path: str, subvolume: int) -> bool:
 def _far_mounts(process: str, known: dict[str, frozenset[str]]) -> frozenset[str]:
     """The numbers of the mounts of a process whose server may be away."""
     try:
-        namespace = os.readlink(f"{process}/ns/mnt")
+        namespace = proc.target(process, "ns/mnt")
         if namespace not in known:
             # By new lines alone: whoever mounts in a namespace of his own chooses what else stands in a line.
-            with open(f"{process}/mountinfo", errors="surrogateescape", newline="\n") as file:
+            with Path(f"{process}/mountinfo").open(errors="surrogateescape", newline="\n") as file:
                 known[namespace] = frozenset(line.split(" ", 1)[0] for line in file if not _is_near(line))
         return known[namespace]
     except OSError:
@@ -109,28 +104,18 @@ def _is_near(mount: str) -> bool:
 
 def _open_modes(process: str, subvolume: int, far: frozenset[str]) -> Iterator[bool]:
     """For each descriptor of a process on the subvolume, whether it may write."""
-    try:
-        numbers = os.listdir(f"{process}/fd")
-    except OSError:
-        return
-    for number in numbers:
+    for number in proc.descriptors(process):
         name = f"{process}/fd/{number}"
         try:
             # Sockets, pipes and the like, which are most, have no path.
-            if not os.readlink(name).startswith("/"):
+            if not proc.target(process, f"fd/{number}").startswith("/"):
                 continue
-            if far and _fields(process, number)["mnt_id"] in far:
+            if far and proc.fields(process, number)["mnt_id"] in far:
                 continue
             if _is_on(name, subvolume):
-                yield int(_fields(process, number)["flags"], 8) & os.O_ACCMODE != os.O_RDONLY
+                yield proc.may_write(proc.fields(process, number))
         except (OSError, ValueError, KeyError):
             continue
-
-
-def _fields(process: str, number: str) -> dict[str, str]:
-    with open(f"{process}/fdinfo/{number}", errors="replace") as file:
-        lines = (line.split(":", 1) for line in file.read().splitlines()[:4])
-        return {name: value.strip() for name, value in lines}
 
 
 def _mapped_modes(process: str, subvolume: int, device: str) -> Iterator[bool]:
@@ -139,8 +124,7 @@ def _mapped_modes(process: str, subvolume: int, device: str) -> Iterator[bool]:
     Maps show the file system's device, not the subvolume's: map_files tells, each inode being looked at once.
     """
     try:
-        with open(f"{process}/maps", "rb") as file:
-            raw = file.read()
+        raw = Path(f"{process}/maps").read_bytes()
     except OSError:
         return
     major, _, minor = device.partition(":")
@@ -158,14 +142,6 @@ def _mapped_modes(process: str, subvolume: int, device: str) -> Iterator[bool]:
             seen[key] = _is_on(f"{process}/map_files/{fields[0].decode()}", subvolume)
         if seen[key]:
             yield writes
-
-
-def _command(process: str) -> str:
-    try:
-        with open(f"{process}/comm", errors="replace") as file:
-            return file.read().strip() or "?"
-    except OSError:
-        return "?"
 
 
 def _loops(subvolume: int) -> Iterator[User]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from agent.disk import loops
+from agent.disk import loops, proc
 from resilver.errors import Refused
 
 _F_SETLEASE: Final = 1024
@@ -131,7 +131,7 @@ def _looked_up(stat: os.stat_result, besides_fd: int) -> Iterator[User]:
         pid = int(process.name)
         modes = [*_open_modes(process, stat, besides_fd if pid == own else -1), *_mapped_modes(process, stat)]
         if modes:
-            yield User(f"{command_of(process)} pid {pid}", any(modes))
+            yield User(f"{proc.command_of(process)} pid {pid}", any(modes))
 
 
 def _open_modes(process: Path, stat: os.stat_result, besides_fd: int) -> Iterator[bool]:
@@ -139,25 +139,18 @@ def _open_modes(process: Path, stat: os.stat_result, besides_fd: int) -> Iterato
 
     The inode is asked of fdinfo first: a stat of a descriptor on a dead network mount could hang.
     """
-    try:
-        numbers = os.listdir(process / "fd")  # noqa: PTH208  # a Path for each descriptor of a machine is too many
-    except OSError:
-        return
-    for number in numbers:
+    for number in proc.descriptors(process):
         if number == str(besides_fd):
             continue
         try:
             # Sockets, pipes and the like, which are most, have no path.
-            if not os.readlink(f"{process}/fd/{number}").startswith("/"):  # noqa: PTH115  # as above
+            if not proc.target(process, f"fd/{number}").startswith("/"):
                 continue
-            fields = dict(
-                line.split(":", 1)
-                for line in (process / "fdinfo" / number).read_text(errors="replace").splitlines()[:4]
-            )
+            fields = proc.fields(process, number)
             if "ino" in fields and int(fields["ino"]) != stat.st_ino:
                 continue
             if os.path.samestat((process / "fd" / number).stat(), stat):
-                yield int(fields["flags"], 8) & os.O_ACCMODE != os.O_RDONLY
+                yield proc.may_write(fields)
         except (OSError, ValueError, KeyError):
             continue
 
@@ -182,10 +175,3 @@ def _mapped_modes(process: Path, stat: os.stat_result) -> Iterator[bool]:
             same = True
         if same:
             yield fields[1][1:2] == b"w" and fields[1][3:4] == b"s"
-
-
-def command_of(process: Path) -> str:
-    try:
-        return (process / "comm").read_text(errors="replace").strip() or "?"
-    except OSError:
-        return "?"

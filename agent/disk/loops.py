@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from agent.disk import ioctl
+from agent.disk import ioctl, proc
 
 _BLOCK: Final = Path("/sys/block")
 _FIELDS_BEFORE: Final = 6
@@ -183,7 +183,7 @@ def all_mounts() -> Iterator[Mount]:
 def mount_namespace(process: Path) -> str:
     """What tells a process' mount namespace from others; empty if it has ended or may not be looked at."""
     try:
-        return os.readlink(process / "ns" / "mnt")  # noqa: PTH115  # the target, such as "mnt:[4026531841]", is no path
+        return proc.target(process, "ns/mnt")
     except OSError:
         return ""
 

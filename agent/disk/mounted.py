@@ -7,13 +7,13 @@ file systems of others: a descriptor's mount is told by its fdinfo, so that a de
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from agent.disk import proc
 from agent.disk.loops import mount_lines, mount_namespace, plain
 
 _HEX: Final = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) [1-9]", re.MULTILINE)
@@ -67,7 +67,7 @@ def users(where: Iterable[Place]) -> tuple[str, ...]:
         return ()
     own = mount_namespace(Path("/proc/self"))
     processes = [process for process in Path("/proc").glob("[0-9]*") if _uses(process, found, own)]
-    return (*sorted(f"{_command(process)} pid {process.name}" for process in processes), *_loops(found))
+    return (*sorted(f"{proc.command_of(process)} pid {process.name}" for process in processes), *_loops(found))
 
 
 def _uses(process: Path, where: list[Place], own: str) -> bool:
@@ -84,7 +84,7 @@ def _stands_in(process: Path, where: list[Place]) -> bool:
     """Working directory, root or program. The link says the path, or that it cannot be reached from here."""
     for name in ("cwd", "root", "exe"):
         try:
-            at = os.readlink(process / name)  # noqa: PTH115  # as text: nothing may be resolved
+            at = proc.target(process, name)
         except OSError:
             continue
         if _below(at, where):
@@ -93,13 +93,9 @@ def _stands_in(process: Path, where: list[Place]) -> bool:
 
 
 def _has_open_below(process: Path, where: list[Place]) -> bool:
-    try:
-        numbers = os.listdir(process / "fd")  # noqa: PTH208  # a Path for each descriptor of a machine is too many
-    except OSError:
-        return False
-    for number in numbers:
+    for number in proc.descriptors(process):
         try:
-            if _below(os.readlink(f"{process}/fd/{number}"), where):  # noqa: PTH115  # as above
+            if _below(proc.target(process, f"fd/{number}"), where):
                 return True
         except OSError:
             continue
@@ -108,17 +104,12 @@ def _has_open_below(process: Path, where: list[Place]) -> bool:
 
 def _has_open_on(process: Path, where: list[Place]) -> bool:
     ids = {place.mount_id for place in where}
-    try:
-        numbers = os.listdir(process / "fdinfo")  # noqa: PTH208  # a Path for each descriptor of a machine is too many
-    except OSError:
-        return False
-    for number in numbers:
+    for number in proc.descriptors(process):
         try:
-            text = (process / "fdinfo" / number).read_text(errors="replace")
-        except OSError:
+            if proc.fields(process, number).get("mnt_id") in ids:
+                return True
+        except (OSError, ValueError):
             continue
-        if any(line.startswith("mnt_id:") and line[7:].strip() in ids for line in text.splitlines()):
-            return True
     return False
 
 
@@ -139,10 +130,3 @@ def _loops(where: list[Place]) -> Iterator[str]:
             continue
         if _below(backing, where):
             yield f"/dev/{entry.name}"
-
-
-def _command(process: Path) -> str:
-    try:
-        return (process / "comm").read_text(errors="replace").strip() or "?"
-    except OSError:
-        return "?"
