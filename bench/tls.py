@@ -20,10 +20,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.suite import data, limit
+from bench.suite import data
+from bench.suite.cases import newcomer
 from bench.suite.data import MIB
 from bench.suite.measure import Arena, Entry, compete
-from bench.suite.ours import Ours, Replica
+from bench.suite.ours import Ours
 from resilver.names import Role
 from tests import namespace
 from tests.certificates import Authority
@@ -52,14 +53,7 @@ def measured(work: Path, size: int, rounds: int) -> list[Entry]:
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(data.disk(work, "source", "xfs", 4 * size))
         target = stack.enter_context(data.memory(work, "target", 3 * size + 64 * MIB))
-        there, here = Replica(source.point / "ours"), Replica(target.point / "ours")
-        for replica in (there, here):
-            replica.directory.mkdir()
-        data.fill(there.live, size)
-        image = there.snapshot("goal", 1)
-        found = there.backend.delta_map("", "goal")
-        ranges = work / "ranges.npy"
-        limit.save_ranges(ranges, found.offsets, found.lengths)
+        there, here, image, ranges = newcomer(work, source, target, size)
         files = [authority.issue(Role.NODE, node) for node in ("a", "b")]
         pair: list[Any] = [Ours(there, here, "", "goal", ranges), Ours(there, here, "", "goal", ranges, tls=files)]
         pair[0].name, pair[1].name = "plaintext", "TLS 1.3"

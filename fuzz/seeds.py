@@ -28,7 +28,7 @@ from coordinator.core.audited import AuditEntry
 from coordinator.core.cluster import ClusterEvent, NodeView, VolumeEntry
 from coordinator.core.events import Volume
 from fuzz.target import CORPORA, fresh
-from fuzz.targets_wire import _REQUESTS, _VALUES
+from fuzz.targets_wire import REQUESTS, VALUES
 from resilver import wire, wire_pages
 from resilver.errors import error_for
 from resilver.inspection import Inspection, dump
@@ -221,7 +221,7 @@ def _wire() -> Iterator[tuple[str, bytes]]:
         volume_pb2.ResyncProgress: wire.progress_to_proto(_PROGRESS),
         agent_pb2.OrderHeader: wire.order_to_proto(_ORDER),
     }
-    for at, (kind, _read, _write) in enumerate(_VALUES):
+    for at, (kind, _read, _write) in enumerate(VALUES):
         yield "wire_values", bytes([at]) + values.get(kind, kind()).SerializeToString()
     hello = agent_pb2.ReportRequest(boot="b1", seq=1)
     hello.hello.node, hello.hello.cluster, hello.hello.address, hello.hello.stream_address = "a", "prod", "h:1", "h:2"
@@ -236,7 +236,7 @@ def _wire() -> Iterator[tuple[str, bytes]]:
         "volume": "vm1", "volumes": ["vm1"], "node": "a", "nodes": ["a"], "id": "r1", "snapshot": "s1", "path": "/x/y",
         "reason": "repairs", "store_id": "st1", "request_id": "q1", "choose": "a",
     }  # fmt: skip
-    for at, (kind, _read) in enumerate(_REQUESTS):
+    for at, (kind, _read) in enumerate(REQUESTS):
         known = {field.name for field in kind.DESCRIPTOR.fields}
         message = kind(**{name: value for name, value in asked.items() if name in known})
         yield "wire_requests", bytes([at]) + message.SerializeToString()

@@ -16,7 +16,7 @@ from resilver.errors import Invalid, NotFound, Refused
 from resilver.v1 import agent_pb2, coordinator_pb2, volume_pb2
 from resilver.wire_pages import ReportAssembler
 
-_VALUES: Final[tuple[tuple[type[Message], Callable[[Any], Any], Callable[[Any], Message]], ...]] = (
+VALUES: Final[tuple[tuple[type[Message], Callable[[Any], Any], Callable[[Any], Message]], ...]] = (
     (volume_pb2.ConsistencyPoint, wire.cp_from_proto, wire.cp_to_proto),
     (volume_pb2.SnapshotRecord, wire.snapshot_from_proto, wire.snapshot_to_proto),
     (volume_pb2.VolumeRecord, wire.record_from_proto, wire.record_to_proto),
@@ -29,7 +29,7 @@ _VALUES: Final[tuple[tuple[type[Message], Callable[[Any], Any], Callable[[Any], 
     (volume_pb2.NodeLimitChange, wire_limits.change_from_proto, wire_limits.change_to_proto),
 )
 NAMES: Final = Names(("vm1", "vm2"), ("a", "b"))
-_REQUESTS: Final[tuple[tuple[type[Message], Callable[[Any], Any]], ...]] = (
+REQUESTS: Final[tuple[tuple[type[Message], Callable[[Any], Any]], ...]] = (
     (coordinator_pb2.PlanResyncRequest, lambda one: requests.plan(one, NAMES, "p")),
     (coordinator_pb2.StartResyncRequest, lambda one: requests.resync(one, NAMES, "p")),
     (coordinator_pb2.ElectPrimaryRequest, lambda one: requests.elect(one, NAMES, "p")),
@@ -53,7 +53,7 @@ def wire_values(data: bytes) -> None:
     """The first byte says which message."""
     if not data:
         return
-    kind, read, write = _VALUES[data[0] % len(_VALUES)]
+    kind, read, write = VALUES[data[0] % len(VALUES)]
     with contextlib.suppress(Invalid, DecodeError):
         value = read(kind.FromString(data[1:]))
         assert read(kind.FromString(write(value).SerializeToString())) == value
@@ -83,6 +83,6 @@ def wire_requests(data: bytes) -> None:
     """What operators ask: the first byte says which."""
     if not data:
         return
-    kind, read = _REQUESTS[data[0] % len(_REQUESTS)]
+    kind, read = REQUESTS[data[0] % len(REQUESTS)]
     with contextlib.suppress(Invalid, NotFound, Refused, DecodeError):
         read(kind.FromString(data[1:]))

@@ -157,6 +157,19 @@ def ours_and_limit(work: Path, there: Replica, here: Replica, images: Images, ta
     )
 
 
+def newcomer(work: Path, source: Disk, target: Disk, size_bytes: int) -> tuple[Replica, Replica, Path, Path]:
+    """A volume on the one disk with a snapshot `goal`, and nothing on the other; its image, and its ranges."""
+    there, here = Replica(source.point / "ours"), Replica(target.point / "ours")
+    for replica in (there, here):
+        replica.directory.mkdir()
+    data.fill(there.live, size_bytes)
+    image = there.snapshot("goal", 1)
+    found = there.backend.delta_map("", "goal")
+    ranges = work / "ranges.npy"
+    limit.save_ranges(ranges, found.offsets, found.lengths)
+    return there, here, image, ranges
+
+
 def first_copy(asked: Asked) -> Case:
     """All of an image that is in memory, to a file system in memory."""
     size = min(asked.image_bytes, data.memory_available_bytes() // MEMORY_OF_IMAGE // MIB * MIB)
@@ -172,14 +185,7 @@ def first_copy(asked: Asked) -> Case:
         source = stack.enter_context(asked.disk(work, "source", "xfs", 4 * size))
         target = stack.enter_context(data.memory(work, "target", 3 * size + 64 * MIB))
         asked.say("  making the image")
-        there, here = Replica(source.point / "ours"), Replica(target.point / "ours")
-        for replica in (there, here):
-            replica.directory.mkdir()
-        data.fill(there.live, size)
-        image = there.snapshot("goal", 1)
-        found = there.backend.delta_map("", "goal")
-        ranges = work / "ranges.npy"
-        limit.save_ranges(ranges, found.offsets, found.lengths)
+        there, here, image, ranges = newcomer(work, source, target, size)
         copy = target.point / "copy"
         field_of: list[Any] = [
             limit.Limit(image, None, copy, ranges),

@@ -12,34 +12,20 @@ from cryptography import x509
 
 from resilver.names import Role
 from tests.acceptance import images
-from tests.certificates import Authority
 from tests.cluster import Cluster, wait_for
-from tests.loopfs import mounted, needs_root
+from tests.loopfs import needs_root
+from tests.trust.pair import MIB, pair
 
 pytestmark = needs_root
 
-MIB = 1 << 20
 CAP = 8 * MIB
 PARTIES = ((Role.COORDINATOR, "c1"), (Role.NODE, "a"), (Role.NODE, "b"), (Role.OPERATOR, "test"))
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(tmp_path, "sqlite", authority=Authority(tmp_path / "certs"))
-    try:
-        made.start_coordinator()
-        with mounted("xfs", 1 << 30) as disk:
-            for node in ("a", "b"):
-                (disk / node).mkdir()
-            images.make(disk / "a" / "vm1.img", 64 * MIB, 48 * MIB, seed=1, stripe_bytes=MIB)
-            made.start_agent("a", {"vm1": disk / "a" / "vm1.img"})
-            made.start_agent("b", {"vm1": disk / "b" / "vm1.img"}, f"[limits]\nreceive_max_bytes_s = {CAP}")
-            try:
-                yield made
-            finally:
-                made.close()
-    finally:
-        made.close()
+    with pair(tmp_path, tmp_path / "certs", 64 * MIB, b_limits=f"[limits]\nreceive_max_bytes_s = {CAP}") as made:
+        yield made
 
 
 def test_a_resync_goes_on_while_every_certificate_is_renewed(cluster: Cluster) -> None:

@@ -11,34 +11,19 @@ import pytest
 from resilver import ca, ca_files
 from resilver.cli.main import main
 from resilver.names import Role
-from tests.acceptance import images
-from tests.certificates import Authority
 from tests.cluster import Cluster, wait_for
-from tests.loopfs import mounted, needs_root
+from tests.loopfs import needs_root
+from tests.trust.pair import MIB, pair
 
 pytestmark = needs_root
 
-MIB = 1 << 20
 PARTIES = (("coordinator", "c1"), ("node", "a"), ("node", "b"), ("operator", "test"))
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(tmp_path, "sqlite", authority=Authority(tmp_path / "ca"))
-    try:
-        made.start_coordinator()
-        with mounted("xfs", 1 << 30) as disk:
-            for node in ("a", "b"):
-                (disk / node).mkdir()
-            images.make(disk / "a" / "vm1.img", 16 * MIB, 8 * MIB, seed=1, stripe_bytes=MIB)
-            for node in ("a", "b"):
-                made.start_agent(node, {"vm1": disk / node / "vm1.img"})
-            try:
-                yield made
-            finally:
-                made.close()
-    finally:
-        made.close()
+    with pair(tmp_path, tmp_path / "ca", 16 * MIB) as made:
+        yield made
 
 
 def certs(*arguments: str | Path) -> None:
