@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import ssl
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +39,7 @@ FILE_BYTES_MAX: Final = 1 << 20
 
 _log: Final = structlog.get_logger(__name__)
 
-_Stamp = tuple[tuple[int, int, int], ...]
+Stamp = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +144,8 @@ class Credentials:
             _log.info("new certificate files are taken on", ends_at=str(held.ends_at))
             return held
 
-    def _looked_at(self) -> _Stamp:
-        """What tells that a file has changed; of one that is away it is that."""
-        found = []
-        for path in self._paths.values():
-            try:
-                status = path.stat()
-            except OSError:
-                found.append((0, 0, 0))
-            else:
-                found.append((status.st_mtime_ns, status.st_size, status.st_ino))
-        return tuple(found)
+    def _looked_at(self) -> Stamp:
+        return stamp_of(self._paths.values())
 
     def _read(self, number: int) -> _Held:
         ca, cert, key = (_read_file(field, path) for field, path in self._paths.items())
@@ -186,6 +178,19 @@ def credentials_of(files: Tls, name: Name) -> Credentials | None:
     tls = Credentials(files)
     tls.check_name(name)
     return tls
+
+
+def stamp_of(paths: Iterable[Path]) -> Stamp:
+    """What tells that one of these files has changed; of one that is away it is that."""
+    found = []
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError:
+            found.append((0, 0, 0))
+        else:
+            found.append((status.st_mtime_ns, status.st_size, status.st_ino))
+    return tuple(found)
 
 
 def greeted(connection: ssl.SSLSocket, cluster: str, node: str = "") -> Name:

@@ -21,7 +21,6 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -32,6 +31,7 @@ import pyetcd.exceptions
 
 from resilver.address import Address
 from resilver.config import EtcdConfig
+from resilver.credentials import Stamp, stamp_of
 from resilver.errors import Invalid, Unavailable
 
 TRIES_MAX: Final = 3
@@ -65,7 +65,6 @@ _TRANSIENT: Final = frozenset(
 )
 
 T = TypeVar("T")
-Stamp = tuple[tuple[int, int, int], ...]
 Client = Any  # pyetcd ships no types
 
 
@@ -213,16 +212,7 @@ class Members:
         return made
 
     def _stamp(self) -> Stamp:
-        """By what it is seen that a file has changed; zeros for one that is not there."""
-        found = []
-        for name in (self._config.ca, self._config.cert, self._config.key):
-            seen = (0, 0, 0)
-            with suppress(OSError):
-                if name:
-                    status = Path(name).stat()
-                    seen = (status.st_mtime_ns, status.st_size, status.st_ino)
-            found.append(seen)
-        return tuple(found)
+        return stamp_of(Path(name) for name in (self._config.ca, self._config.cert, self._config.key) if name)
 
     def _fits(self) -> bool:
         """Whether the files can be read, and the key is the certificate's."""
