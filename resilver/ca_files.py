@@ -129,7 +129,7 @@ def issue(authority: Authority, name: Name, signed: ca.Signed) -> Path:
         raise Invalid(
             "INVALID_FIELD",
             f"{name.role.value} {name.name} has a certificate already, in {place}",
-            next_command=f"resilver certs renew {name.role.value} {name.name}",
+            next_command=f"resilver certs renew {name.role.value} {name.name} --dir {authority.directory}",
             field="name",
         )
     _make_dir(place.parent)
@@ -160,7 +160,7 @@ def party(authority: Authority, name: Name) -> ca.Signed:
         raise Invalid(
             "INVALID_FIELD",
             f"no certificate was issued to {name.role.value} {name.name} from {authority.directory}",
-            next_command=f"resilver certs issue {name.role.value} {name.name}",
+            next_command=f"resilver certs issue {name.role.value} {name.name} --dir {authority.directory}",
             field="name",
         )
     key, cert = read_key(place / KEY), read_certs(place / CERT)[0]
