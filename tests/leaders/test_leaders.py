@@ -175,6 +175,8 @@ def test_each_member_of_the_store_in_turn(two: Cluster, store: etcd.Etcd, how: s
         taken += [(volume, point(two, volume)) for volume in VOLUMES]
     assert epochs(two) == before
     assert all(one in on_disk(two)[f"{volume}/a"] for volume, one in taken)
+    for volume in VOLUMES:  # the lead may have passed on with the last of them, and a node may not have found it yet
+        two.wait_reachable(volume, *NODES)
     two.ok("resync", "--all")
 
 
