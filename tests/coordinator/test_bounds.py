@@ -23,7 +23,7 @@ WITHIN_S = 60.0
 
 
 def test_whoever_connects_and_does_not_open_is_dropped(coordinator):
-    """Who says nothing, half of what opens a connection, or no settings after it: all at once, as each takes its time."""
+    """Who says nothing, half of what opens a connection, or no settings after it: all at once: each takes long."""
     host, _, port = coordinator.rpartition(":")
     begun = time.monotonic()
     with contextlib.ExitStack() as stack:
