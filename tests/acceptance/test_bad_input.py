@@ -229,7 +229,7 @@ def test_another_store_is_refused_until_it_is_adopted(pair: Cluster, disk: Path)
             assert [problem["reason"] for problem in told["problems"]] == ["WRONG_STORE"]
             adopt = told["problems"][0]["next_command"]
             assert adopt.startswith("resilver store adopt ")
-            assert adopt in pair.log(name)
+            wait_for(lambda name=name, adopt=adopt: adopt in pair.log(name), f"{name} logs it")
         ran = pair.refused("resync", "vm1", reason="WRONG_STORE")
         assert adopt in ran.err
     pair.ok(*adopt.split()[1:], "--yes")
