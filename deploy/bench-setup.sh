@@ -21,4 +21,4 @@ if ((${#missing[@]})) && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; t
   done
 fi
 say "installing matplotlib into .venv"
-.tools/bin/uv sync --quiet --frozen --group bench --python "$(command -v python3)"
+.tools/bin/uv sync --quiet --frozen --group bench
