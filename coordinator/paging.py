@@ -30,29 +30,37 @@ PAGE_BYTES_MAX: Final = 900 << 10
 _TOKEN_CHARS_MAX: Final = 4096
 
 T = TypeVar("T")
+P = TypeVar("P")
 M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
-class Page(Generic[M]):
+class Page(Generic[P]):
     """What goes into the answer."""
 
-    messages: tuple[M, ...]
+    messages: tuple[P, ...]
     next_page_token: str
 
 
 def page(request: Message, items: Iterable[T], key: Callable[[T], str], convert: Callable[[T], M]) -> Page[M]:
     """The page that the request asks for, of items ordered by `key`, which no two of them share."""
+    return page_of(request, items, key, convert, lambda message: message.ByteSize() + 8)
+
+
+def page_of(
+    request: Message, items: Iterable[T], key: Callable[[T], str], convert: Callable[[T], P], size: Callable[[P], int]
+) -> Page[P]:
+    """The same of messages in any form, of which `size` tells how many bytes they take in the answer."""
     size_max = _page_size(request)
     bound = digest_of(request)
     after = _after(request, bound)
-    ordered = sorted(((key(item), item) for item in items), key=lambda pair: pair[0])
-    rest = [pair for pair in ordered if after is None or pair[0] > after]
-    messages: list[M] = []
+    keyed = ((key(item), item) for item in items)
+    rest = sorted((pair for pair in keyed if after is None or pair[0] > after), key=lambda pair: pair[0])
+    messages: list[P] = []
     page_bytes, last = 0, ""
     for name, item in rest[:size_max]:
         message = convert(item)
-        page_bytes += message.ByteSize() + 8
+        page_bytes += size(message)
         if messages and page_bytes > PAGE_BYTES_MAX:
             break
         messages.append(message)

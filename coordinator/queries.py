@@ -10,7 +10,7 @@ from coordinator.core.cluster import ClusterEvent, ElectionRecord, Resync
 from coordinator.core.words import nearest
 from coordinator.explain import explain
 from coordinator.office import Engine, Office
-from coordinator.paging import page
+from coordinator.paging import page, page_of
 from coordinator.requests import Names, check_origins
 from coordinator.shown import Shown
 from coordinator.wire import (
@@ -87,11 +87,15 @@ def get_volume(engine: Engine, request: api.GetVolumeRequest, now_ms: int) -> ap
 def list_volumes(engine: Engine, shown: Shown, request: api.ListVolumesRequest, now_ms: int) -> api.ListVolumesResponse:
     wanted = Names.of(engine).some_volumes(request.volumes) if request.volumes else engine.volume_names()
 
-    def whole(name: str) -> volume_pb2.Volume:
-        return volume(engine, name, now_ms, full=True) if _full(request.view) else shown.volume(engine, name, now_ms)
+    def encoded(name: str) -> bytes:
+        if not _full(request.view):
+            return shown.encoded(engine, name, now_ms)
+        return api.ListVolumesResponse(volumes=[volume(engine, name, now_ms, full=True)]).SerializeToString()
 
-    found = page(request, wanted, str, whole)
-    return api.ListVolumesResponse(volumes=found.messages, next_page_token=found.next_page_token)
+    found = page_of(request, wanted, str, encoded, len)
+    response = api.ListVolumesResponse.FromString(b"".join(found.messages))
+    response.next_page_token = found.next_page_token
+    return response
 
 
 def _full(view: int) -> bool:

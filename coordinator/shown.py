@@ -6,6 +6,8 @@ The rules:
 * What goes on by itself is set each time: when a replica was last heard of, and for how long it has been behind. What
   stands in sentences is an age in words, so the message lasts until the first of those words would be another.
 * What is answered here is to be copied into an answer, and not to be changed.
+* It is kept encoded as well: of a cluster of thousands of volumes, to copy the messages into an answer and to measure
+  them cost more than all the rest of it.
 """
 
 from __future__ import annotations
@@ -21,22 +23,56 @@ from coordinator.core.status import status_of
 from coordinator.core.words import age_holds_ms, rest_holds_ms
 from coordinator.office import Engine
 from coordinator.views import behind_since_ms, volume_to_proto
+from resilver.v1 import coordinator_pb2 as api
 from resilver.v1 import volume_pb2
 
 KEPT_MAX: Final = 20_000
 HOLDS_MAX_MS: Final = 24 * 3600 * 1000
+NEVER_MS: Final = -1
+"""No time at which anything was heard: the first look sets the stamp."""
+
+
+@dataclass(slots=True)
+class _Heard:
+    """When a replica that is here was last heard of, where its message says so, and what that says now."""
+
+    node: str
+    report_time_ms: int
+    stamp: Timestamp
+    stamp_ms: int
 
 
 @dataclass(slots=True)
 class _Kept:
-    """A message, the fields in it that go on by themselves, and from when to when the rest of it is right."""
+    """An answer of one volume, the fields in it that go on by themselves, and from when to when the rest is right."""
 
     view: VolumeView
-    message: volume_pb2.Volume
-    heard: list[tuple[str, int, Timestamp]]
+    answer: api.ListVolumesResponse
+    heard: list[_Heard]
     behind: list[tuple[int, Duration]]
     from_ms: int
     until_ms: int
+    encoded: bytes = b""
+
+    @property
+    def message(self) -> volume_pb2.Volume:
+        return self.answer.volumes[0]
+
+    def go_on(self, engine: Engine, now_ms: int) -> None:
+        """Sets what goes on by itself, and forgets the encoding if that has changed."""
+        nodes = engine.nodes()
+        for heard in self.heard:
+            heard_ms = max(heard.report_time_ms, nodes[heard.node].last_heard_ms)
+            if heard_ms != heard.stamp_ms:
+                heard.stamp_ms = heard_ms
+                heard.stamp.seconds = heard_ms // 1000
+                heard.stamp.nanos = heard_ms % 1000 * 1_000_000
+                self.encoded = b""
+        for since_ms, duration in self.behind:
+            behind_ms = max(now_ms - since_ms, 0)
+            duration.seconds = behind_ms // 1000
+            duration.nanos = behind_ms % 1000 * 1_000_000
+            self.encoded = b""
 
 
 class Shown:
@@ -48,6 +84,16 @@ class Shown:
 
     def volume(self, engine: Engine, name: str, now_ms: int) -> volume_pb2.Volume:
         """The volume without lineages. Raises `NotFound("VOLUME_NOT_FOUND")`."""
+        return self._shown(engine, name, now_ms).message
+
+    def encoded(self, engine: Engine, name: str, now_ms: int) -> bytes:
+        """The same as a `ListVolumesResponse` of this volume alone: put together, such bytes are one of all of them."""
+        kept = self._shown(engine, name, now_ms)
+        if not kept.encoded:
+            kept.encoded = kept.answer.SerializeToString()
+        return kept.encoded
+
+    def _shown(self, engine: Engine, name: str, now_ms: int) -> _Kept:
         if self._engine is not engine or len(self._kept) >= KEPT_MAX:
             self._engine = engine
             self._kept.clear()
@@ -55,24 +101,16 @@ class Shown:
         kept = self._kept.get(name)
         if kept is None or kept.view is not view or not kept.from_ms <= now_ms < kept.until_ms:
             kept = self._kept[name] = _keep(engine, view, now_ms)
-            return kept.message
-        nodes = engine.nodes()
-        for node, report_time_ms, stamp in kept.heard:
-            heard_ms = max(report_time_ms, nodes[node].last_heard_ms)
-            stamp.seconds = heard_ms // 1000
-            stamp.nanos = heard_ms % 1000 * 1_000_000
-        for since_ms, duration in kept.behind:
-            behind_ms = max(now_ms - since_ms, 0)
-            duration.seconds = behind_ms // 1000
-            duration.nanos = behind_ms % 1000 * 1_000_000
-        return kept.message
+        else:
+            kept.go_on(engine, now_ms)
+        return kept
 
 
 def _keep(engine: Engine, view: VolumeView, now_ms: int) -> _Kept:
-    message = volume_to_proto(engine, view, now_ms, full=False)
-    kept = _Kept(view, message, [], [], now_ms, now_ms + HOLDS_MAX_MS)
+    answer = api.ListVolumesResponse(volumes=[volume_to_proto(engine, view, now_ms, full=False)])
+    kept = _Kept(view, answer, [], [], now_ms, now_ms + HOLDS_MAX_MS)
     holds = [HOLDS_MAX_MS]
-    for shown in message.replicas:
+    for shown in kept.message.replicas:
         replica = view.replica(shown.node)
         since_ms = behind_since_ms(view, shown.node, status_of(view, shown.node))
         if since_ms is not None:
@@ -81,7 +119,7 @@ def _keep(engine: Engine, view: VolumeView, now_ms: int) -> _Kept:
         if not replica.fresh:
             holds.append(age_holds_ms(now_ms - replica.report_time_ms))
         elif shown.HasField("report_time"):
-            kept.heard.append((shown.node, replica.report_time_ms, shown.report_time))
+            kept.heard.append(_Heard(shown.node, replica.report_time_ms, shown.report_time, NEVER_MS))
     pause = view.entry.pause if view.entry is not None else None
     if pause is not None and pause.until_ms is not None:
         holds.append(rest_holds_ms(pause.until_ms - now_ms))
