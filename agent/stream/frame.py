@@ -319,12 +319,11 @@ class FrameBuffer:
         self._start = 0
         self._end = 0
         self._header: Header | None = None
-        self._refused: ResilverError | None = None
 
     def clear(self) -> None:
         """Forgets everything, for another connection."""
         self._start = self._end = 0
-        self._header = self._refused = None
+        self._header = None
 
     @property
     def pending_bytes(self) -> int:
@@ -347,18 +346,13 @@ class FrameBuffer:
 
     def next(self) -> Frame | None:
         """The next whole frame, None if there is none yet; Damaged if its header does not hold, then and ever after."""
-        if self._refused is not None:
-            raise self._refused
         header = self._header
         if header is None:
             if self._end - self._start < HEADER_BYTES:
                 return None
-            try:
-                header = unpack_header(self._view, self._start, payload_bytes_max=self._payload_bytes_max)
-            except ResilverError as error:
-                self._refused = error
-                raise
-            self._header = header
+            # One that does not hold stays where it is, and is refused again. An error that was kept would hold the
+            # buffer by its traceback, in a circle, until the next look for those.
+            header = self._header = unpack_header(self._view, self._start, payload_bytes_max=self._payload_bytes_max)
         body = self._start + HEADER_BYTES
         if self._end - body < header.stored:
             return None
