@@ -94,7 +94,7 @@ def store() -> None:
     """Adopt or export the store."""
 
 
-@store.command("adopt", cls=Verb)
+@store.command("adopt", cls=Verb, short_help="Let the agents take on the present store.")
 @click.argument("store_id", required=False)
 @pass_session
 def store_adopt(session: Session, store_id: str | None) -> int:

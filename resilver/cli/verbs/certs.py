@@ -40,8 +40,10 @@ def _directory(command: C) -> C:
 
 
 def _hosts(command: C) -> C:
-    command = click.option("--ip", multiple=True, metavar="ADDRESS", help="An address that it is dialled at.")(command)
-    return click.option("--dns", multiple=True, metavar="HOST", help="A host name that it is dialled by.")(command)
+    # Not ours: they ask for the party's own name, and a machine may move.
+    ip, dns = "An address that other programs dial", "A host name that other programs dial"
+    command = click.option("--ip", multiple=True, metavar="ADDRESS", help=f"{ip}; may be repeated.")(command)
+    return click.option("--dns", multiple=True, metavar="HOST", help=f"{dns}; may be repeated.")(command)
 
 
 _ROLE: Final = click.Choice([role.value for role in Role])
@@ -104,7 +106,7 @@ def issue(
     return 0
 
 
-@certs.command("renew", cls=Verb)
+@certs.command("renew", cls=Verb, short_help="Replace certificates by new ones of the same name.")
 @click.argument("role", type=_ROLE, required=False)
 @click.argument("name", required=False)
 @click.option("--all", "everybody", is_flag=True, help="Everybody who was issued one.")

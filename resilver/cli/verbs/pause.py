@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.command(cls=Verb)
 @click.argument("volumes", nargs=-1, metavar="[VOLUME]…")
 @click.option("--all", "all_volumes", is_flag=True, help="Every volume.")
-@click.option("--reason", required=True, metavar="TEXT", help="Why; every screen shows it.")
+@click.option("--reason", required=True, metavar="TEXT", help="Why; `status` and whatever is held back say it.")
 @click.option("--for", "span", type=SPAN, metavar="TIME", help="For how long, such as 2h. [until unpaused]")
 @pass_session
 def pause(session: Session, volumes: tuple[str, ...], all_volumes: bool, reason: str, span: float | None) -> int:
