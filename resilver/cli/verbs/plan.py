@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--all", "all_volumes", is_flag=True, help="Every volume.")
 @click.option("--to", "nodes", multiple=True, metavar="NODE", help="Only these replicas; may be repeated.")
 @click.option("--snapshot", is_flag=True, help="Take the consistency point first, so that the bytes are exact.")
-@click.option("--full", is_flag=True, help="Copy all of it, whatever is in common.")
+@click.option("--full", is_flag=True, help="Copy all of what is not in sync, whatever is in common.")
 @click.option("--replace", "replace", multiple=True, metavar="NODE", help="As with resync --replace.")
 @pass_session
 def plan(

@@ -32,7 +32,7 @@ BACK: Final = "resilver resyncs --active --watch"
 @click.option("--all", "all_volumes", is_flag=True, help="Every volume.")
 @click.option("--to", "nodes", multiple=True, metavar="NODE", help="Only these replicas; may be repeated.")
 @click.option("--plan", "etag", metavar="ETAG", help="Only if the plan of this etag still holds.")
-@click.option("--full", is_flag=True, help="Copy all of it, whatever is in common.")
+@click.option("--full", is_flag=True, help="Copy all of what is not in sync, whatever is in common.")
 @click.option(
     "--replace",
     multiple=True,
