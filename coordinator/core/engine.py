@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from coordinator.core import decide, hearing, points, prepare, resyncs, upkeep
+from coordinator.core import decide, hearing, points, prepare, pruning, resyncs, upkeep
 from coordinator.core.audited import AuditEntry
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Refusal, Resync, Size, VolumeView
 from coordinator.core.context import Context, Identity, Settings
@@ -150,7 +150,7 @@ class Engine:
 
     def pinned_by(self, volume: str, node: str, snapshot_id: str) -> tuple[str, ...]:
         """Why that node may not let the snapshot go."""
-        return upkeep.pinned_by(self._context.view(volume), self._context, node, snapshot_id)
+        return pruning.pinned_by(self._context.view(volume), self._context, node, snapshot_id)
 
     # ------------------------------------------------------------ one step
 
@@ -203,8 +203,8 @@ class Engine:
             ElectRequest: self._elect,
             SnapshotRequest: self._snapshot,
             CancelRequest: self._cancel,
-            DropRequest: partial(upkeep.drop, self._context),
-            PruneRequest: partial(upkeep.prune, self._context),
+            DropRequest: partial(pruning.drop, self._context),
+            PruneRequest: partial(pruning.prune, self._context),
             ExportRequest: partial(upkeep.export, self._context),
             PauseRequest: self._pause,
             RemoveRequest: self._remove,

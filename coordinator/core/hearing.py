@@ -10,8 +10,8 @@ from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Final
 
-from coordinator.core import decide, prepare, resyncs, upkeep
-from coordinator.core.claims import Problem, reconcile
+from coordinator.core import decide, prepare, pruning, resyncs
+from coordinator.core.claims import Problem, primary_problems, reconcile
 from coordinator.core.cluster import NodeView
 from coordinator.core.context import Context
 from coordinator.core.events import (
@@ -282,7 +282,9 @@ def _note_base(context: Context, volume: str, node: str) -> None:
         status = status_of(view, member)
         if view.replica(member).fresh and status.common is not None:
             bases[member] = status.common.id
-    if bases != dict(entry.bases):
+    # Against a primary that may not stay, such as one that came back from an old image, nothing is noted.
+    doubted = entry.recovering or primary_problems(view, context.now_ms)
+    if bases != dict(entry.bases) and not doubted:
         context.persist(Volume(volume, replace(entry, bases=bases)))
 
 
@@ -298,7 +300,7 @@ def _go_on(context: Context, volume: str, node: str, report: ReplicaReport) -> N
         record.present and record.origin is not Origin.ADOPTED for record in lineage
     )
     if beyond > report.keep_last and volume not in context.locks:
-        _spawn_once(context, f"prune {volume} {node}", upkeep.prune_by_itself(context, volume, node))
+        _spawn_once(context, f"prune {volume} {node}", pruning.prune_by_itself(context, volume, node))
     _retry_blocked(context, volume, node, report)
     _size_up(context, volume, node)
 

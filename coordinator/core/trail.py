@@ -87,7 +87,7 @@ class Trail:
             self._orders[entry.sequence] = ended
             return ended, (ended,)
         del self._orders[entry.sequence]
-        subject = (*_subject(ended), *ended.volumes, ended.node)
+        subject = (*_subject(ended), *ended.volumes, ended.node, ended.request)
         before = self._same(now_ms, subject)
         if before is not None:
             return ended, (self._count(now_ms, subject, before, 1), Forgotten(entry))
@@ -176,7 +176,8 @@ def outcome(answer: object) -> tuple[AuditResult, str, str]:
     """What became of an order: result, reason and a sentence."""
     match answer:
         case ResilverError():
-            return AuditResult.REFUSED, answer.reason, answer.message
+            part = answer.metadata.get("done")
+            return AuditResult.PARTLY if part else AuditResult.REFUSED, answer.reason, answer.message
         case ElectionRecord(refusal=Refusal() as refusal):
             return AuditResult.REFUSED, _first(refusal), refusal.message
         case ResyncsStarted():

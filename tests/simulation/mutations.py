@@ -15,7 +15,7 @@ import agent.rights
 import agent.run
 import agent.runs
 from agent.identity import Identity
-from coordinator.core import ballot, decide, election, events, hearing, upkeep
+from coordinator.core import ballot, decide, election, events, hearing, pruning
 from coordinator.core.context import Context
 from coordinator.core.engine import Engine
 from coordinator.core.history import History
@@ -182,12 +182,12 @@ def _first_sight_by_name() -> tuple[Place, ...]:
 
 def _another_tools_is_ours() -> tuple[Place, ...]:
     """What another tool made is pinned by nothing but what we need."""
-    kept = upkeep.pinned_by
+    kept = pruning.pinned_by
 
     def pinned_by(*about: Any) -> tuple[str, ...]:
-        return tuple(reason for reason in kept(*about) if reason != upkeep.ANOTHER_TOOLS)
+        return tuple(reason for reason in kept(*about) if reason != pruning.ANOTHER_TOOLS)
 
-    return ((upkeep, "pinned_by", pinned_by),)
+    return ((pruning, "pinned_by", pinned_by),)
 
 
 # Remembering.
