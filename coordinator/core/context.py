@@ -69,11 +69,11 @@ class Settings:
 
 @dataclass(slots=True)
 class Examine:
-    """One question to every member; later callers join it."""
+    """One question to every member; later callers join it. `answered`: by which start of its agent each has."""
 
     id: str
     waiting: set[str]
-    answered: set[str]
+    answered: dict[str, str]
 
 
 @dataclass(slots=True)

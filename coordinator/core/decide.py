@@ -52,7 +52,7 @@ def examine(context: Context, volume: str) -> Flow[Examined]:
     if running is None:
         view = context.view(volume)
         asked = {node for node in view.replicas if context.reachable(node)}
-        running = Examine(context.ask(volume, asked), asked, set())
+        running = Examine(context.ask(volume, asked), asked, {})
         context.examines[volume] = running
     mine = running
     yield Wait(
@@ -62,9 +62,9 @@ def examine(context: Context, volume: str) -> Flow[Examined]:
     )
     if context.examines.get(volume) is mine:
         del context.examines[volume]
-    # Who has gone since, or turned out to be two, has answered nothing.
-    fresh = frozenset(node for node in mine.answered if context.reachable(node))
-    return Examined(context.view(volume, fresh), fresh)
+    # Who has gone since, has begun anew, or turned out to be two, has answered nothing.
+    view = context.view(volume, mine.answered)
+    return Examined(view, frozenset(node for node, one in view.replicas.items() if one.fresh))
 
 
 def learn(context: Context, volume: str, fresh: Iterable[str] | None) -> None:

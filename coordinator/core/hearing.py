@@ -148,6 +148,8 @@ def disconnected(context: Context, stream: str) -> None:
         _introduce(context, context.nodes[name], last)
         context.emit(SendExamine(context.stream_of(name), context.new_id(), last.volumes))
     for volume, examine in context.examines.items():
+        if examine.answered.get(name) not in left:
+            examine.answered.pop(name, None)  # the next start of the agent may find something else
         if name in examine.waiting and not left:
             examine.waiting.discard(name)
             context.tasks.touch(f"examine:{volume}")
@@ -187,7 +189,7 @@ def reported(context: Context, event: ReplicaReported) -> None:
     context.hear(volume, name, heard, changed=changed or old is None or old.stream != event.stream)
     examine = context.examines.get(volume)
     if examine is not None and event.examine_id == examine.id and context.reachable(name):
-        examine.answered.add(name)
+        examine.answered[name] = speaker.boot
         examine.waiting.discard(name)
         context.tasks.touch(f"examine:{volume}")
     if not context.reachable(name):

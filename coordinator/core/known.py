@@ -79,9 +79,10 @@ class Known:
             raise NotFound("VOLUME_NOT_FOUND", f"no volume is named {volume!r}{nearest(volume, known)}", volume=volume)
 
     def view(self, volume: str, fresh: Iterable[str] | None = None) -> VolumeView:
-        """One volume as decisions see it. `fresh` None: a report counts if its node is connected.
+        """One volume as decisions see it. `fresh` None: a report counts if it came by a stream that is still open; else
+        only those of the nodes named do, and of them too whoever has gone, or begun anew, since it reported does not.
 
-        That one is kept until something that it, or a screen of it, shows has changed: as long as it is the same
+        The first is kept until something that it, or a screen of it, shows has changed: as long as it is the same
         object, nothing has.
         """
         kept = self._views.get(volume)
@@ -93,7 +94,7 @@ class Known:
             return kept
         wanted = frozenset(fresh)
         replicas = {
-            name: one if one.report is None or one.fresh == (name in wanted) else replace(one, fresh=name in wanted)
+            name: one if not one.fresh or name in wanted else replace(one, fresh=False)
             for name, one in kept.replicas.items()
         }
         return kept if replicas == kept.replicas else VolumeView(volume, kept.entry, replicas)
@@ -117,7 +118,9 @@ class Known:
         return VolumeView(volume, entry, replicas)
 
     def current(self, node: str, heard: Heard) -> bool:
-        """Whether that report came by the node's present stream."""
+        """Whether that report came by a stream of the node that is still open: so it is of its present start, and
+        whatever has changed since has been told.
+        """
         return self.reachable(node) and heard.stream in self.streams
 
     def reachable(self, node: str) -> bool:

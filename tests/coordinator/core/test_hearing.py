@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from coordinator.core import events as e
-from coordinator.core.cluster import NodeView, VolumeEntry
+from coordinator.core.cluster import ElectionRecord, NodeView, VolumeEntry
 from coordinator.core.context import Identity, Settings
 from coordinator.core.engine import Engine
 from coordinator.core.orders import Done, Taken, TakeSnapshot
@@ -126,3 +126,40 @@ def test_a_volume_may_be_removed_while_its_point_is_awaited(opening):
     engine.step(e.Requested("r2", RemoveRequest("vm1")), NOW_MS)
     assert "vm1" not in engine.volume_names()
     engine.step(e.Ticked(), NOW_MS + 700_000)
+
+
+def answer_of_a_twin(engine: Engine, ends: str) -> ElectionRecord:
+    """a answers, a second one of that name comes, and one of both streams ends before b has answered too."""
+    connect(engine, "first", "a", "boot-1")
+    connect(engine, "other", "b", "boot-1")
+    asked = engine.step(e.Requested("r1", ElectRequest("vm1")), NOW_MS)
+    examine = next(one.examine_id for one in asked if isinstance(one, e.SendExamine))
+    report(engine, "first", 1, "s1", examine=examine, grant=True)
+    connect(engine, "second", "a", "boot-2")
+    engine.step(e.AgentDisconnected(ends), NOW_MS)
+    done = report(engine, "other", 1, "s1", examine=examine)
+    (answer,) = [one.answer for one in done if isinstance(one, e.Answer)]
+    assert isinstance(answer, ElectionRecord)
+    return answer
+
+
+def test_an_answer_does_not_outlive_the_start_that_gave_it(engine):
+    refusal = answer_of_a_twin(engine, "first").refusal
+    assert refusal is not None
+    assert refusal.reasons == ("PRIMARY_AWAY",)
+
+
+def test_an_answer_outlives_another_agent_of_that_name(engine):
+    found = answer_of_a_twin(engine, "second")
+    assert (found.refusal, found.winner) == (None, "a")
+
+
+def test_what_came_by_a_stream_that_has_ended_is_not_fresh_whoever_is_asked_for(engine):
+    connect(engine, "first", "b", "boot-1")
+    report(engine, "first", 1, "s1")
+    known = engine._context
+    assert known.view("vm1", {"b"}).replica("b").fresh
+    assert not known.view("vm1", {"a"}).replica("b").fresh
+    engine.step(e.AgentDisconnected("first"), NOW_MS)
+    connect(engine, "second", "b", "boot-1")
+    assert not known.view("vm1", {"b"}).replica("b").fresh
