@@ -81,14 +81,18 @@ def prepare(context: Context, volume: str, request: ResyncRequest | PlanRequest,
 
 def take_point(context: Context, prepared: Prepared, principal: str) -> Flow[Refusal | None]:
     """Opens the first epoch, or lets a primary take a CP if it, or one that is taken with it, is modified; returns once
-    that CP is recorded.
+    that CP is recorded. The first epoch is decided again, by what is known once the other volumes took their time.
     """
     volume = prepared.volume
     problem: ResilverError | None = _outdated(context, prepared)
     if problem is not None:
         return refusal_of(problem)
     if prepared.first is not None:
-        problem = yield from first_sight(context, prepared.view, prepared.first, principal)
+        view = context.view(volume, prepared.fresh)
+        decision = elect(view, now_ms=context.now_ms)
+        if not isinstance(decision, Elected) or decision.winner != prepared.first.winner:
+            return refusal_of(_changed(volume))
+        problem = yield from first_sight(context, view, decision, principal)
     elif context.entries[volume].opening:
         problem = yield from establish(context, volume)
     elif prepared.turn.wanted:
@@ -100,14 +104,13 @@ def take_point(context: Context, prepared: Prepared, principal: str) -> Flow[Ref
 
 def _outdated(context: Context, prepared: Prepared) -> ResilverError | None:
     """Other volumes, or the CP, may have taken their time: whether the primary is still what it was found to be."""
-    was, now = prepared.view, context.view(prepared.volume)
-    same = _reign(was.entry) == _reign(now.entry)
-    if prepared.first is not None:
-        same = same and now.replicas.keys() <= was.replicas.keys()
-    if same:
-        return None
-    message = f"more has become known of {prepared.volume} since it was examined"
-    return Conflict("PLAN_CHANGED", message, next_command=f"resilver resync {prepared.volume}")
+    same = _reign(prepared.view.entry) == _reign(context.view(prepared.volume).entry)
+    return None if same else _changed(prepared.volume)
+
+
+def _changed(volume: str) -> ResilverError:
+    message = f"more has become known of {volume} since it was examined"
+    return Conflict("PLAN_CHANGED", message, next_command=f"resilver resync {volume}")
 
 
 def _reign(entry: VolumeEntry | None) -> tuple[object, ...]:
