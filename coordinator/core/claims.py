@@ -84,16 +84,20 @@ def reconcile(view: VolumeView) -> VolumeEntry | None:
     """The entry as reports show that it must have been, if the store knew less; None if the store is right.
 
     Records of another volume_id are not listened to; if there is no entry and the records are of several volumes,
-    nobody can say which one is meant. The raised entry is `recovering`: what else was forgotten is not known.
+    nobody can say which one is meant. The raised entry is `recovering`: what else was forgotten is not known. As long
+    as it is, every member counts that a record names, however old and whenever it was told.
     """
     base = view.entry or VolumeEntry(VolumeRecord(view.name))
     best = _highest_told(view, base.record)
-    if best is None or not _higher(best, base.record):
+    if best is None:
         return None
-    told = _told(view, best.volume_id)
-    members = {*base.record.members, *(member for record in told for member in record.members)}
-    members -= {*base.removed} - {*best.members}
-    raised = replace(best, volume=view.name, members=tuple(sorted(members)))
+    if not _higher(best, base.record):
+        # Whom a store that has forgotten nothing does not name was removed.
+        members = _members_known(view, base, base.record) if base.recovering else ()
+        if {*members} <= {*base.record.members}:
+            return None
+        return replace(base, record=replace(base.record, members=members))
+    raised = replace(best, volume=view.name, members=_members_known(view, base, best))
     return replace(
         base,
         record=raised,
@@ -101,6 +105,13 @@ def reconcile(view: VolumeView) -> VolumeEntry | None:
         opening=_is_opening(view, raised),
         recovering=True,
     )
+
+
+def _members_known(view: VolumeView, base: VolumeEntry, highest: VolumeRecord) -> tuple[str, ...]:
+    """Every member that the store or a record names; those that were removed only if the highest record names them."""
+    told = _told(view, highest.volume_id)
+    named = {*base.record.members, *(member for record in told for member in record.members)}
+    return tuple(sorted(named - ({*base.removed} - {*highest.members})))
 
 
 def _highest_told(view: VolumeView, known: VolumeRecord) -> VolumeRecord | None:

@@ -68,15 +68,18 @@ def examine(context: Context, volume: str) -> Flow[Examined]:
 
 
 def learn(context: Context, volume: str, fresh: Iterable[str] | None) -> None:
-    """Takes on what reports know and the store does not: epochs and the newest known CP only ever go up."""
+    """Takes on what reports know and the store does not: epochs and the newest known CP only ever go up, and members
+    only come.
+    """
     raised = reconcile(context.view(volume, fresh))
     if raised is None:
         return
+    record = raised.record
     context.persist(Volume(volume, raised))
     context.tell(
         "RECOVERING",
-        f"the store knew less of {volume} than its replicas: now epoch {raised.record.epoch}, newest known CP "
-        f"{raised.record.newest_cp}; the next election wants every known member",
+        f"the store knew less of {volume} than its replicas: now epoch {record.epoch}, newest known CP "
+        f"{record.newest_cp}, members {', '.join(record.members)}; the next election wants every known member",
         volume=volume,
     )
 

@@ -117,7 +117,9 @@ def _store_forgot(context: Context, event: AgentConnected) -> None:
     said = f"{event.node.name} has obeyed term {event.highest_term}, which the store has never given"
     for volume, entry in list(context.entries.items()):
         if entry.record.epoch and not entry.recovering:
-            context.persist(Volume(volume, replace(entry, recovering=True)))
+            gap = replace(entry, recovering=True)
+            gap = reconcile(replace(context.view(volume), entry=gap)) or gap
+            context.persist(Volume(volume, gap))
             context.tell("RECOVERING", f"{said}; the next election of {volume} wants every known member", volume=volume)
 
 
@@ -207,7 +209,9 @@ def reported(context: Context, event: ReplicaReported) -> None:
 
 
 def _learn(context: Context, volume: str, report: ReplicaReport) -> None:
-    """A record that is higher than the store's is taken on at once; see `decide.learn`."""
+    """A record that is higher than the store's, or names more members of a store that has forgotten some, is taken on
+    at once; see `decide.learn`.
+    """
     entry = context.entries.get(volume)
     if report.record is None or (entry is not None and report.record == entry.record):
         return

@@ -163,3 +163,47 @@ def test_what_came_by_a_stream_that_has_ended_is_not_fresh_whoever_is_asked_for(
     engine.step(e.AgentDisconnected("first"), NOW_MS)
     connect(engine, "second", "b", "boot-1")
     assert not known.view("vm1", {"b"}).replica("b").fresh
+
+
+def told(engine: Engine, stream: str, seq: int, members: str, *, examine: str = "", grant: bool = False):
+    """A report at the store's epoch and CP, whose record names these members."""
+    record = VolumeRecord("vm1", "V1", 1, "E1", "a", tuple(members), ConsistencyPoint(1, 1), "s1")
+    lineage = Lineage((Snapshot("s1", ConsistencyPoint(1, 1), epoch_id="E1"),))
+    held = Grant("V1", 1, "E1") if grant else None
+    said = ReplicaReport("vm1", Presence.PRESENT, "V1", lineage, LiveCopy(LiveState.UNMODIFIED), record, held)
+    return engine.step(e.ReplicaReported(stream, seq, said, examine), NOW_MS)
+
+
+@pytest.mark.parametrize("first", "ab")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_store_that_has_forgotten_a_member_wants_it(engine, first, when):
+    """Whoever is heard first, and also if the gap is noticed only after the one that knows the member was heard."""
+    connect(engine, "to-b", "b", "boot-1", term=7 if when == "before" else 0)
+    connect(engine, "to-a", "a", "boot-1")
+    for node in sorted("ab", key=lambda node: node != first):
+        told(engine, f"to-{node}", 1, "ab" if node == "a" else "abc")
+    if when == "after":
+        assert engine.view("vm1").record.members == ("a", "b"), "a whole store knows who is a member"
+        connect(engine, "again", "b", "boot-1", term=7)
+    assert engine.view("vm1").entry.recovering
+    assert engine.view("vm1").record.members == ("a", "b", "c")
+    asked = engine.step(e.Requested("r1", ElectRequest("vm1")), NOW_MS)
+    examine = next(one.examine_id for one in asked if isinstance(one, e.SendExamine))
+    told(engine, "to-a", 2, "ab", examine=examine, grant=True)
+    done = told(engine, "again" if when == "after" else "to-b", 2, "abc", examine=examine)
+    (answer,) = [one.answer for one in done if isinstance(one, e.Answer)]
+    assert answer.refusal.reasons == ("RECOVERING",)
+    assert answer.refusal.missing_nodes == ("c",)
+
+
+def test_a_member_is_told_of_once_and_comes_back_by_no_old_record(engine):
+    connect(engine, "to-b", "b", "boot-1", term=7)
+    done = told(engine, "to-b", 1, "abc")
+    assert [one.event.type for one in done if isinstance(one, e.Tell)] == ["RECOVERING"]
+    assert not [one for one in told(engine, "to-b", 2, "abc") if isinstance(one, e.Persist | e.Tell)]
+    connect(engine, "to-c", "c", "boot-1")
+    engine.step(e.AgentDisconnected("to-c"), NOW_MS)
+    engine.step(e.Requested("r1", RemoveRequest("vm1", "c")), NOW_MS)
+    assert engine.view("vm1").record.members == ("a", "b")
+    assert not [one for one in told(engine, "to-b", 3, "abc") if isinstance(one, e.Persist | e.Tell)]
+    assert engine.view("vm1").record.members == ("a", "b")

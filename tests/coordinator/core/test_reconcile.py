@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
-from coordinator.core.cluster import VolumeView
+import pytest
+
+from coordinator.core.cluster import VolumeEntry, VolumeView
 from coordinator.core.election import next_epoch, reconcile
 from resilver.volume import VolumeRecord
 from tests.coordinator.core.commands import elected, refused
@@ -77,6 +80,40 @@ class TestReconcile:
         found = reconcile(replace(seen, entry=replace(seen.entry, removed=("c",))))
         assert found is not None
         assert found.record.members == ("a", "b")
+
+    def test_while_recovering_every_member_counts_that_a_record_names(self) -> None:
+        """However old that record is: what the store forgot may be any of it."""
+        seen = self.seen("a: 1 2 | b: 1 2", a=self.told(1, "2", members=("a", "b")), b=self.told(1, "1"))
+        assert seen.entry is not None
+        entry = replace(seen.entry, record=self.told(1, "2", primary="a", members=("a", "b")))
+        assert reconcile(replace(seen, entry=entry)) is None, "a store that is whole knows who was removed"
+        gap = replace(entry, recovering=True)
+        found = reconcile(replace(seen, entry=gap))
+        assert found == replace(gap, record=replace(entry.record, members=("a", "b", "c")))
+        assert reconcile(replace(seen, entry=found)) is None
+        assert reconcile(replace(seen, entry=replace(gap, removed=("c",)))) is None
+
+    @pytest.mark.parametrize(("held", "removed"), [(0, ""), (1, ""), (2, ""), (2, "d"), (3, "d")])
+    def test_members_are_the_same_whoever_is_heard_first(self, held: int, removed: str) -> None:
+        """The store is empty, or an older copy of itself that holds the records up to one epoch."""
+        told = {
+            "a": self.told(3, "3", members=("a", "b")),
+            "b": self.told(3, "3", members=("a", "b", "c")),
+            "c": self.told(3, "2", members=("c", "e")),
+            "d": self.told(2, "2", members=("a", "d")),
+        }
+        whole = self.seen("a: 1 2 3 | b: 1 2 3 | c: 1 2 3 | d: 1 2", forgotten=True, **told)
+        record = self.told(held, str(held), members=("a", "b"))
+        stored = VolumeEntry(record, recovering=True, removed=tuple(removed)) if held else None
+        for order in itertools.permutations("abcd"):
+            entry = stored
+            for count in range(1, 5):
+                heard = {node: whole.replicas[node] for node in order[:count]}
+                entry = reconcile(replace(whole, entry=entry, replicas=heard)) or entry
+            assert entry is not None
+            assert entry.recovering
+            assert (entry.record.epoch, entry.record.newest_id) == (3, "1-3")
+            assert entry.record.members == tuple(node for node in "abcde" if node not in removed), order
 
     def test_what_was_learnt_is_learnt_once(self) -> None:
         seen = self.seen("a: 1 2 3 | b: 1 2 2-3", b=self.told(2, "2-3"))

@@ -50,6 +50,8 @@ def reports(draw: st.DrawFn, known: dict[str, Snapshot], record: VolumeRecord | 
         if draw(st.integers(0, 5)) == 0:
             number = draw(epochs)
             told = replace(record, epoch=number, epoch_id=f"e{number}")
+        if told is not None and draw(st.integers(0, 4)) == 0:
+            told = replace(told, members=tuple(sorted(draw(st.sets(st.sampled_from([*NODES, "x"]))))))
         if draw(st.integers(0, 7)) == 0:
             number = draw(epochs)
             grant = Grant("V", number, draw(st.sampled_from([f"e{number}", "other"])))
