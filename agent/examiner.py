@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from agent.identity import Identity
 
 KEEPS_BEING_WRITTEN_MS: Final = 3_600_000
+_NOTHING_SEEN: Final = (None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Examiner:
         self._node: Final = node
         self._backend: Final = backend
         self._identity: Final = identity
-        self._outline: object = None
+        self._outline: tuple[object, object] = _NOTHING_SEEN
         self._seen: object = None
         self._broken: str | None = "the volume has not been recovered since the agent started"
 
@@ -83,7 +84,10 @@ class Examiner:
             self.recover()
         with disk_errors(self._volume):
             examined = self._backend.examine(compare_live=compare_live)
-        self._outline, self._seen = _outline(examined), None
+        live, rest = _outline(examined)
+        # A change of the live copy that was not compared is left for the next look to find.
+        self._outline = (live if compare_live or live == self._outline[0] else None, rest)
+        self._seen = None
         self.last = self._report(examined, compared=compare_live)
         return self.last
 
@@ -92,7 +96,7 @@ class Examiner:
         try:
             return self.examine(compare_live=True)
         except ResilverError as error:
-            self._outline = self._seen = None
+            self._outline, self._seen = _NOTHING_SEEN, None
             self.last = self._unreadable(f"{error.reason}: {error.message}")
             return self.last
 
@@ -204,8 +208,14 @@ class Examiner:
 
     def _written_again(self, report: ReplicaReport) -> bool:
         """Whether a secondary was written to within an hour after a commit had to preserve its live copy."""
+        return report.live.state is LiveState.MODIFIED and self.preserved_lately(report)
+
+    def preserved_lately(self, report: ReplicaReport) -> bool:
+        """Whether a secondary's live copy had to be preserved within the last hour: if it is modified now, that is
+        KEEPS_BEING_WRITTEN.
+        """
         record = report.record
-        if record is None or record.primary in {"", self._node} or report.live.state is not LiveState.MODIFIED:
+        if record is None or record.primary in {"", self._node}:
             return False
         since = report.examine_time_ms - KEEPS_BEING_WRITTEN_MS
         return any(copy.live and copy.resync_id and copy.create_time_ms > since for copy in report.preserved)
@@ -232,15 +242,16 @@ def _loss(examined: Examined, remembered: Remembered) -> str:
     return ""
 
 
-def _outline(examined: Examined) -> object:
-    """What a change of is worth a comparison and a report. A copy in use changes all the time, and is told by that."""
+def _outline(examined: Examined) -> tuple[object, object]:
+    """What a change of is worth a comparison and a report: of the live copy, and of the rest. A copy in use changes all
+    the time, and is told by that.
+    """
     live = examined.live
     size = () if live.in_use else (live.size_bytes, live.allocated_bytes)
-    return (
+    return (live.path, live.based_on, live.in_use, live.in_use_by, live.state is LiveState.ABSENT, size), (
         examined.presence,
         examined.volume_id,
         examined.lineage,
-        (live.path, live.based_on, live.in_use, live.in_use_by, live.state is LiveState.ABSENT, size),
         examined.record,
         examined.grant,
         examined.preserved,

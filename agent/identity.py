@@ -21,6 +21,7 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from agent.backends.image_kept import Kept, stamp_of
 from agent.disk.durable import disk_error, disk_errors, make_own_dir, open_own, read_json, write_json
 from agent.stored import typed
 from resilver.errors import Damaged, Forbidden, Invalid, Refused, Superseded
@@ -66,6 +67,7 @@ class Identity:
         self.boot: Final = str(uuid.uuid4())
         self.state_dir: Final = state_dir
         self._mutex = threading.Lock()
+        self._kept: Final = Kept()
         _make(state_dir)
         self._lock_fd = _locked(state_dir)
         try:
@@ -127,8 +129,13 @@ class Identity:
                 self._save(replace(self._pin, store_id=store_id, term=0, leader_id=""))
 
     def remembered(self, volume: str) -> Remembered | None:
-        """Where the volume's data was; None if none was ever seen here."""
+        """Where the volume's data was; None if none was ever seen here. Read again whenever it is another file."""
         path = self._volume_file(volume)
+        with disk_errors(path):
+            stamp = stamp_of(str(path))
+        return self._kept.read(volume, stamp, lambda _: self._read_remembered(volume, path))
+
+    def _read_remembered(self, volume: str, path: Path) -> Remembered | None:
         value = read_json(path)
         if value is None:
             return None

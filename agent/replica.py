@@ -295,9 +295,16 @@ class Replica:
         check_volume(order, self._examiner.examine(compare_live=False))
         return self.backend.export(snapshot_id, path, writable=writable)
 
-    def check_receive(self, order: Order, *, replaces: bool) -> ReplicaReport:
-        """What there is, if a run may write here under this order; `replaces`: the operator named this node."""
-        report = self._examiner.examine(compare_live=True)
+    def check_receive(self, order: Order, *, replaces: bool, compare_live: bool = False) -> ReplicaReport:
+        """What there is, if a run may write here under this order; `replaces`: the operator named this node.
+
+        The live copy is compared with its tip where the answer depends on it: when the caller asks for that, and where
+        one that is modified would be KEEPS_BEING_WRITTEN. Whether it has to be preserved is not decided here: the
+        commit compares for itself, while nobody can write, whatever was found before.
+        """
+        report = self._examiner.examine(compare_live=compare_live)
+        if not compare_live and not replaces and self._examiner.preserved_lately(report):
+            report = self._examiner.examine(compare_live=True)
         check_volume(order, report, replaces=replaces)
         check_epoch(order, report.record)
         check_secondary(order, report.record, self.node)

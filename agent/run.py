@@ -134,9 +134,9 @@ class Run:
         finally:
             transfer.close()
 
-    def _checked(self) -> ReplicaReport:
+    def _checked(self, *, compare_live: bool) -> ReplicaReport:
         wanted = self.wanted
-        report = self.replica.check_receive(wanted.order, replaces=wanted.replace_unrelated)
+        report = self.replica.check_receive(wanted.order, replaces=wanted.replace_unrelated, compare_live=compare_live)
         if report.lineage.find(wanted.target) is None:
             check_tip(wanted.order, report.lineage)
         return report
@@ -145,10 +145,11 @@ class Run:
         """What there is to begin from; None if the goal is there already. One job, so that what it tells is no older
         than what others have told meanwhile.
         """
-        report = self._checked()
+        restores = self.wanted.base == self.wanted.target
+        report = self._checked(compare_live=restores)
         if not self._is_done(report):
             return report
-        self._succeed(report)
+        self._succeed(report if restores else self._checked(compare_live=True))
         return None
 
     def _is_done(self, report: ReplicaReport) -> bool:
@@ -171,7 +172,7 @@ class Run:
         if self.stop.is_set():
             raise Stopped
         wanted, replica = self.wanted, self.replica
-        report = self._checked()
+        report = self._checked(compare_live=False)
         _not_in_use(report)
         self.may_replace(report, lineage)
         self.tell(state=ResyncState.COMMITTING)

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from resilver.errors import Invalid
 
-FILE_BYTES_MAX: Final = 1 << 20
+FILE_BYTES_MAX: Final = 4 << 20
 
 Loaded = TypeVar("Loaded", bound=Struct)
 

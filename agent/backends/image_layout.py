@@ -33,7 +33,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from agent.backends.image_kept import Kept, Stamp, stamp_of
 from agent.disk.durable import Json, append_log, disk_errors, make_dir, read_json, read_log, write_json
@@ -42,6 +42,11 @@ from agent.stored import checked, typed, understood
 from resilver.errors import Damaged, Invalid
 from resilver.lineage import Lineage, Snapshot
 from resilver.volume import Grant, PreservedCopy, VolumeRecord
+
+T = TypeVar("T")
+
+RECORD_FILE: Final = "volume.json"
+GRANT_FILE: Final = "grant.json"
 
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RESERVED: Final = frozenset({"stage", "preserved", "ancestry.jsonl"})
@@ -215,7 +220,7 @@ def read_state(layout: Layout, left: set[str]) -> State:
     if kept.state[0] == facts:
         same: State = kept.state[1]
         return same
-    kept.forget_all_but({ancestry, *(f"{root}/{key}/record.json" for key in stored)})
+    kept.forget_all_but({ancestry, RECORD_FILE, GRANT_FILE, *(f"{root}/{key}/record.json" for key in stored)})
     state = _state_of(layout, stored, {**logged, **{key: value.snapshot for key, value in stored.items()}}, present)
     kept.state = facts, state
     return state
@@ -376,16 +381,15 @@ def list_preserved(layout: Layout) -> tuple[PreservedCopy, ...]:
 
 def save_record(layout: Layout, record: VolumeRecord) -> None:
     value = {name: getattr(record, name) for name in VolumeRecord.__slots__}
-    write_json(layout.root / "volume.json", {**value, "newest_cp": str(record.newest_cp)})
+    write_json(layout.root / RECORD_FILE, {**value, "newest_cp": str(record.newest_cp)})
 
 
 def load_record(layout: Layout, volume_id: str = "") -> VolumeRecord | None:
     """The record of the volume, `volume_id` being that of the data. Of another volume together with its data it is a
     whole replica of that, which counts as foreign; beside other data it is damaged.
     """
-    path = layout.root / "volume.json"
-    value = read_json(path)
-    record = None if value is None else typed(path, value, VolumeRecord)
+    path = layout.root / RECORD_FILE
+    record = _kept(layout, RECORD_FILE, VolumeRecord)
     if record is not None and record.volume != layout.volume and record.volume_id != volume_id:
         said = f"{path} is damaged: it is of volume {record.volume}, and does not belong to {layout.volume}"
         raise Damaged("IO_ERROR", said, path=str(path))
@@ -393,10 +397,21 @@ def load_record(layout: Layout, volume_id: str = "") -> VolumeRecord | None:
 
 
 def save_grant(layout: Layout, grant: Grant) -> None:
-    write_json(layout.root / "grant.json", {name: getattr(grant, name) for name in Grant.__slots__})
+    write_json(layout.root / GRANT_FILE, {name: getattr(grant, name) for name in Grant.__slots__})
 
 
 def load_grant(layout: Layout) -> Grant | None:
-    path = layout.root / "grant.json"
-    value = read_json(path)
-    return None if value is None else typed(path, value, Grant)
+    return _kept(layout, GRANT_FILE, Grant)
+
+
+def _kept(layout: Layout, name: str, kind: type[T]) -> T | None:
+    """The value in a file, read again whenever it is another file; None if it is not there."""
+    path = layout.root / name
+
+    def read(_: str) -> T | None:
+        value = read_json(path)
+        return None if value is None else typed(path, value, kind)
+
+    with disk_errors(path):
+        stamp = stamp_of(str(path))
+    return layout.kept.read(name, stamp, read)

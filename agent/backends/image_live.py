@@ -150,9 +150,13 @@ def _against_tip(
     same_size = tip.size_bytes == os.fstat(lease.fd).st_size
     if same_size and not (compare and tip.present):
         return LiveState.UNKNOWN, None
-    if same_size and copier.live_equals(lease, snapshot):
+    if not compare:
+        return LiveState.MODIFIED, None
+    found = copier.differences(lease, snapshot)
+    equal = same_size and (copier.live_equals(lease, snapshot) if found is None else not len(found))
+    if equal:
         return LiveState.UNMODIFIED, 0
-    return LiveState.MODIFIED, copier.own_bytes(lease.fd, snapshot, check=lease.check) if compare else None
+    return LiveState.MODIFIED, found.data_bytes if found is not None else None
 
 
 def _extent_count(path: Path) -> int | None:

@@ -246,16 +246,18 @@ BTRFS_REGULAR: Final = 1
 BTRFS_PREALLOCATED: Final = 2
 
 
-def btrfs_extents(fd: int, inode: int, start: int, end: int = _EVERYTHING) -> npt.NDArray[np.void]:
+def btrfs_extents(
+    fd: int, inode: int, start: int, end: int = _EVERYTHING, buffer_bytes: int = SEARCH_BUFFER_BYTES
+) -> npt.NDArray[np.void]:
     """The extent items of a file that begin in [start, end], as many as fit a buffer; needs root.
 
     Fields: logical, type, disk, offset, length (a disk of 0 is a hole; an inline one has its length in bytes).
     """
     key = struct.pack("<7Q4I4Q", 0, inode, inode, start, end, 0, (1 << 64) - 1,
                       _EXTENT_DATA_KEY, _EXTENT_DATA_KEY, (1 << 32) - 1, 0, 0, 0, 0, 0)  # fmt: skip
-    buffer = bytearray(len(key) + 8 + SEARCH_BUFFER_BYTES)
+    buffer = bytearray(len(key) + 8 + buffer_bytes)
     buffer[: len(key)] = key
-    struct.pack_into("<Q", buffer, len(key), SEARCH_BUFFER_BYTES)
+    struct.pack_into("<Q", buffer, len(key), buffer_bytes)
     fcntl.ioctl(fd, BTRFS_TREE_SEARCH_V2, buffer, True)
     found = struct.unpack_from("<I", buffer, 64)[0]
     rows = np.frombuffer(buffer, dtype=_ITEM_DTYPE, count=found, offset=len(key) + 8)

@@ -128,6 +128,22 @@ def test_a_cheap_look_notices_and_keeps_what_was_compared(looks, place):
     assert looks.examine(compare_live=True).live.state is LiveState.MODIFIED
 
 
+def test_a_change_that_was_not_compared_is_left_for_the_next_look(looks, place):
+    image = place / "vm1.img"
+    image.write_bytes(os.urandom(8192))
+    os.truncate(image, 1 << 20)
+    looks.examine(compare_live=True)
+    snapshot(looks)
+    assert looks.examine(compare_live=True).live.state is LiveState.UNMODIFIED
+    with image.open("r+b") as file:
+        os.pwrite(file.fileno(), b"x", 1 << 19)
+        os.fsync(file.fileno())
+    assert looks.examine(compare_live=False).live.state is LiveState.UNMODIFIED, "as it was compared last"
+    assert looks.changed()
+    assert looks.examine(compare_live=True).live.state is LiveState.MODIFIED
+    assert not looks.changed()
+
+
 @pytest.fixture
 def quiet(looks, place, monkeypatch):
     """A mirrored volume at which a glance is enough, and what it has cost to look at it so far."""

@@ -125,4 +125,13 @@ def test_where_data_was_is_remembered(tmp_path, identity):
     identity.remember("vm1", Remembered("fs", "s2", "v"))
     assert identity.remembered("vm1") == Remembered("fs", "s2", "v")
     assert identity.remembered("vm2") is None
+    file = tmp_path / "state" / "volumes" / "vm1.json"
+    kept = file.read_bytes()
+    file.unlink()
+    assert identity.remembered("vm1") is None
+    file.write_bytes(kept)
+    assert identity.remembered("vm1") == Remembered("fs", "s2", "v")
+    file.write_bytes(b"{}")
+    with pytest.raises(ResilverError, match="damaged"):
+        identity.remembered("vm1")
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700

@@ -8,11 +8,13 @@ import random
 import pytest
 
 from agent import runs as module
+from agent.backends.base import NewSnapshot
 from agent.backends.image import ImageBackend
+from agent.backends.image_layout import save_preserved
 from agent.basecheck import BLOCKS_MAX, check_lineages, pick_blocks
 from agent.delta import DeltaMap, DeltaRange
 from agent.disk.durable import write_json
-from agent.examiner import ReplicaSettings
+from agent.examiner import ReplicaSettings, now_ms
 from agent.identity import Identity
 from agent.peers import Peers, Source
 from agent.replica import Replica
@@ -21,7 +23,7 @@ from agent.runs import Runs
 from agent.tickets import Tickets
 from resilver.errors import ResilverError
 from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
-from resilver.volume import Order, Progress, ResyncState, SourceShare
+from resilver.volume import LiveState, Order, PreservedCopy, Progress, ResyncState, SourceShare, VolumeRecord
 
 MIB = 1 << 20
 NOW_MS = 1_700_000_000_000
@@ -152,3 +154,44 @@ def test_a_base_is_one_and_the_same_on_both_sides(mine, theirs, reason):
     with pytest.raises(ResilverError) as caught:
         check_lineages("s1", mine, theirs)
     assert caught.value.reason == reason
+
+
+@pytest.fixture
+def looked(replica, monkeypatch):
+    """A secondary at its tip, and for each look at it from now on whether the live copy was compared."""
+    backend, image = replica.backend, replica.backend._layout.live
+    image.write_bytes(bytes(8192))
+    backend.take_snapshot(NewSnapshot("s1", "V", ConsistencyPoint(1, 1), "", "e1", 1))
+    backend.save_record(VolumeRecord("vm1", "V", 1, "e1", "a"))
+    replica.examine()
+    image.write_bytes(b"x" * 8192)
+    looks, examine = [], backend.examine
+
+    def counted(*, compare_live=True):
+        looks.append(compare_live)
+        return examine(compare_live=compare_live)
+
+    monkeypatch.setattr(backend, "examine", counted)
+    return looks
+
+
+ORDER = Order("prod", "S", 1, "L", "vm1", "V", 1, "e1", "s1")
+
+
+def test_an_order_to_receive_compares_only_where_its_answer_depends_on_that(replica, looked):
+    report = replica.check_receive(ORDER, replaces=False)
+    assert (looked, report.lineage.tip_id) == ([False], "s1")
+    assert replica.check_receive(ORDER, replaces=False, compare_live=True).live.state is LiveState.MODIFIED
+    assert looked == [False, True]
+
+
+def test_a_live_copy_that_was_preserved_lately_is_compared(replica, looked, tmp_path):
+    preserved = replica.backend._layout.preserved / "p1"
+    preserved.mkdir(parents=True)
+    (preserved / "data").write_bytes(b"y")
+    save_preserved(preserved, PreservedCopy("p1", "", "s0", ConsistencyPoint(1, 0), True, now_ms(), 1, 1, "r0"))
+    with pytest.raises(ResilverError) as refused:
+        replica.check_receive(ORDER, replaces=False)
+    assert (refused.value.reason, looked) == ("KEEPS_BEING_WRITTEN", [False, True])
+    assert replica.check_receive(ORDER, replaces=True)
+    assert looked == [False, True, False], "the operator named this node"

@@ -242,7 +242,7 @@ def test_two_links_to_one_file_are_one_path(tmp_path, agent):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"a = ", "is not valid TOML"), (b"\xff\xfe", "is not UTF-8"), (b" " * ((1 << 20) + 1), "is larger than")],
+    [(b"a = ", "is not valid TOML"), (b"\xff\xfe", "is not UTF-8"), (b" " * ((4 << 20) + 1), "is larger than")],
 )
 def test_what_is_no_file_to_read(tmp_path, content, says):
     file = tmp_path / "x.toml"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.delta import DeltaRange
+from agent.disk import ioctl
 from resilver.errors import Invalid, NotFound, Refused
 from resilver.lineage import Consistency
 from resilver.volume import LiveState, Presence, VolumeRecord
@@ -67,6 +68,15 @@ def test_snapshot(replica, kind):
     assert found.live.modified_bytes == (None if kind == "ext4" else BLOCK)
     assert replica.backend.examine(compare_live=False).live.state is LiveState.UNKNOWN
     assert found.reflink is (kind != "ext4")
+
+
+def test_what_only_became_zero_is_modified_and_holds_nothing_of_its_own(replica, kind):
+    replica.create()
+    replica.snapshot()
+    with replica.path.open("r+b") as file:
+        ioctl.punch_hole(file.fileno(), 0, SIZE)
+    found = replica.backend.examine().live
+    assert (found.state, found.modified_bytes) == (LiveState.MODIFIED, None if kind == "ext4" else 0)
 
 
 def test_modified_is_found_without_times(replica):

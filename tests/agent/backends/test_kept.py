@@ -12,7 +12,7 @@ from agent.backends.base import NewSnapshot
 from agent.backends.image import ImageBackend
 from resilver.errors import Damaged
 from resilver.lineage import ConsistencyPoint
-from resilver.volume import VolumeRecord
+from resilver.volume import Grant, VolumeRecord
 
 COUNT = 30
 
@@ -64,3 +64,24 @@ def test_what_has_changed_is_read(backend, tmp_path):
     with pytest.raises(Damaged, match=r"s5/record\.json"):
         backend.examine()
     assert backend.read == ["s5"]
+
+
+def test_record_and_grant_are_read_when_they_are_others(backend, tmp_path, monkeypatch):
+    backend.examine()
+    read = []
+    whole = image_layout.read_json
+    monkeypatch.setattr(image_layout, "read_json", lambda path: read.append(path.name) or whole(path))
+    found = backend.examine()
+    assert (found.record.epoch, found.grant) == (1, None)
+    assert "volume.json" not in read
+    backend.save_record(VolumeRecord("vm1", "V", 2, "e2", "a"))
+    backend.save_grant(Grant("V", 2, "e2"))
+    for _ in range(2):
+        found = backend.examine()
+        assert (found.record.epoch, found.grant) == (2, Grant("V", 2, "e2"))
+    assert [name for name in read if name != "commit.json"].count("volume.json") == 1
+    backend.save_grant(None)
+    assert backend.examine().grant is None
+    (tmp_path / "kept/volume.json").write_text("{}")
+    with pytest.raises(Damaged, match=r"volume\.json"):
+        backend.examine()

@@ -113,6 +113,8 @@ def test_small_windows_find_the_same(place, kind, monkeypatch):
     assert sum(row.length for row in whole if not row.zero) <= written
     monkeypatch.setattr(ioctl, "FIEMAP_RECORDS_MAX", 7)
     monkeypatch.setattr(ioctl, "SEARCH_BUFFER_BYTES", 85 * 7)
+    monkeypatch.setattr(extents, "_RECORDS_FIRST", 3)
+    monkeypatch.setattr(extents, "_SEARCH_FIRST_BYTES", 85 * 3)
     monkeypatch.setattr(extents, "source_of", small_source)
     assert list(differing(source, target)) == whole
     os.close(source)
