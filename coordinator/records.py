@@ -8,6 +8,7 @@ The rules:
 * Values are the frozen classes field by field, a CP as `"3-42"`; a field that a newer version added is passed over.
 * A record that is of no known kind, or cannot be read whole, stops the take-over with its key: a leader that passed
   over a record would forget what it was told to remember.
+* What could not be read again is not written: `check` refuses it, and `to_json` with it.
 * A decision stays under 64 KiB: its evidence is shortened first, then its list of candidates, and a note says so.
 """
 
@@ -22,9 +23,10 @@ import msgspec
 from coordinator.core.audited import AuditEntry
 from coordinator.core.cluster import Candidate, ClusterEvent, ElectionRecord, NodeView, Resync, VolumeEntry
 from coordinator.core.events import DeletedNode, Forgotten, Kept, Loaded, Volume
+from coordinator.store.base import RECORD_BYTES_MAX as STORED_BYTES_MAX
 from coordinator.store.base import Json, Stored
-from resilver.errors import Damaged
-from resilver.fields import NUMBER_MAX
+from resilver.errors import Damaged, Exhausted
+from resilver.fields import CP_NUMBER_MAX, NUMBER_MAX
 from resilver.lineage import ConsistencyPoint
 
 RECORD_BYTES_MAX: Final = 64 << 10
@@ -62,7 +64,7 @@ def key_of(kept: Kept) -> str:
 
 
 def to_json(kept: Kept) -> Json | None:
-    """What stands there; None for what is to be deleted."""
+    """What stands there; None for what is to be deleted. Raises TOO_LARGE for a number that `load` would refuse."""
     match kept:
         case DeletedNode() | Forgotten():
             return None
@@ -76,6 +78,22 @@ def to_json(kept: Kept) -> Json | None:
             return _plain(kept)
         case ClusterEvent() | AuditEntry():
             return {name: value for name, value in _plain(kept).items() if value != ""}
+
+
+def check(kept: Kept) -> None:
+    """Raises `Exhausted("TOO_LARGE")` for what the store would not take, or `load` not read again."""
+    value = to_json(kept)
+    if value is None:
+        return
+    size = len(key_of(kept)) + len(msgspec.json.encode(value))
+    if size > STORED_BYTES_MAX:
+        message = f"the record {key_of(kept)} would have {size} bytes; at most {STORED_BYTES_MAX} are stored"
+        raise Exhausted("TOO_LARGE", message, key=key_of(kept))
+
+
+def without_secrets(key: str, value: Json) -> Json:
+    """A record for somebody else's eyes: a resync without its ticket, in place of which a leader makes a new one."""
+    return {name: one for name, one in value.items() if name != "ticket"} if key.startswith("resyncs/") else value
 
 
 def load(stored: Mapping[str, Stored]) -> Loaded:
@@ -181,8 +199,27 @@ def _bytes(record: ElectionRecord | Resync) -> int:
 
 def _plain(record: VolumeEntry | ElectionRecord | Resync | NodeView | ClusterEvent | AuditEntry) -> Json:
     plain = msgspec.to_builtins(record, enc_hook=_plain_mapping)
+    _check_numbers(plain, type(record).__name__)
     _write_cps(plain)
     return dict(plain)
+
+
+def _in_range(number: float, field: str, most: int) -> bool:
+    return (-most if field in _SIGNED else 0) <= number <= (CP_NUMBER_MAX if field == "epoch" else most)
+
+
+def _check_numbers(node: Any, what: str, field: str = "", most: int = NUMBER_MAX) -> None:
+    """Raises `Exhausted("TOO_LARGE")` for a number that `_read_cps` would refuse."""
+    if isinstance(node, int | float):
+        if not _in_range(node, field, most):
+            raise Exhausted("TOO_LARGE", f"a record of kind {what} is not stored with {field} {node}", field=field)
+    elif isinstance(node, dict) and field not in _FREE_FORM:
+        for name, value in node.items():
+            _check_numbers(value, what, name, CP_NUMBER_MAX if _is_cp(field) else NUMBER_MAX)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            if not isinstance(value, str):
+                _check_numbers(value, what, field, most)
 
 
 def _plain_mapping(value: Any) -> Any:
@@ -228,7 +265,7 @@ def _read_cps(node: Any, field: str = "") -> Any:
     """The reverse, into a new value. Raises ValueError for a text that is no CP, and a number that is beyond all."""
     if field in _FREE_FORM:
         return node
-    if isinstance(node, int | float) and not (-NUMBER_MAX if field in _SIGNED else 0) <= node <= NUMBER_MAX:
+    if isinstance(node, int | float) and not _in_range(node, field, NUMBER_MAX):
         raise ValueError(f"{field} is {node}")
     if isinstance(node, dict):
         return {name: _read_cps(value, name) for name, value in node.items()}
@@ -236,5 +273,7 @@ def _read_cps(node: Any, field: str = "") -> Any:
         return [_read_cps(value) for value in node]
     if _is_cp(field) and isinstance(node, str):
         cp = ConsistencyPoint.parse(node)
-        return _read_cps({"epoch": cp.epoch, "sequence": cp.sequence})
+        if max(cp.epoch, cp.sequence) > CP_NUMBER_MAX:
+            raise ValueError(f"{field} is {cp}")
+        return {"epoch": cp.epoch, "sequence": cp.sequence}
     return node

@@ -25,6 +25,8 @@ NOTE_CHARS_MAX: Final = 1024
 TEXT_CHARS_MAX: Final = 2048
 PATH_CHARS_MAX: Final = 4096
 NUMBER_MAX: Final = 2**63 - 1
+CP_NUMBER_MAX: Final = 2**62 - 1
+"""An epoch or a sequence: below every other number, so that the next one is still a number."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,126}")
@@ -119,6 +121,13 @@ def check_path(path: str, field: str) -> str:
 def check_number(number: int, field: str, *, least: int = 0) -> int:
     if not least <= number <= NUMBER_MAX:
         raise invalid(field, f"is {number}; it must be between {least} and 2^63 - 1")
+    return number
+
+
+def check_cp_number(number: int, field: str, *, least: int = 0) -> int:
+    """An epoch, or a sequence of a CP."""
+    if not least <= number <= CP_NUMBER_MAX:
+        raise invalid(field, f"is {number}; it must be between {least} and 2^62 - 1")
     return number
 
 

@@ -29,6 +29,7 @@ from resilver.fields import (
     RESYNC_BY_VALUE,
     RESYNC_STATES,
     check_count,
+    check_cp_number,
     check_enum,
     check_id,
     check_name,
@@ -92,8 +93,8 @@ def cp_to_proto(cp: ConsistencyPoint) -> volume_pb2.ConsistencyPoint:
 
 def cp_from_proto(message: volume_pb2.ConsistencyPoint, field: str = "cp") -> ConsistencyPoint:
     """`text` is output only and not read."""
-    epoch = check_number(message.epoch, f"{field}.epoch")
-    return ConsistencyPoint(epoch, check_number(message.sequence, f"{field}.sequence"))
+    epoch = check_cp_number(message.epoch, f"{field}.epoch")
+    return ConsistencyPoint(epoch, check_cp_number(message.sequence, f"{field}.sequence"))
 
 
 def snapshot_to_proto(snapshot: Snapshot) -> volume_pb2.SnapshotRecord:
@@ -149,7 +150,7 @@ def record_from_proto(message: volume_pb2.VolumeRecord, field: str = "record") -
     return VolumeRecord(
         volume=check_name(message.volume, f"{field}.volume"),
         volume_id=check_id(message.volume_id, f"{field}.volume_id", required=False),
-        epoch=check_number(message.epoch, f"{field}.epoch"),
+        epoch=check_cp_number(message.epoch, f"{field}.epoch"),
         epoch_id=check_id(message.epoch_id, f"{field}.epoch_id", required=False),
         primary=check_name(message.primary, f"{field}.primary") if message.primary else "",
         members=tuple(check_name(node, f"{field}.members[{index}]") for index, node in enumerate(message.members)),
@@ -165,7 +166,7 @@ def grant_to_proto(grant: Grant) -> volume_pb2.Grant:
 def grant_from_proto(message: volume_pb2.Grant, field: str = "grant") -> Grant:
     return Grant(
         volume_id=check_id(message.volume_id, f"{field}.volume_id"),
-        epoch=check_number(message.epoch, f"{field}.epoch", least=1),
+        epoch=check_cp_number(message.epoch, f"{field}.epoch", least=1),
         epoch_id=check_id(message.epoch_id, f"{field}.epoch_id"),
     )
 
@@ -386,7 +387,7 @@ def order_from_proto(message: agent_pb2.OrderHeader, field: str = "header", *, o
         leader_id=check_id(message.leader_id, f"{field}.leader_id"),
         volume=check_name(message.volume, f"{field}.volume") if of_volume else "",
         volume_id=check_id(message.volume_id, f"{field}.volume_id", required=False),
-        epoch=check_number(message.epoch, f"{field}.epoch"),
+        epoch=check_cp_number(message.epoch, f"{field}.epoch"),
         epoch_id=check_id(message.epoch_id, f"{field}.epoch_id", required=False),
         expected_tip=(
             check_id(message.expected_tip, f"{field}.expected_tip", required=False)

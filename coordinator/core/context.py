@@ -67,6 +67,10 @@ class Settings:
     silence_max_ms: int = 15 * 60 * 1000
 
 
+def accept(kept: Kept) -> None:
+    """No bound on what is stored, where nothing is."""
+
+
 @dataclass(slots=True)
 class Examine:
     """One question to every member; later callers join it. `answered`: by which start of its agent each has."""
@@ -104,6 +108,7 @@ class Context(Known):
     sizes: dict[tuple[str, str, str], Size] = field(default_factory=dict)
     busy: dict[str, int] = field(default_factory=dict)
     trail: Trail = field(default_factory=lambda: Trail(0))
+    check: Callable[[Kept], None] = accept
     adopting: bool = False
     asking: list[tuple[str, frozenset[str]]] = field(default_factory=list)
     examine_id: str = ""
@@ -112,25 +117,42 @@ class Context(Known):
         self.actions.extend(actions)
 
     def persist(self, *records: Kept) -> None:
-        """Remembers in the store, before any later action, and in the view."""
+        """Remembers in the store, before any later action, and in the view. Raises TOO_LARGE, before any of it, for
+        what the store would not take or a later leader could not read: whatever asked for it has failed then.
+        """
+        for record in records:
+            self.check(record)
+        kept: list[Kept] = []
         for record in records:
             if isinstance(record, Volume):
                 self.put_entry(record.name, record.entry)
                 self.changed(record.name)
+                kept.append(record)
             elif isinstance(record, ElectionRecord):
-                records = (*records, *self._keep_election(record))
+                kept += self._keep_election(record)
             elif isinstance(record, Resync):
                 self.resyncs.put(record)
                 self.changed(record.volume, record.id)
-        self.emit(Persist(records))
+                kept.append(record)
+            else:
+                kept.append(record)
+        self.emit(Persist(tuple(kept)))
 
-    def _keep_election(self, record: ElectionRecord) -> tuple[Forgotten, ...]:
+    def _keep_election(self, record: ElectionRecord) -> list[Kept]:
+        """The decision at a time of its own, which is its key: two of one moment are a millisecond apart."""
         kept = self.elections.setdefault(record.volume, deque())
+        taken = {one.create_time_ms for one in kept}
+        while record.create_time_ms in taken:
+            record = replace(record, create_time_ms=record.create_time_ms + 1)
         kept.appendleft(record)
-        gone = []
+        gone: list[Kept] = [record]
         while len(kept) > ELECTIONS_KEPT_MAX:
             gone.append(Forgotten(kept.pop()))
-        return tuple(gone)
+        return gone
+
+    def over(self, resync: Resync) -> bool:
+        """Whether nothing looks it up any more: one that ended just now may still have an order on its way."""
+        return resync.state.final and self.now_ms - resync.end_time_ms > self.settings.order_timeout_ms
 
     def put_record(self, volume: str, record: VolumeRecord, **changes: object) -> None:
         """Stores a volume's new record and tells it to every member that is connected."""

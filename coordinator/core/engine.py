@@ -15,7 +15,7 @@ order's answer tells that it was heard, and the report that follows tells what b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -23,7 +23,7 @@ from typing import Any, Final
 from coordinator.core import decide, hearing, points, prepare, pruning, resyncs, upkeep
 from coordinator.core.audited import AuditEntry
 from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Refusal, Resync, Size, VolumeView
-from coordinator.core.context import Context, Identity, Settings
+from coordinator.core.context import Context, Identity, Settings, accept
 from coordinator.core.etag import volume_etag
 from coordinator.core.events import (
     Action,
@@ -33,6 +33,7 @@ from coordinator.core.events import (
     Answer,
     Attempted,
     Event,
+    Kept,
     Loaded,
     OrderAnswered,
     ProgressReported,
@@ -84,14 +85,18 @@ class Engine:
         new_id: Callable[[], str],
         *,
         new_ticket: Callable[[], str],
+        check: Callable[[Kept], None] = accept,
     ) -> None:
         self._context = Context(identity, settings, new_id, new_ticket, History(identity.term, loaded.events), now_ms)
         context = self._context
+        context.check = check
         context.trail = Trail(identity.term, loaded.audit)
         context.entries.update(loaded.volumes)
         context.elections.update({name: deque(records) for name, records in loaded.elections.items()})
         for resync in loaded.resyncs.values():
-            context.resyncs.put(resync)
+            # An export has no tickets: who puts one back goes on with new ones.
+            lacks = not (resync.ticket or resync.state.final)
+            context.resyncs.put(replace(resync, ticket=new_ticket()) if lacks else resync)
         for node in loaded.nodes.values():
             context.nodes.put(replace(node, connected=False, duplicate=False))
         for resync in loaded.resyncs.values():
@@ -159,6 +164,19 @@ class Engine:
         context = self._context
         context.now_ms = now_ms
         context.actions = []
+        try:
+            self._take(event)
+        except ResilverError as error:
+            hearing.not_taken(context, event, error)
+        context.tasks.settle(now_ms, deadlines=isinstance(event, Ticked))
+        for failure in context.tasks.failures():
+            context.tell_once("NOT_STORED", failure.message, reason=failure.reason)
+        context.send_examines()
+        return context.actions
+
+    def _take(self, event: Event) -> None:
+        """What the event is by itself. Raises what `Context.persist` does: it costs the event, and not the reign."""
+        context = self._context
         match event:
             case AgentConnected():
                 hearing.connected(context, event)
@@ -175,13 +193,10 @@ class Engine:
             case Requested():
                 context.tasks.spawn(self._answer(event))
             case Attempted():
-                context.trail.attempt(now_ms, event.asked, event.error)
+                context.trail.attempt(context.now_ms, event.asked, event.error)
             case Ticked():
                 hearing.tick(context)
                 context.enter_attempts()
-        context.tasks.settle(now_ms, deadlines=isinstance(event, Ticked))
-        context.send_examines()
-        return context.actions
 
     # ------------------------------------------------------------ requests
 
@@ -274,7 +289,11 @@ class Engine:
         }
         tasks = [context.tasks.spawn(prepare.prepare(context, name, request, turns[name])) for name in names]
         yield from self._all(tasks)
-        return tuple(task.result for task in tasks)
+        try:
+            return tuple(task.result for task in tasks)
+        except ResilverError:
+            self._release_turns(turns.values())
+            raise
 
     def _all(self, tasks: list[Task[Any]]) -> Flow[None]:
         """Waits for flows under a volume's lock: each has bounds of its own, and none may be left behind with it, also
@@ -284,7 +303,10 @@ class Engine:
             pass
 
     def _release(self, prepared: tuple[prepare.Prepared, ...]) -> None:
-        for turn in {id(one.turn): one.turn for one in prepared}.values():
+        self._release_turns(one.turn for one in prepared)
+
+    def _release_turns(self, turns: Iterable[points.Turn]) -> None:
+        for turn in {id(one): one for one in turns}.values():
             if turn.granted:
                 self._context.unlock(*turn.volumes)
 

@@ -13,10 +13,11 @@ from typing import Final
 from coordinator.core import decide, prepare, pruning, resyncs
 from coordinator.core.claims import Problem, primary_problems, reconcile
 from coordinator.core.cluster import NodeView
-from coordinator.core.context import Context
+from coordinator.core.context import RECORDS_AT_ONCE_MAX, Context
 from coordinator.core.events import (
     AgentConnected,
     AgentHeard,
+    Event,
     Forgotten,
     ProgressReported,
     RaiseTerm,
@@ -26,9 +27,11 @@ from coordinator.core.events import (
     SendRecord,
     Volume,
 )
+from coordinator.core.history import TERM_MAX
 from coordinator.core.known import Heard, RefusedAgent
 from coordinator.core.status import status_of
 from coordinator.core.tasks import Flow
+from resilver.errors import ResilverError
 from resilver.lineage import Origin
 from resilver.volume import Grant, Progress, ReplicaReport, ResyncState
 
@@ -91,7 +94,24 @@ def _mismatch(context: Context, event: AgentConnected) -> Problem | None:
             f"replaced, run `{adopt}`"
         )
         return Problem("WRONG_STORE", message, adopt)
+    if event.highest_term > max(mine.term, TERM_MAX):
+        message = (
+            f"node {name} says that it has obeyed term {event.highest_term}, and above {mine.term} no more than "
+            f"{TERM_MAX} is believed: look at its state_dir"
+        )
+        return Problem("INVALID_FIELD", message)
     return None
+
+
+def not_taken(context: Context, event: Event, error: ResilverError) -> None:
+    """What an agent says cannot be stored: a hello is refused, of anything else the operator is told."""
+    if isinstance(event, AgentConnected):
+        disconnected(context, event.stream)
+        _refuse(context, event, Problem(error.reason, error.message))
+        return
+    volume = event.report.volume if isinstance(event, ReplicaReported) else ""
+    node = context.speaker(event.stream).name if isinstance(event, ReplicaReported) else ""
+    context.tell_once("NOT_STORED", error.message, volume=volume, node=node, reason=error.reason)
 
 
 def _refuse(context: Context, event: AgentConnected, problem: Problem) -> None:
@@ -268,8 +288,7 @@ def _forget_old_resyncs(context: Context, volume: str) -> None:
         (one for one in context.resyncs.of(volume) if one.state.final),
         key=lambda one: one.end_time_ms,
     )
-    # One that ended just now may still have an order on its way, whose flow looks it up.
-    old = [one for one in ended if context.now_ms - one.end_time_ms > context.settings.order_timeout_ms]
+    old = [one for one in ended if context.over(one)]
     for resync in old[: max(0, len(ended) - RESYNCS_KEPT_MAX)]:
         context.resyncs.drop(resync.id)
         context.persist(Forgotten(resync))
@@ -360,7 +379,16 @@ def progressed(context: Context, event: ProgressReported) -> None:
         context.emit(SendExamine(event.stream, context.new_id(), (event.progress.volume,)))
 
 
+def _forget_removed(context: Context) -> None:
+    """The resyncs of a volume that is removed go with it, those that had just ended then a while later."""
+    for volume in [one for one in context.resyncs.volumes() if one not in context.entries]:
+        for resync in filter(context.over, context.resyncs.of(volume)[:RECORDS_AT_ONCE_MAX]):
+            context.resyncs.drop(resync.id)
+            context.persist(Forgotten(resync))
+
+
 def tick(context: Context) -> None:
+    _forget_removed(context)
     context.refused = {
         name: one for name, one in context.refused.items() if context.now_ms - one.time_ms < REFUSED_SHOWN_MS
     }

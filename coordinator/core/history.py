@@ -2,7 +2,8 @@
 
 The rules:
 
-* A number is the term and a count, so a later reign's are higher, and nobody needs to be asked for the next one.
+* A number is the term and a count, so a later reign's are higher, and nobody needs to be asked for the next one. Terms
+  beyond 2^31 - 1 have no upper half of their own: their numbers go on after the last.
 * Each event names the one before it. What a reader has seen last and what is still kept tell whether anything between
   them is gone; nothing has to be written for that when the oldest are let go.
 * What is found again and again (an opening that is tried every few seconds) is said once, and again after an hour: else
@@ -19,6 +20,8 @@ from coordinator.core.cluster import ClusterEvent
 from coordinator.core.events import Forgotten
 
 EVENTS_MAX: Final = 10_000
+TERM_MAX: Final = 2**31 - 1
+"""The highest term that is the upper half of a number, and the highest that an agent can tell of."""
 FORGOTTEN_AT_ONCE_MAX: Final = 8
 SAID_AGAIN_MS: Final = 3600 * 1000
 MESSAGE_CHARS_MAX: Final = 2048
@@ -31,7 +34,7 @@ class History:
     def __init__(self, term: int, events: Iterable[ClusterEvent]) -> None:
         self._events = deque(events)
         self._last = self._events[-1].sequence if self._events else 0
-        self._next = max(term << 32, self._last) + 1
+        self._next = first_number(term, self._last)
         self._said = {_subject(event): event for event in self._events}
 
     def __iter__(self) -> Iterator[ClusterEvent]:
@@ -59,6 +62,11 @@ class History:
         if last is None or not 0 <= now_ms - last.create_time_ms < SAID_AGAIN_MS:
             return False
         return (last.reason, last.message) == (asked.reason, asked.message)
+
+
+def first_number(term: int, last: int) -> int:
+    """The first number that a reign gives, above the last one that the store has."""
+    return max(min(term, TERM_MAX) << 32, last) + 1
 
 
 def _subject(event: ClusterEvent) -> tuple[str, str, str]:

@@ -139,6 +139,10 @@ class Resyncs(dict[str, Resync]):
         if not there:
             del self._of[resync.volume]
 
+    def volumes(self) -> Iterable[str]:
+        """Of which there are any."""
+        return self._of.keys()
+
     def of(self, volume: str) -> list[Resync]:
         """Those of one volume, oldest first; at most as many as are kept of each."""
         return [self[one] for one in self._of.get(volume, ())]

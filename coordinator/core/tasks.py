@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from resilver.errors import ResilverError
+
 T = TypeVar("T")
 
 
@@ -29,13 +31,15 @@ Flow = Generator[Wait, bool, T]
 
 @dataclass(eq=False, slots=True)
 class Task(Generic[T]):
-    """A running flow. `value` is there once it is `finished`."""
+    """A running flow. `value`, or the `error` that ended it, is there once it is `finished`."""
 
     number: int
     flow: Flow[T]
     finished: bool = False
     value: T | None = None
     wait: Wait | None = None
+    error: ResilverError | None = None
+    error_taken: bool = False
 
     @property
     def topic(self) -> str:
@@ -43,8 +47,11 @@ class Task(Generic[T]):
 
     @property
     def result(self) -> T:
-        """The flow's return value; only for a task that has finished."""
+        """The flow's return value, or what it raised; only for a task that has finished."""
         assert self.finished
+        if self.error is not None:
+            self.error_taken = True
+            raise self.error
         return self.value  # type: ignore[return-value]  # None only where T is None
 
 
@@ -56,6 +63,7 @@ class Tasks:
     _all: dict[int, Task[Any]] = field(default_factory=dict)
     _touched: deque[str] = field(default_factory=deque)
     _fresh: deque[Task[Any]] = field(default_factory=deque)
+    _failed: list[Task[Any]] = field(default_factory=list)
     _next: int = 0
 
     def spawn(self, flow: Flow[T]) -> Task[T]:
@@ -83,6 +91,11 @@ class Tasks:
                 if task.wait is not None and task.wait.ready():
                     self._resume(task, ready=True)
 
+    def failures(self) -> list[ResilverError]:
+        """What ended flows since this was last asked, and nobody who joined them has taken on."""
+        failed, self._failed = self._failed, []
+        return [task.error for task in failed if task.error is not None and not task.error_taken]
+
     def _resume(self, task: Task[Any], *, ready: bool) -> None:
         started = task.wait is not None
         self._forget(task)
@@ -91,6 +104,14 @@ class Tasks:
         except StopIteration as stop:
             task.finished = True
             task.value = stop.value
+            del self._all[task.number]
+            self.touch(task.topic)
+            return
+        except ResilverError as error:
+            # It ends this flow and no other; whoever joins it is told.
+            task.finished = True
+            task.error = error
+            self._failed.append(task)
             del self._all[task.number]
             self.touch(task.topic)
             return

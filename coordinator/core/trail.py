@@ -21,6 +21,7 @@ from typing import Final
 from coordinator.core.audited import Asked, AuditEntry, AuditResult
 from coordinator.core.cluster import ElectionRecord, Refusal, Resync
 from coordinator.core.events import Forgotten
+from coordinator.core.history import first_number
 from coordinator.core.orders import Dropped, Exported
 from coordinator.core.requests import Planned, Pruned, ResyncsStarted, SnapshotsTaken, VolumeRefusal
 from resilver.errors import ResilverError
@@ -64,7 +65,7 @@ class Trail:
         kept = sorted(entries, key=lambda entry: entry.sequence)
         self._orders = {entry.sequence: entry for entry in kept if entry.result != AuditResult.REFUSED}
         self._refusals = {entry.sequence: entry for entry in kept if entry.result == AuditResult.REFUSED}
-        self._next = max(term << 32, kept[-1].sequence if kept else 0) + 1
+        self._next = first_number(term, kept[-1].sequence if kept else 0)
         self._last: dict[Subject, AuditEntry] = {}
         self._pending: dict[Subject, _Pending] = {}
 

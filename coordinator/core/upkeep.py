@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from coordinator.core.cluster import Elected, NodeView, NotElected, Refusal
-from coordinator.core.context import Context
+from coordinator.core.cluster import Elected, ElectionRecord, NodeView, NotElected, Refusal, Resync
+from coordinator.core.context import RECORDS_AT_ONCE_MAX, Context
 from coordinator.core.decide import examine, learn, settle
 from coordinator.core.election import elect
-from coordinator.core.events import DeletedNode, Volume
+from coordinator.core.events import DeletedNode, Forgotten, Volume
 from coordinator.core.orders import CloneSnapshot, Exported, SetLimits, Taken
 from coordinator.core.points import groups, take_snapshot, take_together
 from coordinator.core.pruning import holders_of, no_snapshot
@@ -21,12 +21,13 @@ from coordinator.core.requests import (
     SnapshotsTaken,
     VolumeRefusal,
 )
-from coordinator.core.resyncs import refusal_of
+from coordinator.core.resyncs import finish, refusal_of
 from coordinator.core.tasks import Flow, join
 from coordinator.core.words import nearest
 from resilver.errors import NotFound, Refused, ResilverError
 from resilver.limits import NodeLimits, described
 from resilver.lineage import Snapshot
+from resilver.volume import ResyncState
 
 
 def snapshot_volumes(context: Context, request: SnapshotRequest) -> Flow[SnapshotsTaken]:
@@ -198,6 +199,7 @@ def _forget(context: Context, volume: str, node: str) -> None:
     entry = context.entries.get(volume)
     if not node:
         context.unhear(volume)
+        _forget_decisions(context, volume)
         context.persist(Volume(volume, None))
         return
     context.unhear(volume, node)
@@ -206,6 +208,24 @@ def _forget(context: Context, volume: str, node: str) -> None:
         bases = {member: base for member, base in entry.bases.items() if member != node}
         removed = tuple(sorted({*entry.removed, node}))
         context.put_record(volume, replace(entry.record, members=kept), removed=removed, bases=bases)
+
+
+def _forget_decisions(context: Context, volume: str) -> None:
+    """Elections and resyncs go before their volume, so that a new one of its name begins without any, and a leader that
+    ends in between leaves a volume that can be removed again.
+    """
+    gone: list[ElectionRecord | Resync] = list(context.elections.pop(volume, ()))
+    removed = Refusal(("CANCELLED",), f"{volume} was removed")
+    for resync in context.resyncs.of(volume):
+        if not resync.state.final:
+            finish(context, resync, ResyncState.CANCELLED, removed)
+        elif context.over(resync):
+            context.resyncs.drop(resync.id)
+            gone.append(resync)
+        elif resync.state is ResyncState.BLOCKED:
+            context.persist(replace(resync, refusal=removed))  # else it would be tried again
+    for at in range(0, len(gone), RECORDS_AT_ONCE_MAX):
+        context.persist(*map(Forgotten, gone[at : at + RECORDS_AT_ONCE_MAX]))
 
 
 def require_node(context: Context, node: str) -> NodeView:

@@ -18,7 +18,8 @@ ABSENT: Final = 0
 
 WRITES_MAX: Final = 100
 """Records in one commit: etcd takes 128 operations in a transaction, and some of them are ours."""
-RECORD_BYTES_MAX: Final = 128 << 10
+RECORD_BYTES_MAX: Final = 768 << 10
+"""The largest is a node's, with the names of 10,000 volumes; two of it do not fit one commit."""
 COMMIT_BYTES_MAX: Final = 1_400_000
 """Keys and values of one commit: etcd takes 1.5 MiB in a request."""
 

@@ -46,7 +46,8 @@ from resilver.address import Address
 from resilver.config import EtcdConfig
 from resilver.errors import Conflict, Unavailable
 
-PAGE_RECORDS: Final = 128
+PAGE_RECORDS: Final = 80
+"""In one answer, which is below what a client receives also where each record is as large as one can be."""
 READ_TRIES_MAX: Final = 3
 CAMPAIGN_TRIES_MAX: Final = 3
 

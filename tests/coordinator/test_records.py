@@ -25,9 +25,10 @@ from coordinator.core.cluster import (
 )
 from coordinator.core.events import DeletedNode, Forgotten, Volume
 from coordinator.core.history import History
-from coordinator.records import NOTE_KEY, RECORD_BYTES_MAX, key_of, load, to_json
+from coordinator.records import NOTE_KEY, RECORD_BYTES_MAX, check, key_of, load, to_json
 from coordinator.store.base import Stored
-from resilver.errors import Damaged
+from resilver.errors import Damaged, Exhausted
+from resilver.fields import CP_NUMBER_MAX, NUMBER_MAX
 from resilver.lineage import ConsistencyPoint
 from resilver.volume import LiveState, Progress, ResyncState, SourceShare, VolumeRecord
 
@@ -124,6 +125,45 @@ def test_keys_are_readable_and_elections_sort_by_time():
     times = (5, 999_999_999_999, 1_000_000_000_000, 1_795_401_600_000)
     keys = [key_of(replace(ELECTION, create_time_ms=time_ms)) for time_ms in times]
     assert keys == sorted(keys)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        Volume("vm1", replace(ENTRY, record=replace(ENTRY.record, epoch=CP_NUMBER_MAX + 1))),
+        Volume("vm1", replace(ENTRY, record=replace(ENTRY.record, newest_cp=ConsistencyPoint(1, CP_NUMBER_MAX + 1)))),
+        Volume("vm1", replace(ENTRY, newest_cp_time_ms=NUMBER_MAX + 1)),
+        replace(ELECTION, term=NUMBER_MAX + 1),
+        replace(ELECTION, candidates=(replace(CANDIDATE, priority=-NUMBER_MAX - 1),)),
+        replace(RESYNC, plan=replace(RESYNC.plan, target_cp=ConsistencyPoint(CP_NUMBER_MAX + 1, 1))),
+        replace(RESYNC, attempt_count=-1),
+        ClusterEvent(NUMBER_MAX + 1, 1, "X"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(kept):
+    with pytest.raises(Exhausted) as caught:
+        to_json(kept)
+    assert caught.value.reason == "TOO_LARGE"
+
+
+def test_the_largest_numbers_are_written_and_read_again():
+    record = replace(ENTRY.record, epoch=CP_NUMBER_MAX, newest_cp=ConsistencyPoint(CP_NUMBER_MAX, CP_NUMBER_MAX))
+    kept = (Volume("vm1", replace(ENTRY, record=record)), ClusterEvent(NUMBER_MAX, 1, "X"))
+    loaded = load(stored(*kept))
+    assert loaded.volumes["vm1"].record == record
+    assert loaded.events == (kept[1],)
+    for number, where in ((CP_NUMBER_MAX + 1, "epoch"), (f"{CP_NUMBER_MAX + 1}-1", "newest_cp")):
+        rows = stored(kept[0])
+        rows["volumes/vm1"].value["record"][where] = number
+        with pytest.raises(Damaged, match="volumes/vm1"):
+            load(rows)
+
+
+def test_what_the_store_would_not_take_is_refused_before():
+    check(NODE)
+    check(DeletedNode("a"))
+    with pytest.raises(Exhausted, match="nodes/a"):
+        check(replace(NODE, volumes=("v" * 63,) * 12_000))
 
 
 def test_what_is_deleted_has_no_value():

@@ -31,9 +31,10 @@ from resilver.volume import (
 ids = st.uuids().map(str)
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", fullmatch=True)
 numbers = st.integers(0, 2**63 - 1)
+cp_numbers = st.integers(0, 2**62 - 1)
 times = st.integers(0, 253_402_300_799_999)
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=60)
-cps = st.builds(ConsistencyPoint, numbers, numbers)
+cps = st.builds(ConsistencyPoint, cp_numbers, cp_numbers)
 lives = st.builds(
     LiveCopy,
     state=st.sampled_from(LiveState),
@@ -50,14 +51,14 @@ records = st.builds(
     VolumeRecord,
     volume=names,
     volume_id=ids | st.just(""),
-    epoch=numbers,
+    epoch=cp_numbers,
     epoch_id=ids | st.just(""),
     primary=names | st.just(""),
     members=st.lists(names, max_size=4).map(tuple),
     newest_cp=cps,
     newest_id=ids | st.just(""),
 )
-grants = st.builds(Grant, ids, st.integers(1, 2**63 - 1), ids)
+grants = st.builds(Grant, ids, st.integers(1, 2**62 - 1), ids)
 preserved = st.builds(
     PreservedCopy,
     ids,
@@ -93,7 +94,7 @@ orders = st.builds(
     ids,
     names,
     ids | st.just(""),
-    numbers,
+    cp_numbers,
     ids | st.just(""),
     st.none() | ids | st.just(""),
 )
@@ -264,8 +265,8 @@ def broken_reports():
     for path, value in [
         ("volume", ""), ("volume", "../etc"), ("volume", "x" * 64), ("presence", 0), ("presence", 77),
         ("volume_id", "a/b"), ("volume_id", "x" * 200), ("live.state", 0), ("live.path", "x" * 5000),
-        ("live.based_on", ".."), ("live.size_bytes", 2**63), ("record.volume", "a b"), ("record.epoch", 2**64 - 1),
-        ("record.primary", "ü"), ("record.newest_cp.sequence", 2**63), ("grant.epoch", 0), ("grant.epoch_id", ""),
+        ("live.based_on", ".."), ("live.size_bytes", 2**63), ("record.volume", "a b"), ("record.epoch", 2**62),
+        ("record.primary", "ü"), ("record.newest_cp.sequence", 2**62), ("grant.epoch", 0), ("grant.epoch_id", ""),
         ("backend", "im age"), ("free_bytes", 2**64 - 1), ("examine_time.seconds", -1), ("examine_time.nanos", 10**9),
     ]:  # fmt: skip
         yield pytest.param(changed(setter(path, value)), f"replica.{path.split('.nanos')[0].split('.seconds')[0]}",

@@ -180,6 +180,7 @@ class Coordinator:
             world.now_ms(self.name),
             lambda: world.next_id("i"),
             new_ticket=lambda: world.next_id("t"),
+            check=records.check,
         )
         world.watch.counts["reigns"] += 1
         world.log(lambda: f"{self.name} leads, term {term}")

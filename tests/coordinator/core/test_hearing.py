@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from coordinator.core import events as e
-from coordinator.core.cluster import ElectionRecord, NodeView, VolumeEntry
+from coordinator.core.cluster import (
+    ElectionRecord,
+    NodeView,
+    PlanAction,
+    Refusal,
+    ReplicaPlan,
+    ReplicaState,
+    Resync,
+    VolumeEntry,
+)
 from coordinator.core.context import Identity, Settings
 from coordinator.core.engine import Engine
 from coordinator.core.orders import Done, Taken, TakeSnapshot
 from coordinator.core.requests import ElectRequest, RemoveRequest, SnapshotRequest
+from coordinator.core.tasks import Flow, at_once
+from coordinator.records import key_of
+from coordinator.store.base import WRITES_MAX
+from resilver.errors import Exhausted
 from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
-from resilver.volume import Grant, LiveCopy, LiveState, Presence, ReplicaReport, VolumeRecord
+from resilver.volume import Grant, LiveCopy, LiveState, Presence, ReplicaReport, ResyncState, VolumeRecord
 
 NOW_MS = 1_700_000_000_000
 
@@ -207,3 +221,80 @@ def test_a_member_is_told_of_once_and_comes_back_by_no_old_record(engine):
     assert engine.view("vm1").record.members == ("a", "b")
     assert not [one for one in told(engine, "to-b", 3, "abc") if isinstance(one, e.Persist | e.Tell)]
     assert engine.view("vm1").record.members == ("a", "b")
+
+
+def kept(actions: list[e.Action]) -> list[e.Kept]:
+    return [record for one in actions if isinstance(one, e.Persist) for record in one.records]
+
+
+def test_two_decisions_of_one_moment_are_two(engine):
+    made = [one for _ in range(3) for one in kept(engine.step(e.Requested("r", ElectRequest("vm1")), NOW_MS))]
+    made += kept(engine.step(e.Ticked(), NOW_MS + 60_000))
+    elections = [one for one in made if isinstance(one, ElectionRecord)]
+    assert len({key_of(one) for one in elections}) == len(elections) == 3
+    assert list(engine.elections("vm1")) == elections[::-1]
+
+
+RESYNC = Resync("q", "vm1", "b", ReplicaPlan("b", ReplicaState.STALE, PlanAction.DELTA, ""), 1, "", 1, NOW_MS)
+IN_USE = Refusal(("IN_USE",), "b is in use")
+REFUSED = ElectionRecord("vm1", NOW_MS)
+
+
+def test_a_removed_volume_takes_its_decisions_and_its_resyncs_along():
+    record = VolumeRecord("vm1", "V1", 1, "E1", "a", ("a", "b"), ConsistencyPoint(1, 1), "s1")
+    long_ago = replace(RESYNC, id="old", state=ResyncState.FAILED, end_time_ms=NOW_MS - 700_000)
+    blocked = replace(RESYNC, id="blocked", state=ResyncState.BLOCKED, end_time_ms=NOW_MS - 1, refusal=IN_USE)
+    elections = tuple(replace(REFUSED, create_time_ms=NOW_MS - at) for at in range(100))
+    loaded = e.Loaded(
+        {"vm1": VolumeEntry(record), "vm2": VolumeEntry(replace(record, volume="vm2"))},
+        {"vm1": elections, "vm2": (replace(REFUSED, volume="vm2"),)},
+        {one.id: one for one in (RESYNC, long_ago, blocked, replace(long_ago, id="other", volume="vm2"))},
+        {},
+    )
+    ids = itertools.count(1)
+    identity = Identity("demo", "store-1", 3, "leader-1")
+    engine = Engine(identity, Settings(), loaded, NOW_MS, lambda: f"i{next(ids)}", new_ticket=lambda: "ticket")
+    done = engine.step(e.Requested("r", RemoveRequest("vm1")), NOW_MS)
+    gone = {key_of(one) for one in kept(done) if isinstance(one, e.Forgotten)}
+    assert gone == {key_of(one) for one in (*elections, long_ago)}
+    persists = [one for one in done if isinstance(one, e.Persist)]
+    assert max(len(one.records) for one in persists) <= WRITES_MAX
+    assert isinstance(persists[-1].records[0], e.Volume), "the volume goes last"
+    assert engine.elections("vm1") == ()
+    left = engine.resyncs()
+    assert set(left) == {"q", "blocked", "other"}
+    assert left["q"].state is ResyncState.CANCELLED
+    assert left["blocked"].refusal.reasons == ("CANCELLED",), "nothing tries it again"
+    done = engine.step(e.Ticked(), NOW_MS + 700_000)
+    assert {one.record.id for one in kept(done) if isinstance(one, e.Forgotten)} == {"q", "blocked"}
+    assert set(engine.resyncs()) == {"other"}
+    assert len(engine.elections("vm2")) == 1
+
+
+def test_a_flow_that_cannot_store_ends_and_gives_its_lock_back(engine):
+    refused = []
+
+    def check(one: e.Kept) -> None:
+        if isinstance(one, ElectionRecord) and not refused:
+            refused.append(one)
+            raise Exhausted("TOO_LARGE", "it would have a byte too many")
+
+    engine._context.check = check
+    answers = []
+    for at in range(2):
+        done = engine.step(e.Requested(f"r{at}", ElectRequest("vm1")), NOW_MS + at)
+        answers += [one.answer for one in done if isinstance(one, e.Answer)]
+    assert [type(one) for one in answers] == [Exhausted, ElectionRecord]
+    assert not engine._context.locks
+
+
+def test_a_flow_that_nobody_joins_and_cannot_store_is_told_of(engine):
+    def fails() -> Flow[None]:
+        yield from at_once()
+        raise Exhausted("TOO_LARGE", "it would have a byte too many")
+
+    engine._context.tasks.spawn(fails())
+    done = engine.step(e.Ticked(), NOW_MS)
+    assert [(one.event.type, one.event.reason) for one in done if isinstance(one, e.Tell)] == [
+        ("NOT_STORED", "TOO_LARGE")
+    ]
