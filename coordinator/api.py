@@ -15,6 +15,7 @@ The rules:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -29,7 +30,6 @@ from coordinator.core.cluster import ElectionRecord, Resync
 from coordinator.core.etag import volume_etag
 from coordinator.core.orders import Dropped, Exported
 from coordinator.core.requests import Planned, Pruned, Request, ResyncsStarted, SnapshotsTaken
-from coordinator.core.words import nearest
 from coordinator.idempotency import Answered
 from coordinator.office import Engine, Office
 from coordinator.paging import MESSAGE_BYTES_MAX, chunks
@@ -45,14 +45,16 @@ from coordinator.wire import (
     volume_refusal_to_proto,
 )
 from resilver.access import caller
-from resilver.errors import Conflict, Exhausted, Invalid, NotFound, Refused
+from resilver.errors import Conflict, Exhausted, Invalid, Refused, Unavailable
 from resilver.limits import NodeLimits
 from resilver.lineage import Snapshot
 from resilver.v1 import coordinator_pb2 as api
 from resilver.v1 import coordinator_pb2_grpc, volume_pb2
 
 ASK_TIMEOUT_S: Final = 900.0
-"""How long the engine may take; a caller's own deadline is usually shorter, and ends only its waiting."""
+"""How long a caller waits for the engine; its own deadline is usually shorter, and ends only its waiting, too."""
+WORK_TIMEOUT_S: Final = 24 * 3600.0
+"""How long an order is waited for that has a `request_id`, by nobody or by whoever asks again."""
 EXPORT_CHUNK_BYTES: Final = 256 << 10
 
 Context = aio.ServicerContext[Any, Any]
@@ -78,34 +80,34 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
         return await queries.get_cluster(self._office)
 
     async def ListNodes(self, request: api.ListNodesRequest, context: Context) -> api.ListNodesResponse:
-        return queries.list_nodes(self._office.engine(), request, self._office.now_ms())
+        return queries.list_nodes(await self._office.settled(), request, self._office.now_ms())
 
     async def GetNode(self, request: api.GetNodeRequest, context: Context) -> api.GetNodeResponse:
-        return queries.get_node(self._office.engine(), request, self._office.now_ms())
+        return queries.get_node(await self._office.settled(), request, self._office.now_ms())
 
     async def ListVolumes(self, request: api.ListVolumesRequest, context: Context) -> api.ListVolumesResponse:
-        return queries.list_volumes(self._office.engine(), self._shown, request, self._office.now_ms())
+        return queries.list_volumes(await self._office.settled(), self._shown, request, self._office.now_ms())
 
     async def GetVolume(self, request: api.GetVolumeRequest, context: Context) -> api.GetVolumeResponse:
-        return queries.get_volume(self._office.engine(), request, self._office.now_ms())
+        return queries.get_volume(await self._office.settled(), request, self._office.now_ms())
 
     async def ListSnapshots(self, request: api.ListSnapshotsRequest, context: Context) -> api.ListSnapshotsResponse:
-        return queries.list_snapshots(self._office.engine(), request)
+        return queries.list_snapshots(await self._office.settled(), request)
 
     async def ListPreserved(self, request: api.ListPreservedRequest, context: Context) -> api.ListPreservedResponse:
-        return queries.list_preserved(self._office.engine(), request)
+        return queries.list_preserved(await self._office.settled(), request)
 
     async def ListElections(self, request: api.ListElectionsRequest, context: Context) -> api.ListElectionsResponse:
-        return queries.list_elections(self._office.engine(), request)
+        return queries.list_elections(await self._office.settled(), request)
 
     async def ExplainVolume(self, request: api.ExplainVolumeRequest, context: Context) -> api.ExplainVolumeResponse:
-        return bounded(queries.explain_volume(self._office.engine(), request, self._office.now_ms()))
+        return bounded(queries.explain_volume(await self._office.settled(), request, self._office.now_ms()))
 
     async def GetResync(self, request: api.GetResyncRequest, context: Context) -> api.GetResyncResponse:
-        return api.GetResyncResponse(resync=resync_to_proto(queries.resync(self._office.engine(), request.id)))
+        return api.GetResyncResponse(resync=resync_to_proto(queries.resync(await self._office.settled(), request.id)))
 
     async def ListResyncs(self, request: api.ListResyncsRequest, context: Context) -> api.ListResyncsResponse:
-        return queries.list_resyncs(self._office.engine(), request)
+        return queries.list_resyncs(await self._office.settled(), request)
 
     async def ListEvents(self, request: api.ListEventsRequest, context: Context) -> api.ListEventsResponse:
         return queries.list_events(self._office, request)
@@ -113,6 +115,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
     async def ListAuditEntries(
         self, request: api.ListAuditEntriesRequest, context: Context
     ) -> api.ListAuditEntriesResponse:
+        await self._office.settled()
         return list_audit_entries(self._office, request)
 
     # ------------------------------------------------------------ following
@@ -143,7 +146,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
     @audited
     async def PlanResync(self, request: api.PlanResyncRequest, context: Context) -> api.PlanResyncResponse:
         asked = requests.plan(request, self._names(), principal_of(context))
-        return bounded(await self._plans.answer(request, lambda: self._ask(asked, Planned)))
+        return bounded(await self._plans.answer(request, lambda: self._ask(asked, Planned, ASK_TIMEOUT_S)))
 
     @audited
     async def StartResync(self, request: api.StartResyncRequest, context: Context) -> api.StartResyncResponse:
@@ -207,7 +210,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
         async def run() -> api.ExportSnapshotResponse:
             if request.validate_only:
-                size_bytes = _held_on(self._office.engine(), asked.snapshot_id, asked.node)
+                size_bytes = queries.size_on(self._office.engine(), asked.snapshot_id, asked.node)
                 return api.ExportSnapshotResponse(path=asked.path, size_bytes=size_bytes)
             exported = await self._ask(asked, Exported)
             return api.ExportSnapshotResponse(path=exported.path, size_bytes=exported.size_bytes)
@@ -342,14 +345,21 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
     def _names(self) -> Names:
         return Names.of(self._office.engine())
 
-    async def _ask(self, request: Request, answer: type[A]) -> A:
-        answered = await self._office.ask(request, ASK_TIMEOUT_S, entering())
+    async def _ask(self, request: Request, answer: type[A], timeout_s: float = WORK_TIMEOUT_S) -> A:
+        answered = await self._office.ask(request, timeout_s, entering())
         assert isinstance(answered, answer), f"{type(request).__name__} was answered by {type(answered).__name__}"
         return answered
 
     async def _once(self, request: Message, run: Callable[[], Awaitable[M]]) -> M:
         identified: Any = request
-        return await self._answered.once(check_request_id(identified.request_id), request, run)
+        request_id = check_request_id(identified.request_id)
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                return await self._answered.once(request_id, request, run)
+        except TimeoutError:
+            again = f"; ask again with request_id {request_id} for its answer" if request_id else ""
+            message = f"no answer within {ASK_TIMEOUT_S:g} s; the work goes on{again}"
+            raise Unavailable("DEADLINE", message) from None
 
     def _check_etag(self, volume: str, etag: str) -> None:
         present = volume_etag(self._office.engine().view(volume))
@@ -398,22 +408,3 @@ def bounded(message: M) -> M:
 def _paused(engine: Engine, volume: str) -> bool:
     entry = engine.view(volume).entry
     return entry is not None and entry.pause is not None
-
-
-def _held_on(engine: Engine, snapshot_id: str, node: str) -> int:
-    """The size of a snapshot or preserved copy on a node. Raises `NotFound("SNAPSHOT_NOT_FOUND")`."""
-    elsewhere: set[str] = set()
-    for name in engine.volume_names():
-        view = engine.view(name)
-        for held in views.held_snapshots(view):
-            if held.snapshot.id == snapshot_id:
-                elsewhere.update(held.nodes)
-                if node in held.nodes:
-                    return held.snapshot.size_bytes
-        for preserved in views.preserved_copies(view):
-            if preserved.copy.id == snapshot_id:
-                elsewhere.add(preserved.node)
-                if preserved.node == node:
-                    return preserved.copy.size_bytes
-    where = f", but on {', '.join(sorted(elsewhere))}" if elsewhere else nearest(snapshot_id, ())
-    raise NotFound("SNAPSHOT_NOT_FOUND", f"{snapshot_id} is not on {node}{where}", snapshot=snapshot_id)

@@ -10,7 +10,8 @@ from coordinator.core.cluster import ClusterEvent
 from coordinator.core.engine import Engine
 from coordinator.core.events import Event
 from coordinator.core.requests import Request
-from coordinator.reign import CurrentReign, Outbox, Span, Watcher, now_ms
+from coordinator.readers import Outbox, Watcher
+from coordinator.reign import CurrentReign, Span, now_ms
 from coordinator.store.base import Health, Leader, Store
 from resilver.errors import ResilverError, Superseded
 
@@ -46,6 +47,9 @@ class Front:
 
     def engine(self) -> Engine:
         return self._present().engine
+
+    async def settled(self) -> Engine:
+        return await self._present().settled()
 
     async def ask(self, request: Request, timeout_s: float, asked: Asked | None = None) -> object:
         return await self._present().ask(request, timeout_s, asked)

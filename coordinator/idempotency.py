@@ -4,7 +4,8 @@ The rules:
 
 * The same id with the same body gets the same answer, for 24 h, and joins the first one while that still runs, also
   when the first caller has gone. With another body it is `REQUEST_ID_REUSED`.
-* Errors are not kept: whatever failed may be asked again under its id.
+* Errors are not kept: whatever failed may be asked again under its id. That a caller has waited long enough is no error
+  of the work: it goes on, and is joined by whoever asks again.
 * The table is one leader's, in memory, and bounded; the oldest answers go first. After a change of leader a request
   that is asked again is carried out again, which the volume's own preconditions (epochs, tips, etags) make safe.
 """

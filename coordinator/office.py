@@ -129,6 +129,12 @@ class Office(Protocol):
     def engine(self) -> Engine:
         """Raises `Superseded("NOT_LEADER", ..., leader_address=...)` on a standby."""
 
+    async def settled(self) -> Engine:
+        """The same, in a moment in which all that it shows is stored: it is read before anything is awaited.
+
+        Raises also `Unavailable("STORE_UNAVAILABLE")` if the store takes too long, and what ended the reign.
+        """
+
     async def ask(self, request: Request, timeout_s: float, asked: Asked | None = None) -> object:
         """What the engine answers, or the error that it answers, raised. `Unavailable("DEADLINE")` if it takes longer.
         `asked` is for the audit trail, of what changes something.

@@ -211,3 +211,22 @@ def list_events(office: Office, request: api.ListEventsRequest) -> api.ListEvent
     found = page(request, events, lambda event: views.descending(event.sequence), event_to_proto)
     newest = office.events_span().newest
     return api.ListEventsResponse(events=found.messages, next_page_token=found.next_page_token, newest_sequence=newest)
+
+
+def size_on(engine: Engine, snapshot_id: str, node: str) -> int:
+    """The size of a snapshot or preserved copy on a node. Raises `NotFound("SNAPSHOT_NOT_FOUND")`."""
+    elsewhere: set[str] = set()
+    for name in engine.volume_names():
+        view = engine.view(name)
+        for held in views.held_snapshots(view):
+            if held.snapshot.id == snapshot_id:
+                elsewhere.update(held.nodes)
+                if node in held.nodes:
+                    return held.snapshot.size_bytes
+        for preserved in views.preserved_copies(view):
+            if preserved.copy.id == snapshot_id:
+                elsewhere.add(preserved.node)
+                if preserved.node == node:
+                    return preserved.copy.size_bytes
+    where = f", but on {', '.join(sorted(elsewhere))}" if elsewhere else nearest(snapshot_id, ())
+    raise NotFound("SNAPSHOT_NOT_FOUND", f"{snapshot_id} is not on {node}{where}", snapshot=snapshot_id)

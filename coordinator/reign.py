@@ -13,7 +13,6 @@ it stays so, and a thousand agents that report at once cost some hundred commits
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 import secrets
@@ -22,7 +21,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import structlog
 
@@ -50,13 +49,13 @@ from coordinator.core.events import (
 )
 from coordinator.core.history import EVENTS_MAX
 from coordinator.core.requests import Request
+from coordinator.readers import Outbox, Readers, Watcher
 from coordinator.store.base import ABSENT, WRITES_MAX, Json, Reign, Store, Write
 from resilver.errors import Conflict, Exhausted, ResilverError, Unavailable
 
 log = structlog.get_logger()
 
 QUEUE_MAX: Final = 20_000
-OUTBOX_MAX: Final = 10_000
 STEPS_AT_ONCE_MAX: Final = 64
 WATCHES_MAX: Final = 1000
 COMMIT_CHARS_MAX: Final = 256 << 10
@@ -77,76 +76,6 @@ class Span:
     newest: int
 
 
-class Watcher:
-    """Merges what changed since it was last asked."""
-
-    def __init__(self, release: Callable[[Watcher], None]) -> None:
-        self._release = release
-        self._volumes: set[str] = set()
-        self._resyncs: set[str] = set()
-        self._woken = asyncio.Event()
-        self._ended: ResilverError | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._release(self)
-
-    def add(self, changed: Changed) -> None:
-        self._volumes |= changed.volumes
-        self._resyncs |= changed.resyncs
-        self._woken.set()
-
-    def end(self, error: ResilverError) -> None:
-        self._ended = error
-        self._woken.set()
-
-    async def next(self, timeout_s: float) -> Changed | None:
-        """What changed, or None after the timeout; raises what ended the reign."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._woken.wait()
-        if self._ended is not None:
-            raise self._ended
-        if not self._woken.is_set():
-            return None
-        self._woken.clear()
-        changed = Changed(frozenset(self._volumes), frozenset(self._resyncs))
-        self._volumes.clear()
-        self._resyncs.clear()
-        return changed
-
-
-class Outbox:
-    """What is to be sent to one agent's stream."""
-
-    def __init__(self) -> None:
-        self._queue: deque[SendExamine | SendRecord | RefuseAgent] = deque()
-        self._ended: ResilverError | None = None
-        self._woken = asyncio.Event()
-
-    def put(self, message: SendExamine | SendRecord | RefuseAgent) -> None:
-        if len(self._queue) < OUTBOX_MAX:
-            self._queue.append(message)
-            self._woken.set()
-        else:
-            self.end(Exhausted("TOO_LARGE", "the agent does not take what is sent to it"))
-
-    def end(self, error: ResilverError) -> None:
-        self._ended = error
-        self._woken.set()
-
-    async def get(self) -> SendExamine | SendRecord | RefuseAgent:
-        """The next message; raises what ended the stream, once everything before it was taken."""
-        while not self._queue:
-            if self._ended is not None:
-                raise self._ended
-            self._woken.clear()
-            await self._woken.wait()
-        return self._queue.popleft()
-
-
 def in_commits(persists: Iterable[Persist]) -> Iterator[dict[str, Json | None]]:
     """What to write in each commit, in order: as many Persists as go into one, and each of them whole.
 
@@ -165,6 +94,13 @@ def in_commits(persists: Iterable[Persist]) -> Iterator[dict[str, Json | None]]:
         chars += more
     if together:
         yield together
+
+
+def _without_a_clock(ticking: asyncio.Task[None]) -> ResilverError:
+    """What ends a reign whose clock has died."""
+    error = None if ticking.cancelled() else ticking.exception()
+    log.error("the clock of the reign has stopped", exc_info=error)
+    return Conflict("LEADERSHIP_LOST", f"the clock of this reign has stopped: {error!r}")
 
 
 def _log_order(entry: AuditEntry) -> None:
@@ -193,7 +129,9 @@ class CurrentReign:
         self._store_id = store_id
         self._revisions: dict[str, int] = {}
         self._history: deque[ClusterEvent] = deque(maxlen=EVENTS_MAX)
-        self._events: asyncio.Queue[Event] = asyncio.Queue(QUEUE_MAX)
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._ticks_wait = False
+        self._readers = Readers()
         self._asked: dict[str, asyncio.Future[object]] = {}
         self._watchers: set[Watcher] = set()
         self._outboxes: dict[str, Outbox] = {}
@@ -216,12 +154,15 @@ class CurrentReign:
             now_ms(),
             lambda: str(uuid.uuid4()),
             new_ticket=lambda: secrets.token_hex(16),
+            check=records.check,
         )
         self._history.extend(self.engine.events())
 
     async def run(self, still_leading: Callable[[], bool]) -> None:
         """The one loop."""
         ticking = asyncio.create_task(self._tick())
+        # Without a clock no deadline is ever seen: an event, so that the loop looks at once.
+        ticking.add_done_callback(lambda _: self._post_own(Ticked()))
         loop = asyncio.get_running_loop()
         served_at = loop.time()
         try:
@@ -231,30 +172,40 @@ class CurrentReign:
                 if loop.time() - served_at > SERVE_EVERY_S:
                     await asyncio.sleep(0)
                     served_at = loop.time()
+                if ticking.done():
+                    raise _without_a_clock(ticking)
                 actions = self._step(event)
                 for together in in_commits(action for action in actions if isinstance(action, Persist)):
                     self._check_leading(still_leading)
+                    self._readers.storing = True
                     await self._commit(together)
                 for action in actions:
                     self._check_leading(still_leading)
                     self._do(action)
                 if self.term_wanted:
                     raise Conflict("LEADERSHIP_LOST", f"an agent has obeyed term {self.term_wanted} already")
+                if self._readers.stored():
+                    await asyncio.sleep(0)  # they read now, before the next step has anything that is not stored
         finally:
             ticking.cancel()
 
     def _step(self, event: Event) -> list[Action]:
         """The actions of an event; where something is to be stored, also those of the events that wait behind it."""
-        actions = self.engine.step(event, now_ms())
+        actions = self._stepped(event)
         newest, stores = actions, False
         for _ in range(STEPS_AT_ONCE_MAX):
             stores = stores or any(isinstance(action, Persist) for action in newest)
             # After a term that is to be raised nothing more is decided.
             if not stores or self._events.empty() or any(isinstance(action, RaiseTerm) for action in newest):
                 break
-            newest = self.engine.step(self._events.get_nowait(), now_ms())
+            newest = self._stepped(self._events.get_nowait())
             actions = actions + newest
         return actions
+
+    def _stepped(self, event: Event) -> list[Action]:
+        if isinstance(event, Ticked):
+            self._ticks_wait = False
+        return self.engine.step(event, now_ms())
 
     @staticmethod
     def _check_leading(still_leading: Callable[[], bool]) -> None:
@@ -264,6 +215,7 @@ class CurrentReign:
     def end(self, error: ResilverError) -> None:
         """Tells everybody who waits for this reign that it is over."""
         self._ended = error
+        self._readers.end(error)
         for future in self._asked.values():
             if not future.done():
                 future.set_exception(error)
@@ -277,14 +229,19 @@ class CurrentReign:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self.post(Ticked())
+            if not self._ticks_wait:
+                self._ticks_wait = True
+                self._post_own(Ticked())
 
     def post(self, event: Event) -> None:
         """Hands an event to the loop; an overfull queue refuses with TOO_LARGE."""
-        try:
-            self._events.put_nowait(event)
-        except asyncio.QueueFull:
-            raise Exhausted("TOO_LARGE", "the coordinator is behind with what it is told; try again") from None
+        if self._events.qsize() >= QUEUE_MAX:
+            raise Exhausted("TOO_LARGE", "the coordinator is behind with what it is told; try again")
+        self._events.put_nowait(event)
+
+    def _post_own(self, event: Event) -> None:
+        """What nobody would say again: at most one tick, and the answer of each order that was given."""
+        self._events.put_nowait(event)
 
     async def ask(self, request: Request, timeout_s: float, asked: Asked | None = None) -> object:
         """What the engine answers; raises the error that it answers. `asked` is for the audit trail."""
@@ -301,6 +258,14 @@ class CurrentReign:
             raise Unavailable("DEADLINE", f"no answer within {timeout_s:g} s; the work goes on") from None
         finally:
             del self._asked[key]
+
+    async def settled(self) -> Engine:
+        """The engine in a moment in which all that it shows is stored, to be read before anything is awaited.
+
+        Raises STORE_UNAVAILABLE if that takes the store too long, and what ended the reign.
+        """
+        await self._readers.wait()
+        return self.engine
 
     def watch(self) -> Watcher:
         if len(self._watchers) >= WATCHES_MAX:
@@ -364,6 +329,7 @@ class CurrentReign:
         future = self._asked.get(action.key)
         if future is None or future.done():
             return
+        self._readers.woken = True
         if isinstance(action.answer, ResilverError):
             future.set_exception(action.answer)
         else:
@@ -387,9 +353,10 @@ class CurrentReign:
         task.add_done_callback(self._orders.discard)
 
     async def _give(self, action: GiveOrder) -> None:
-        self.post(await self._agents.carry(action))
+        self._post_own(await self._agents.carry(action))
 
     async def export(self) -> AsyncIterator[bytes]:
-        """Every record of the store as JSON lines, for a backup or a look."""
+        """Every record of the store as JSON lines, for a backup or a look; secrets are left out."""
         for key, stored in (await self._store.read_all()).items():
-            yield json.dumps({"key": key, "value": stored.value}, sort_keys=True).encode() + b"\n"
+            value = records.without_secrets(key, stored.value)
+            yield json.dumps({"key": key, "value": value}, sort_keys=True).encode() + b"\n"

@@ -88,6 +88,7 @@ async def watch_volumes(
     with office.watch() as watch:
         names: Iterable[str] = office.engine().volume_names()
         while True:
+            await office.settled()
             removed = gone()
             now_time = time_to_proto(office.now_ms())
             parts = list(chunks(fresh(names))) or ([[]] if removed else [])
@@ -108,7 +109,7 @@ async def watch_resyncs(
     due = KeepAlive()
     with office.watch() as watch:
         while True:
-            known = office.engine().resyncs()
+            known = (await office.settled()).resyncs()
             changed = [known[one] for one in watched if one in known and known[one] != last.get(one)]
             last.update((one.id, one) for one in changed)
             now_time = time_to_proto(office.now_ms())

@@ -6,9 +6,15 @@ import asyncio
 
 import pytest
 
+from coordinator import api as api_module
+from coordinator.front import Front
 from coordinator.idempotency import ANSWER_BYTES_MAX, KEPT_MS, Answered
+from coordinator.store.sqlite import SqliteStore
 from resilver.errors import Exhausted, Invalid, Unavailable
 from resilver.v1 import coordinator_pb2 as api
+from tests.coordinator.running import WITHIN_S
+
+ID = "6f1d6c58-0f6b-4c9e-9a63-0d6f1a1f7b10"
 
 
 class Work:
@@ -124,3 +130,20 @@ async def test_when_all_that_are_kept_still_run_no_more_are_taken():
         await table.once("id2", body(), work)
     gate.set()
     await running
+
+
+async def test_a_caller_who_has_waited_long_enough_is_answered_when_it_asks_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(api_module, "ASK_TIMEOUT_S", 0.01)
+    store = SqliteStore(tmp_path / "store.db", "test", 10.0)
+    served = api_module.Coordinator(Front("test", "c1", "127.0.0.1:1", True, "0", store))
+    gate = asyncio.Event()
+    work = Work(gate)
+    request = api.StartResyncRequest(volumes=["vm1"], request_id=ID)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match=ID) as caught:
+            await served._once(request, work)
+        assert caught.value.reason == "DEADLINE"
+    gate.set()
+    monkeypatch.setattr(api_module, "ASK_TIMEOUT_S", WITHIN_S)
+    assert (await served._once(request, work)).resyncs[0].id == "1"
+    assert work.count == 1
