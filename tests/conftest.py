@@ -39,6 +39,7 @@ _PATTERNS = (
     r"conformance/test_letting_go\.py::test_(prune|the_preserved|what_was_dropped).*\[zfs",
     r"backends/zfs/test_use\.py::test_a_target_in_use",
     r"backends/zfs/test_troubles\.py::test_(?!holds_|a_pool|datasets)",
+    r"backends/zfs/test_cut_off\.py::test_a_(cut_off|taking_back)",
     r"backends/zfs/test_strangers\.py::test_a_pair_of_plain_scripts",
     # On Btrfs a transfer takes a second: some of the suite's walks through several.
     r"conformance/test_receiving\.py::test_(receive_again_and_again|the_other_way_round).*\[btrfs",

@@ -98,7 +98,7 @@ class ZfsBackend:
             orphans.wait("zfs", layout.concerns)
             if not ready(layout):
                 return
-            zfs_finish.settle(layout, self._step)
+            zfs_finish.settle_unless_used(layout, self._step)
             state = load_state(layout)
             zfs_keep.sweep(layout, state)
             plan = zfs_stage.load_plan(layout)
@@ -114,8 +114,7 @@ class ZfsBackend:
             if pool is None or parent is None:
                 return self._nowhere(pool.guid if pool is not None else "")
             there = mounted(layout, around.get(layout.records))
-            if there:
-                zfs_finish.settle(layout, self._step)
+            waiting = zfs_finish.settle_unless_used(layout, self._step) if there else ()
             state = load_state(layout, there=there)
             live, problems = zfs_live.look(layout, state, compare=compare_live)
             free, reserve = self._space(pool, parent)
@@ -131,7 +130,7 @@ class ZfsBackend:
                 reserve_bytes=reserve,
                 reflink=True,
                 file_system_id=pool.guid,
-                problems=(*state.problems, *problems),
+                problems=(*waiting, *state.problems, *problems),
                 others=state.others,
             )
 

@@ -14,9 +14,10 @@ There are three ways, by what is there:
 
 The order: the lineage is logged; the live copy is unmounted, which the kernel refuses if anybody uses it, and looked
 for in every namespace; then it is compared; what will be preserved is described; the intention is written
-(`commit.json`). `settle` finishes or undoes from the intention and the guids of what has which name: a **follow**
-counts from the record on, a **replace** from the renaming of the live copy on. So the live copy is the old one or the
-new one, or, between two commands, not there; it is never in between.
+(`commit.json`); the live copy is shut, so that no boot mounts it writable. `settle` finishes or undoes from the
+intention and the guids of what has which name: a **follow** counts from the record on, a **replace** from the renaming
+of the live copy on. So the live copy is the old one or the new one, or, between two commands, not there; it is never in
+between. What was written to it after it was compared is kept, in place or as a preserved copy (`zfs_finish.py`).
 
 The replaced dataset's local properties go over to the new one. A replica is `readonly=on`; what it was before is noted
 in a property, and restored when the node becomes the primary.
@@ -43,7 +44,7 @@ from agent.backends.zfs_layout import (
     load_state,
     record_property,
 )
-from agent.backends.zfs_live import put_back, set_aside, unmodified
+from agent.backends.zfs_live import put_back, set_aside, shut, unmodified
 from agent.backends.zfs_send import open_stream
 from agent.backends.zfs_stage import Receiver, ZfsStage, agrees, discard, read_back
 from agent.backends.zfs_stream import Change, Contents
@@ -59,6 +60,7 @@ STEPS: Final = (
     "commit.compared",
     "commit.described",
     "commit.intended",
+    "commit.shut",
     "commit.received",
     "commit.verified",
     "commit.recorded",
@@ -154,13 +156,18 @@ def _commit(tools: Tools, stage: ZfsStage, plan: _Plan, *, mounted: bool) -> tup
         tools.step("commit.compared")
         journal, copies = _preserve(tools, stage, plan, own=own, mounted=mounted)
     tools.step("commit.intended")
+    if head is not None:
+        shut(layout, zfs.local_properties(layout.live))
+    tools.step("commit.shut")
     if journal.mode == "follow":
         _receive(tools, stage, plan, journal)
     finish(layout, journal, tools.step)
     stage.close()
     discard(layout)
     tools.step("commit.swept")
-    return tuple(copies)
+    told = {copy.id for copy in copies}
+    after_all = [copy for copy in keeping.list_preserved(layout) if copy.path == journal.kept and copy.id not in told]
+    return (*copies, *after_all)
 
 
 def _follows(layout: Layout, plan: _Plan) -> bool:
@@ -193,6 +200,7 @@ def _intend(
     head = state.head
     on = state.every[-1] if mode == "follow" else None
     own = head is not None and mode == "replace"
+    local = zfs.local_properties(layout.live) if head is not None else {}
     journal = Journal(
         mode=mode,
         resync_id=plan.order.resync_id,
@@ -209,8 +217,10 @@ def _intend(
         kept=kept,
         keeps=keeps,
         mounted=mounted,
-        properties=zfs.local_properties(layout.live) if own else {},
-        readonly_was=readonly(layout) if head is not None else "inherit",
+        properties=local if own else {},
+        readonly_was=readonly(layout, local) if head is not None else "inherit",
+        readonly_set=local.get("readonly", "inherit") if head is not None else "",
+        canmount_set=local.get("canmount", "on") if head is not None else "",
     )
     save_journal(layout, journal)
     return journal

@@ -2,19 +2,38 @@
 
 What has happened is read from which dataset has the live copy's name, by guid, and for a **follow** from the record:
 nothing of it has to be remembered in between.
+
+Between a kill and this the dataset may have been mounted, and written to. So nothing is rolled back, and nothing
+destroyed, that was not compared again once nobody had it mounted:
+
+* A **follow** that has received nothing changed nothing: whatever the live copy is by now, its user has made it.
+* One that has received is rolled back only while the live copy is exactly what came, under no later snapshot. Else the
+  snapshot of ours goes, and the live copy stays as it is: modified, and preserved before it is replaced.
+* A live copy that is in use by then is not touched: the commit stays as it is until that ends.
+* A replaced live copy that was to be let go, and was written to since, is a preserved copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
 
 from agent.backends import zfs_keep as keeping
-from agent.backends.zfs_layout import INCOMING, RECORD, TAG, WAS_CANMOUNT, WAS_READONLY, Layout, load_state, save_tip
-from agent.backends.zfs_live import put_back, unmodified
+from agent.backends.zfs_layout import (
+    INCOMING,
+    RECORD,
+    TAG,
+    TAKING,
+    WAS_CANMOUNT,
+    WAS_READONLY,
+    Layout,
+    load_state,
+    save_tip,
+)
+from agent.backends.zfs_live import is_shut, open_up, put_back, set_aside, shut, stays_shut, unchanged, unmodified
 from agent.backends.zfs_stage import discard
 from agent.disk import zfs
 from agent.disk.durable import read_json, remove_file, write_json
@@ -32,7 +51,9 @@ class Journal:
 
     `new_guid` is the target's, `head_guid` and `stage_guid` those of the datasets; `name` is what the target will be
     called. `on` is the snapshot that a follow stands on. `kept` is where a replaced live copy goes, and `keeps` whether
-    it stays there. `readonly_was` is what the operator had set. `recorded`: a follow has become the tip.
+    it stays there. `readonly_was` is what the operator had set. `recorded`: a follow has become the tip. `readonly_set`
+    and `canmount_set` are what the live copy is given back when it is not shut any more, empty if that is not known.
+    `rolling`: what a follow received is being taken back, and nobody had written to it when that began.
     """
 
     mode: str
@@ -53,6 +74,9 @@ class Journal:
     readonly_was: str
     properties: dict[str, str] = field(default_factory=dict)
     recorded: bool = False
+    readonly_set: str = ""
+    canmount_set: str = ""
+    rolling: bool = False
 
 
 def save_journal(layout: Layout, journal: Journal) -> None:
@@ -64,11 +88,13 @@ def load_journal(layout: Layout) -> Journal | None:
     return None if value is None else typed(layout.files.commit, value, Journal)
 
 
-def readonly(layout: Layout) -> str:
-    """What the operator has set for `readonly`, of a dataset that is not mounted; what we noted before, if we have."""
+def readonly(layout: Layout, local: Mapping[str, str]) -> str:
+    """What the operator has set for `readonly`, by the local properties of a dataset that is not mounted; what we noted
+    before, if we have.
+    """
     group = zfs.look(layout.group, WAS_READONLY)
     noted = group.own.get(WAS_READONLY) if group is not None else None
-    return noted or zfs.local_properties(layout.live).get("readonly", "inherit")
+    return noted or local.get("readonly", "inherit")
 
 
 def settle(layout: Layout, step: Callable[[str], None]) -> None:
@@ -81,6 +107,17 @@ def settle(layout: Layout, step: Callable[[str], None]) -> None:
         discard(layout)
     else:
         _undo(layout, journal)
+
+
+def settle_unless_used(layout: Layout, step: Callable[[str], None]) -> tuple[str, ...]:
+    """As `settle`, for who only looks: a live copy that is in use by then is a problem to be told."""
+    try:
+        settle(layout, step)
+    except Refused as error:
+        if error.reason != "IN_USE":
+            raise
+        return (f"a commit that was cut off waits: {error.message}",)
+    return ()
 
 
 def _decided(layout: Layout, journal: Journal) -> bool:
@@ -103,14 +140,17 @@ def _decided(layout: Layout, journal: Journal) -> bool:
 
 
 def _undo(layout: Layout, journal: Journal) -> None:
-    """Gives a commit up: the live copy is as before, and so is the stage."""
-    if journal.mode == "follow":
-        incoming = f"{layout.live}@{INCOMING}"
-        if zfs.look(incoming) is not None:
-            zfs.destroy(incoming)
-        # Also where the snapshot went before a kill: nobody could write, because the live copy is not mounted.
-        if not unmodified(layout, journal.on):
-            zfs.patient("zfs", "rollback", journal.on)
+    """Gives a commit up: the live copy is as before, or as its user has left it since, and so is the stage.
+
+    IN_USE: somebody has the live copy in use, and all is as it was.
+    """
+    head = zfs.look(layout.live)
+    came = journal.mode == "follow" and (journal.rolling or zfs.look(f"{layout.live}@{INCOMING}") is not None)
+    if head is not None and (came or not stays_shut(journal.readonly_set, journal.canmount_set)):
+        if set_aside(layout, head):
+            journal = replace(journal, mounted=True)
+        if came:
+            journal = _take_back(layout, journal)
     if journal.promotes:
         stage, head = zfs.look(layout.stage), zfs.look(layout.live)
         if stage is not None and not stage.origin and head is not None and head.origin.startswith(f"{layout.stage}@"):
@@ -118,9 +158,53 @@ def _undo(layout: Layout, journal: Journal) -> None:
     for copy in keeping.list_preserved(layout):
         if journal.kept and copy.path.partition("@")[0] == journal.kept:
             keeping.remove_description(layout, copy.id)
+    if head is not None:
+        open_up(layout, journal.readonly_set, journal.canmount_set)
     remove_file(layout.files.commit)
     if journal.mounted:
         put_back(layout)
+
+
+def _take_back(layout: Layout, journal: Journal) -> Journal:
+    """Takes back what a follow has received, if nothing was written since; the journal by then.
+
+    The live copy is not mounted.
+    """
+    incoming = f"{layout.live}@{INCOMING}"
+    ours = _ours_alone(layout, journal)
+    local = zfs.local_properties(layout.live)
+    if zfs.look(incoming) is not None:
+        if not is_shut(local):  # whoever opened it meant to: it is given back as he had it
+            readonly_set, canmount_set = local.get("readonly", "inherit"), local.get("canmount", "on")
+            journal = replace(journal, readonly_set=readonly_set, canmount_set=canmount_set)
+            save_journal(layout, journal)
+        shut(layout, local)
+        ours = ours and unmodified(layout, incoming)
+        journal = replace(journal, rolling=ours)
+        save_journal(layout, journal)
+        zfs.destroy(incoming)
+    elif not is_shut(local):  # between the destroying and the rolling back: what was written then cannot be told
+        ours = False
+    if ours:
+        zfs.patient("zfs", "rollback", journal.on)
+        journal = replace(journal, rolling=False)
+        save_journal(layout, journal)
+    else:
+        _log.warning("live copy is not what its commit had received: kept as it is", dataset=layout.live)
+    return journal
+
+
+def _ours_alone(layout: Layout, journal: Journal) -> bool:
+    """Whether no snapshot but what was received came after the one that a follow stands on; debris of ours goes."""
+    every = zfs.snapshots_of(zfs.family(layout.live, RECORD, TAKING), layout.live)
+    names = [one.name for one in every]
+    if journal.on not in names:
+        return False
+    later = [one for one in every[names.index(journal.on) + 1 :] if one.snapshot != INCOMING]
+    for one in later:
+        if TAKING in one.own and RECORD not in one.own:
+            zfs.destroy(one.name)
+    return all(TAKING in one.own and RECORD not in one.own for one in later)
 
 
 def finish(layout: Layout, journal: Journal, step: Callable[[str], None]) -> None:
@@ -134,8 +218,8 @@ def finish(layout: Layout, journal: Journal, step: Callable[[str], None]) -> Non
         zfs.hold(TAG, tip)
     save_tip(layout, journal.new_tip, journal.volume_id)
     step("commit.pointed")
-    if journal.mode == "replace" and not journal.keeps:
-        _let_go(layout, journal)
+    if journal.mode == "replace":
+        _keep(layout, journal)
     step("commit.kept")
     if journal.mounted:
         put_back(layout)
@@ -170,11 +254,11 @@ def _set_properties(layout: Layout, journal: Journal) -> None:
         # At the next boot it would be mounted, and then in the way of the next commit.
         zfs.run("zfs", "set", "canmount=noauto", layout.live)
         zfs.run("zfs", "set", f"{WAS_CANMOUNT}=on", layout.group)
+    if journal.mode == "follow":
+        open_up(layout, "", journal.canmount_set)
     if journal.mode != "replace":
         return
-    if zfs.look(journal.kept) is not None:
-        for setting in ("readonly=on", "canmount=noauto", "mountpoint=none", "reservation=none", "refreservation=none"):
-            zfs.run("zfs", "set", setting, journal.kept)
+    _put_away(journal.kept)
     for name, value in sorted(journal.properties.items()):
         if name in _NOT_TAKEN_OVER:
             continue
@@ -186,17 +270,47 @@ def _set_properties(layout: Layout, journal: Journal) -> None:
         zfs.unmount(layout.live)  # to set a mount point may have mounted it
 
 
-def _let_go(layout: Layout, journal: Journal) -> None:
-    """A replaced live copy with nothing of its own goes; where a clone or a hold pins it, it is kept after all."""
-    try:
-        keeping.destroy_kept(journal.kept)
-    except Refused:
-        kept = zfs.look(journal.kept)
-        if kept is None:
-            raise
-        used = kept.used_bytes
-        copy = keeping.describe(journal.kept, None, kept.referenced_bytes, used, live=True, resync_id=journal.resync_id)
-        keeping.save_description(layout, copy)
+def _put_away(kept: str) -> None:
+    """Keeps a replaced live copy from being mounted and written to, as far as nobody has it in use."""
+    if zfs.look(kept) is None:
+        return
+    for setting in ("readonly=on", "canmount=noauto", "mountpoint=none", "reservation=none", "refreservation=none"):
+        try:
+            zfs.run("zfs", "set", setting, kept)
+        except zfs.ZfsError as error:
+            if "busy" not in error.text:
+                raise
+            _log.warning("replaced live copy is in use", dataset=kept, setting=setting, message=error.text)
+
+
+def _keep(layout: Layout, journal: Journal) -> None:
+    """A replaced live copy with nothing of its own goes, if it was not to stay for its snapshots.
+
+    Where a clone or a hold pins it, somebody uses it, or it was written to since it was compared, it is kept after all.
+    """
+    kept = zfs.look(journal.kept)
+    if kept is None or any(copy.path == kept.name for copy in keeping.list_preserved(layout)):
+        return
+    if zfs.unmount(kept.name) and _is_newest(kept):
+        if journal.keeps:
+            return
+        try:
+            keeping.destroy_kept(kept.name)
+        except Refused:
+            pass
+        else:
+            return
+    size, used = kept.referenced_bytes, kept.used_bytes
+    copy = keeping.describe(kept.name, None, size, used, live=True, resync_id=journal.resync_id)
+    keeping.save_description(layout, copy)
+
+
+def _is_newest(kept: zfs.Dataset) -> bool:
+    """Whether a replaced live copy is what its newest snapshot is, or else what it was cloned from."""
+    every = zfs.snapshots_of(zfs.family(kept.name, RECORD, TAKING), kept.name)
+    named = [one.name for one in every if RECORD in one.own or TAKING not in one.own]
+    since = named[-1] if named else kept.origin
+    return bool(since) and unchanged(kept.name, since)
 
 
 def _name_tip(layout: Layout, journal: Journal) -> str:

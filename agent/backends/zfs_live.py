@@ -4,6 +4,9 @@
 between its first record and its last. Where ZFS tells what was written since a snapshot,
 nothing is enough.
 
+*Shut* is a live copy while a commit is under way: `readonly=on`, and `canmount=noauto`, so that neither a boot nor
+`zfs mount` lets anybody write. Whoever sets that back on purpose can; so nothing is taken for unmodified by that alone.
+
 *In use* is a live copy that a process has open, mapped or stands in, that is mounted at a second place, exported, or
 under a loop device. Being mounted where it belongs is not use: that can be undone, and whether it can is for the
 kernel to say (`set_aside`).
@@ -14,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -27,6 +30,7 @@ from resilver.errors import Refused, ResilverError
 from resilver.volume import LiveCopy, LiveState
 
 LOOK: Final = "look"
+_SHUT: Final = {"readonly": "on", "canmount": "noauto"}
 _PIECE_BYTES: Final = 64 << 10
 
 
@@ -109,9 +113,9 @@ def flush(found: Uses) -> None:
 
 
 @contextmanager
-def _moment(layout: Layout) -> Iterator[str]:
+def _moment(dataset: str) -> Iterator[str]:
     """A snapshot for the moment; one that is left by a kill is swept at the next start."""
-    name = f"{layout.live}@resilver-{LOOK}-{uuid.uuid4().hex[:12]}"
+    name = f"{dataset}@resilver-{LOOK}-{uuid.uuid4().hex[:12]}"
     try:
         zfs.run("zfs", "snapshot", "-o", f"{TAKING}={LOOK}", name)
     except zfs.ZfsError as error:
@@ -124,12 +128,17 @@ def _moment(layout: Layout) -> Iterator[str]:
 
 def unmodified(layout: Layout, since: str) -> bool:
     """Whether nothing at all was changed since that snapshot of the live copy."""
-    if zfs.features().written:
-        if mounted.places(layout.live):
-            zfs.sync(layout.pool)  # what is still in memory, or only in the intent log, is not counted before
-        if zfs.get(layout.live, f"written@{since.partition('@')[2]}") == "0":
+    return unchanged(layout.live, since)
+
+
+def unchanged(dataset: str, since: str) -> bool:
+    """Whether nothing at all was changed in a file system since that snapshot: its own, or the one it is a clone of."""
+    if zfs.features().written and since.partition("@")[0] == dataset:
+        if mounted.places(dataset):
+            zfs.sync(zfs.pool_of(dataset))  # what is still in memory, or only in the intent log, is not counted before
+        if zfs.get(dataset, f"written@{since.partition('@')[2]}") == "0":
             return True
-    with _moment(layout) as now:
+    with _moment(dataset) as now:
         return empty_between(since, now)
 
 
@@ -176,3 +185,43 @@ def put_back(layout: Layout) -> None:
         zfs.mount(layout.live)
     except (zfs.ZfsError, ResilverError):
         return
+
+
+# Shut.
+
+
+def shut(layout: Layout, local: Mapping[str, str]) -> None:
+    """Lets nobody write by accident; `local` are its own properties as they are. Again is fine."""
+    for name, value in _SHUT.items():
+        if local.get(name) != value:
+            zfs.run("zfs", "set", f"{name}={value}", layout.live)
+
+
+def is_shut(local: Mapping[str, str]) -> bool:
+    """Whether a live copy with these local properties is shut still."""
+    return all(local.get(name) == value for name, value in _SHUT.items())
+
+
+def stays_shut(readonly: str, canmount: str) -> bool:
+    """Whether `open_up` with these has nothing to do, whatever is found."""
+    return readonly in {"", _SHUT["readonly"]} and canmount in {"", _SHUT["canmount"]}
+
+
+def open_up(layout: Layout, readonly: str, canmount: str) -> None:
+    """Gives a live copy that was shut its settings back, "inherit" for none of its own; what somebody set since stays.
+
+    Empty: nothing is known of that one, and it stays as it is. While it is mounted `readonly` is not restored, because
+    ZFS then tells what the mount is. IN_USE: it cannot be mounted anew for that.
+    """
+    local = zfs.local_properties(layout.live)
+    wanted = (("readonly", readonly), ("canmount", canmount))
+    try:
+        for name, value in wanted:
+            if value and local.get(name) == _SHUT[name] != value:
+                words = ("inherit", name) if value == "inherit" else ("set", f"{name}={value}")
+                zfs.run("zfs", *words, layout.live)
+    except zfs.ZfsError as error:
+        head = zfs.look(layout.live)
+        if "busy" not in error.text or head is None:
+            raise
+        raise refuse(layout, uses(layout, head).who) from error
