@@ -33,7 +33,7 @@ from agent.disk import lvm
 from agent.disk.durable import disk_errors, fsync_dir, remove_file
 from agent.disk.inuse import InUseError
 from agent.disk.lvm import Lv
-from resilver.errors import Damaged, ResilverError
+from resilver.errors import Damaged, Refused, ResilverError
 from resilver.lineage import Snapshot
 from resilver.volume import PreservedCopy
 
@@ -211,7 +211,11 @@ def _describe_leaving(tools: Tools, found: Found, plan: _Plan, record: Snapshot,
 
 
 def _exchange(tools: Tools, journal: Journal, live: Lv | None, following: Lv) -> None:
-    """The renames, of which the second decides; taken back if somebody has brought the old live copy back meanwhile."""
+    """The renames, of which the second decides; taken back if somebody has brought the old live copy back meanwhile.
+
+    A command that failed may have done its work all the same: it timed out, or failed behind its change of the group's
+    metadata. So what there is by then is asked, and the commit undone or finished by that.
+    """
     try:
         if live is not None:
             lvm.rename(live, journal.old_name)
@@ -219,7 +223,7 @@ def _exchange(tools: Tools, journal: Journal, live: Lv | None, following: Lv) ->
             _check_away(live)
         lvm.rename(following, tools.place.name)
     except (InUseError, ResilverError):
-        _undo(tools, journal)
+        settle(tools)
         raise
     tools.step("commit.exchanged")
 
@@ -272,12 +276,20 @@ def _old_tip(tools: Tools, view: View, journal: Journal) -> Lv | None:
 
 
 def _undo(tools: Tools, journal: Journal) -> None:
-    """Gives a commit up: names and directories are as before, and so is the stage."""
+    """Gives a commit up: names and directories are as before, and so is the stage.
+
+    TARGET_CHANGED: somebody has made another volume of that name since the live copy was renamed out of the way. All
+    stays as it is, because no list would name the live copy.
+    """
     layout = tools.layout
     view = tools.place.surely()
     old = view.group.of_uuid(journal.old) if journal.old else None
     if old is not None and view.live is None:
         lvm.rename(old, tools.place.name)
+    elif old is not None and old.name == journal.old_name:
+        name = tools.place.full_name
+        said = f"{name} was created meanwhile, and the live copy is {old.full_name}: rename {name} to something else"
+        raise Refused("TARGET_CHANGED", said, tip=journal.old_tip)
     target = layout.snapshot(journal.new_tip)
     if journal.made_target and target.exists() and not layout.tree.exists():
         target.rename(layout.tree)
