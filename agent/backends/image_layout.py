@@ -35,6 +35,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
+from agent.backends import ancestry
 from agent.backends.image_kept import Kept, Stamp, stamp_of
 from agent.disk.durable import Json, append_log, disk_errors, make_dir, read_json, read_log, write_json
 from agent.lineages import record_from_json, record_to_json
@@ -292,16 +293,25 @@ def _linked(path: Path | str) -> Damaged:
 
 
 def append_records(layout: Layout, records: Iterable[Snapshot], state: State, logged: Iterable[str] = ()) -> None:
-    """Adds to the log those records that it does not hold yet; `logged` must go in although a directory has them."""
-    in_log = {record.id for line in read_log(layout.ancestry) for record in records_of(line, layout.ancestry)}
-    wanted = set(logged)
+    """Adds to the log those records that it does not hold yet; `logged` must go in although a directory has them.
+
+    One that has become long is made shorter first.
+    """
+    path, records, wanted = str(layout.ancestry), tuple(records), set(logged)
+    in_log = layout.kept.read(path, stamp_of(path), _read_ancestry)
+    # While a commit is under way two lineages count; whoever begins one has settled the one before.
+    if len(in_log) > ancestry.RECORDS_MAX and not layout.commit.exists():
+        named = wanted | {copy.based_on for copy in list_preserved(layout)}
+        ancestry.shorten(layout.ancestry, in_log, state.lineage, state.stored, named=named, coming=records)
     missing = [
         record
         for record in records
         if record.id not in in_log and (record.id in wanted or record.id not in state.stored)
     ]
     if missing:
-        append_log(layout.ancestry, {"records": [record_to_json(record) for record in missing]})
+        value = {"records": [record_to_json(record) for record in missing]}
+        bound = ancestry.bytes_max(state.lineage, state.stored, wanted)
+        append_log(layout.ancestry, value, bytes_max=bound, advice=ancestry.ADVICE)
 
 
 def records_of(line: Json, path: Path | str) -> list[Snapshot]:

@@ -5,7 +5,8 @@
 * Every file names its format and carries a BLAKE3 digest of its value, so that a damaged one is told from an old one:
   `read_json` raises `Damaged("IO_ERROR")` with the path, and answers None only if there is no file.
 * `append_log` adds one checksummed line and returns when it is on the disk. Only the last line can be torn, by a
-  crash during its own append: it is ignored, and cut off by the next append. A bad line before it is damage.
+  crash during its own append: it is ignored, and cut off by the next append. A bad line before it is damage. What would
+  make a log too long to be read is refused. `rewrite_log` replaces all of it as `write_json` does a value.
 
 Files are made 0600 and directories 0700: what stands in them concerns other people's disks. None of them is followed if
 it is a symbolic link, for reading or for writing: its place is where it is looked for, and nowhere else. What is not a
@@ -20,7 +21,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,8 @@ FILE_MODE: Final = 0o600
 DIR_MODE: Final = 0o700
 VALUE_BYTES_MAX: Final = 32 << 20
 LOG_BYTES_MAX: Final = 256 << 20
+LOG_RESERVE_BYTES: Final = 16 << 20
+"""What is left for those who make a log shorter."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 OF_THE_DISK: Final = _FULL | {errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.EUCLEAN}
 """Errors that only a disk or its file system gives."""
@@ -116,12 +119,16 @@ def make_own_dir(path: Path) -> None:
 
 def write_json(path: Path, value: Json) -> None:
     """Replaces a file by a value, atomically and durably. NO_SPACE or IO_ERROR leave the old file as it was."""
+    _replace(path, (sealed(value),))
+
+
+def _replace(path: Path, parts: Iterable[bytes]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
             fd = open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             with os.fdopen(fd, "wb") as file:
-                file.write(sealed(value))
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.rename(path)
@@ -166,13 +173,20 @@ def remove_file(path: Path) -> None:
         fsync_dir(path.parent)
 
 
-def append_log(path: Path, value: Json) -> None:
-    """Adds a value to a log and returns when it is on the disk; a torn last line is cut off first."""
+def append_log(
+    path: Path, value: Json, *, bytes_max: int = LOG_BYTES_MAX - LOG_RESERVE_BYTES, advice: str = ""
+) -> None:
+    """Adds a value to a log and returns when it is on the disk; a torn last line is cut off first.
+
+    NO_SPACE with the advice, and nothing is changed, if the log would be larger than `bytes_max`.
+    """
     line = sealed_line(value)
     with disk_errors(path):
         fd = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             end = _sound_length(fd, path)
+            if end + len(line) > bytes_max:
+                raise Refused("NO_SPACE", f"{path} would be larger than {bytes_max:,} bytes{advice}", path=str(path))
             os.ftruncate(fd, end)
             try:
                 _write_at(fd, end, line)
@@ -185,6 +199,13 @@ def append_log(path: Path, value: Json) -> None:
         finally:
             os.close(fd)
         fsync_dir(path.parent)
+
+
+def rewrite_log(path: Path, values: Iterable[Json]) -> None:
+    """Replaces a log by one of these values, atomically and durably. NO_SPACE or IO_ERROR leave the old one, or if it
+    was the directory's sync that failed the new one: each is whole.
+    """
+    _replace(path, map(sealed_line, values))
 
 
 def read_log(path: Path) -> list[Json]:

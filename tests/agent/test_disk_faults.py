@@ -15,7 +15,7 @@ import pytest
 from blake3 import blake3
 
 from agent.delta import DeltaMap, DeltaRange
-from agent.disk.durable import append_log, read_json, read_log, remove_file, write_json
+from agent.disk.durable import append_log, read_json, read_log, remove_file, rewrite_log, write_json
 from agent.identity import Identity, Remembered
 from agent.stream.journal import Journal
 from agent.stream.mapfile import JournalKey, load_map, save_map
@@ -106,6 +106,21 @@ class Log(Kept):
     def change(self) -> None:
         if self.seen() != self.new:
             append_log(self.directory / "log", {"n": 2, "more": "than a block " * 400})
+
+    def seen(self) -> Any:
+        return [value["n"] for value in read_log(self.directory / "log")]
+
+
+class ShorterLog(Kept):
+    """A log is replaced by one with less in it."""
+
+    old, new = list(range(200)), list(range(100, 200))
+
+    def begin(self) -> None:
+        rewrite_log(self.directory / "log", ({"n": n} for n in self.old))
+
+    def change(self) -> None:
+        rewrite_log(self.directory / "log", ({"n": n} for n in self.new))
 
     def seen(self) -> Any:
         return [value["n"] for value in read_log(self.directory / "log")]
@@ -326,7 +341,21 @@ class ServedNoMore(Serving):
         self.tickets.drop("r2")
 
 
-KINDS = (Value, FirstValue, NoValue, Log, Map, Records, NewJournal, Term, Store, Place, Serving, ServedNoMore)
+KINDS = (
+    Value,
+    FirstValue,
+    NoValue,
+    Log,
+    ShorterLog,
+    Map,
+    Records,
+    NewJournal,
+    Term,
+    Store,
+    Place,
+    Serving,
+    ServedNoMore,
+)
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
