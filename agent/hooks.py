@@ -160,6 +160,8 @@ class HookWatch:
 def recover(directory: Path, volume: str) -> dict[str, str]:
     """Thaws what an order left frozen, and runs each `after` of the orders that concern the volume and did not end.
 
+    Other orders may be under way meanwhile: what they hold frozen is theirs.
+
     Answers those that failed, by volume: they are tried again before the volume's next CP.
     """
     failed: dict[str, str] = {}

@@ -2,9 +2,9 @@
 
 A freeze outlives the process that made it, so that an agent that is killed in between would leave a guest hanging.
 This helper freezes, says `frozen`, and thaws when its standard input closes (the agent is done, or dead) or when the
-deadline passes, whichever is first; then it says `thawed`, or `late` if it was the deadline. Each byte that it is sent
-before, it answers with `held`. It is started by its path with `-I -S` (it starts in 15 ms, and needs nothing but the
-standard library).
+deadline passes, whichever is first; then it says `thawed`, or `late` if it was the deadline, or somebody else had
+thawed the mount. Each byte that it is sent before, it answers with `held`. It is started by its path with `-I -S` (it
+starts in 15 ms, and needs nothing but the standard library).
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def main(arguments: list[str]) -> int:
                 break
             os.write(1, b"held\n")
     finally:
-        thaw(fd)
+        try:
+            thaw(fd)
+        except OSError:
+            late = True  # somebody else has: nobody knows since when
     os.write(1, b"late\n" if late else b"thawed\n")
     return 0
 

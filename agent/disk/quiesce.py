@@ -2,7 +2,8 @@
 
 What a loop device stands on, or an LV, lacks what its mount has not yet written. Each mount is frozen by a helper
 process (`freeze.py`); where it cannot be frozen, it is synced; an attached device without a mount is flushed. What is
-frozen is written down first, so that the agent can thaw it at its next start even if the helper was killed too.
+frozen is written down first, so that the agent can thaw it at its next start even if the helper was killed too. What a
+block of this process holds at this moment is no such leftover: whoever thaws those leaves it alone.
 
 Blocks may stand within one another, also in different threads: a mount that an outer block of this process holds
 frozen is not frozen again, and the inner one asks that helper before it claims anything. So whoever wants several
@@ -97,8 +98,9 @@ class _Helper:
         return line
 
 
-# The helpers of all blocks under way, by the mount's device.
+# The helpers of all blocks under way, by the mount's device; and by their records the mounts that they may freeze.
 _helpers: Final[dict[str, _Helper]] = {}
+_live: Final[dict[Path, frozenset[str]]] = {}
 _lock: Final = threading.Lock()
 
 
@@ -145,7 +147,10 @@ def quiesced_together(
         for mount in own.values():
             at_rest = _flushed(mount.reach, ioctl.syncfs) and at_rest
         if may_freeze and own:
-            write_json(record, {"mounts": [str(mount.reach) for mount in own.values()]})
+            reaches = [str(mount.reach) for mount in own.values()]
+            with _lock:
+                _live[record.absolute()] = frozenset(reaches)
+            write_json(record, {"mounts": reaches})
             _freeze(own, deadline_s, started)
         for device in (device for each in devices for device in each):
             at_rest = _flushed(device.path, os.fsync) and at_rest
@@ -155,7 +160,11 @@ def quiesced_together(
             held = helper.held() and held
         held = result.held = _thaw(started) and held
         if may_freeze and own:
-            remove_file(record)
+            try:
+                remove_file(record)
+            finally:
+                with _lock:
+                    _live.pop(record.absolute(), None)
     if all(devices) and at_rest and not others_write:
         frozen = held and all(mounts) and len(outer) + len(started) == len(every)
         result.consistency = Consistency.FROZEN if frozen else Consistency.SYNCED
@@ -210,11 +219,20 @@ def _flushed(path: Path, flush: Callable[[int], None]) -> bool:
 
 
 def thaw_recorded(record: Path) -> None:
-    """Thaws what a run before this one left frozen; a mount that is not frozen, or gone, is left alone."""
+    """Thaws what a run before this one left frozen; a mount that is not frozen, or gone, is left alone.
+
+    So is a record of a block that is under way, and a mount that such a block holds.
+    """
+    if _is_live(record):
+        return
     left = read_json(record)
     if left is None:
         return
     for mount in typed(record, left, _Frozen).mounts:
+        with _lock:
+            held = any(mount in mounts for mounts in _live.values())
+        if held:
+            continue
         with contextlib.suppress(OSError):
             fd = os.open(mount, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -222,3 +240,8 @@ def thaw_recorded(record: Path) -> None:
             finally:
                 os.close(fd)
     remove_file(record)
+
+
+def _is_live(record: Path) -> bool:
+    with _lock:
+        return record.absolute() in _live

@@ -6,13 +6,20 @@ import os
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from agent.disk import loops
+from agent.backends.image_copy import opened
+from agent.disk import freeze, loops
+from agent.disk.durable import write_json
 from agent.disk.quiesce import _Helper, quiesced, quiesced_together
+from agent.hooks import Hooked, recover
+from agent.together import Member, Together
+from resilver.config import Hooks
+from resilver.errors import ResilverError
 from resilver.lineage import Consistency
 from tests.agent.backends.replica import Replica, noise
 from tests.loopfs import attached, mounted_image, run
@@ -204,3 +211,72 @@ def test_many_open_files(guests, place):
     finally:
         for fd in held:
             os.close(fd)
+
+
+def test_what_an_order_holds_is_not_thawed_for_another(guests, place, capfd):
+    """An order for any volume with hooks thaws what was left frozen: one that is under way has left nothing."""
+    one, two = guests
+    with quiesced(one.image.stat(), place / "G1.frozen", others_write=False) as rest:
+        left_behind(two, place / "G2.frozen", also=one)
+        recover(place, "vm3")
+        assert not one.thawed
+        assert two.thawed
+        assert [path.name for path in place.glob("*.frozen")] == ["G1.frozen"]
+    assert rest.consistency is Consistency.FROZEN
+    assert one.thawed
+    left_behind(one, place / "G1.frozen")
+    recover(place, "vm3")
+    assert one.thawed, "once that order has ended, a record by its name is one like any other"
+    assert not list(place.glob("*.frozen"))
+    assert capfd.readouterr().err == ""
+
+
+def left_behind(guest: Guest, record: Path, also: Guest | None = None) -> None:
+    """What an agent leaves that is killed, with its helper, while it holds a mount. The record names `also` too."""
+    write_json(record, {"mounts": [str(each.point) for each in (guest, also) if each is not None]})
+    with opened(guest.point, os.O_DIRECTORY) as fd:
+        freeze.freeze(fd)
+
+
+def thawed_by_somebody(guest: Guest) -> None:
+    with opened(guest.point, os.O_DIRECTORY) as fd:
+        freeze.thaw(fd)
+
+
+def test_one_that_somebody_else_thawed_is_not_called_frozen(guests, place, capfd):
+    guest, _ = guests
+    with quiesced(guest.image.stat(), place / "frozen.json", others_write=False) as rest:
+        thawed_by_somebody(guest)
+    assert not rest.held
+    assert rest.consistency is Consistency.SYNCED
+    assert guest.thawed
+    assert capfd.readouterr().err == "", "the helper says so, and does not die of it"
+
+
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_a_group_that_was_not_held_is_refused_whatever_each_one_claims(guests, place, disturbed):
+    """`crash` says little of one snapshot; of a group there must have been one instant all the same."""
+    volumes = ("vm1", "vm2")
+    group = Together(volumes, "a", place / "hooks", group="g", group_id=str(uuid.uuid4()))
+    cloned, found = threading.Barrier(2, timeout=60), dict[str, Consistency | str]()
+
+    def take(volume: str, guest: Guest) -> None:
+        try:
+            group.arrive(Member(Hooked(volume, Hooks()), str(guest.image)))
+            assert not guest.thawed
+            cloned.wait()
+            if disturbed and volume == "vm2":
+                thawed_by_somebody(guest)
+            found[volume] = group.settle(volume, Consistency.CRASH)
+            group.leave(volume)
+        except ResilverError as error:
+            found[volume] = error.reason
+            group.leave(volume, error)
+
+    threads = [threading.Thread(target=take, args=each) for each in zip(volumes, guests, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == dict.fromkeys(volumes, "HOOK_FAILED" if disturbed else Consistency.CRASH)
+    assert all(guest.thawed for guest in guests)
