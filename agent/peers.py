@@ -40,6 +40,8 @@ T = TypeVar("T")
 RANGES_MAX: Final = 4_000_000
 """A map of so many takes 70 MB; what needs more is served better by a full copy of its region."""
 SILENCE_MAX_S: Final = 120.0
+FETCH_MAX_S: Final = 1800.0
+"""For all of a delta map, which is 80 MB at most: one page now and then would hold a run, and its slot, for ever."""
 DIGEST_BYTES: Final = 32
 
 
@@ -119,6 +121,15 @@ async def _peer(source: Source, tls: Credentials | None) -> AsyncIterator[agent_
 
 
 async def _fetch(source: Source, wanted: Wanted, tls: Credentials | None) -> Offer:
+    try:
+        async with asyncio.timeout(FETCH_MAX_S):
+            return await _fetch_pages(source, wanted, tls)
+    except TimeoutError as error:
+        said = f"node {source.node} was not done telling the delta after {FETCH_MAX_S:g} s"
+        raise Unavailable("DEADLINE", said) from error
+
+
+async def _fetch_pages(source: Source, wanted: Wanted, tls: Credentials | None) -> Offer:
     request = agent_pb2.StreamDeltaRequest(
         resync_id=wanted.resync_id,
         ticket=wanted.ticket,
