@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -117,9 +118,14 @@ class Runs:
             run.ended.wait(STOP_TIMEOUT_S)
         progress = self._progress_of(volume, known)
         if discard_stage and progress.state.final and progress.state is not ResyncState.SUCCEEDED:
-            replica = self._replicas[volume]
-            replica.worker.call(replica.backend.discard_stage)
+            self._replicas[volume].worker.call(partial(self._discard, volume, resync_id))
         return progress
+
+    def _discard(self, volume: str, resync_id: str) -> None:
+        """On the worker, where runs are begun too: a run that came meanwhile may have that stage already."""
+        known = self._saved.get(volume)
+        if known is not None and known.wanted.resync_id == resync_id:
+            self._replicas[volume].backend.discard_stage()
 
     def progresses(self) -> tuple[Progress, ...]:
         """The last word on every run that is known here, ended ones too."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
+from dataclasses import replace
 
 import pytest
 
@@ -24,6 +26,7 @@ from agent.tickets import Tickets
 from resilver.errors import ResilverError
 from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
 from resilver.volume import LiveState, Order, PreservedCopy, Progress, ResyncState, SourceShare, VolumeRecord
+from tests.agent.agents import until
 
 MIB = 1 << 20
 NOW_MS = 1_700_000_000_000
@@ -112,6 +115,42 @@ def test_a_run_that_has_ended_still_answers_for_itself(kept):
     with pytest.raises(ResilverError) as caught:
         runs.stop("vm1", "another", discard_stage=True)
     assert caught.value.reason == "RESYNC_NOT_FOUND"
+
+
+def ordered(resync_id, **changes):
+    """An order of its own, for a replica that has nothing."""
+    wanted = saved().wanted
+    return replace(
+        wanted, order=replace(wanted.order, expected_tip=""), resync_id=resync_id, base="", sources=(), **changes
+    )
+
+
+def ended(runs):
+    """What became of the volume's run, once it has ended."""
+    assert runs._runs["vm1"].ended.wait(60)
+    (progress,) = runs.progresses()
+    return progress
+
+
+def test_a_run_that_came_meanwhile_keeps_its_stage(replica, kept):
+    """The end of a run, with its stage, is ordered; before the disk's thread comes to it another run is."""
+    runs = kept(saved())
+    stage = stage_of(replica)
+    begun, go = threading.Event(), threading.Event()
+    held = replica.worker.submit(lambda: (begun.set(), go.wait(60)))
+    assert begun.wait(60)
+    came = replica.worker.submit(lambda: runs.receive(ordered("r2")))
+    stopping = threading.Thread(target=runs.stop, args=("vm1", "r1"), kwargs={"discard_stage": True})
+    stopping.start()
+    until(lambda: len(replica.worker._jobs) == 2, "both wait for the disk's thread")
+    go.set()
+    stopping.join(60)
+    assert held.done()
+    assert came.result(60).resync_id == "r2"
+    assert stage.exists()
+    assert ended(runs).resync_id == "r2"
+    runs.stop("vm1", "r2", discard_stage=True)
+    assert not stage.exists(), "the last run's own order is obeyed"
 
 
 def test_a_damaged_run_file_costs_the_run_and_nothing_else(kept, tmp_path):
