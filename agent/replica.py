@@ -295,7 +295,9 @@ class Replica:
         check_volume(order, self._examiner.examine(compare_live=False))
         return self.backend.export(snapshot_id, path, writable=writable)
 
-    def check_receive(self, order: Order, *, replaces: bool, compare_live: bool = False) -> ReplicaReport:
+    def check_receive(
+        self, order: Order, *, replaces: bool, replaces_lost: bool | None = None, compare_live: bool = False
+    ) -> ReplicaReport:
         """What there is, if a run may write here under this order; `replaces`: the operator named this node.
 
         The live copy is compared with its tip where the answer depends on it: when the caller asks for that, and where
@@ -305,7 +307,7 @@ class Replica:
         report = self._examiner.examine(compare_live=compare_live)
         if not compare_live and not replaces and self._examiner.preserved_lately(report):
             report = self._examiner.examine(compare_live=True)
-        check_volume(order, report, replaces=replaces)
+        check_volume(order, report, replaces=replaces, replaces_lost=replaces_lost)
         check_epoch(order, report.record)
         check_secondary(order, report.record, self.node)
         grant = report.grant

@@ -17,16 +17,20 @@ if TYPE_CHECKING:
     from resilver.volume import Grant, Order, ReplicaReport, VolumeRecord
 
 
-def check_volume(order: Order, report: ReplicaReport, *, replaces: bool = False) -> None:
-    """LOST and FOREIGN data is not touched, unless the order names it to be replaced."""
-    if replaces:
-        return
-    if report.presence is Presence.LOST:
+def check_volume(
+    order: Order, report: ReplicaReport, *, replaces: bool = False, replaces_lost: bool | None = None
+) -> None:
+    """LOST and FOREIGN data is not touched, unless the order names it to be replaced: `replaces_lost` for LOST, where
+    that is known by itself.
+    """
+    if report.presence is Presence.LOST and not (replaces if replaces_lost is None else replaces_lost):
         why = f" ({report.problems[0]})" if report.problems else ""
         raise Refused(
             "REPLICA_LOST",
             f"the data of {order.volume} was here and is not{why}; mount its disk, or have the replica replaced",
         )
+    if replaces:
+        return
     if report.volume_id and order.volume_id and report.volume_id != order.volume_id:
         raise Refused(
             "REPLICA_FOREIGN",

@@ -136,7 +136,12 @@ class Run:
 
     def _checked(self, *, compare_live: bool) -> ReplicaReport:
         wanted = self.wanted
-        report = self.replica.check_receive(wanted.order, replaces=wanted.replace_unrelated, compare_live=compare_live)
+        report = self.replica.check_receive(
+            wanted.order,
+            replaces=wanted.replace_unrelated,
+            replaces_lost=wanted.replaces_lost,
+            compare_live=compare_live,
+        )
         if report.lineage.find(wanted.target) is None:
             check_tip(wanted.order, report.lineage)
         return report

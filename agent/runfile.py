@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunOrder:
-    """What a Receive orders."""
+    """What a Receive orders. `replaces_lost`: the data to be replaced was LOST already when it came, so that a disk
+    which is only not mounted at the moment is not taken for it.
+    """
 
     order: Order
     resync_id: str
@@ -30,6 +32,7 @@ class RunOrder:
     replace_own_data: bool = False
     replace_unrelated: bool = False
     priority: int = 0
+    replaces_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)

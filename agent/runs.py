@@ -27,7 +27,7 @@ from agent.runfile import SavedRun, run_from_json, run_to_json
 from agent.slots import Slots
 from resilver.errors import NotFound, ResilverError, Superseded
 from resilver.telemetry import bound
-from resilver.volume import Progress, ResyncState
+from resilver.volume import Presence, Progress, ResyncState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -90,6 +90,7 @@ class Runs:
         report = replica.check_receive(wanted.order, replaces=wanted.replace_unrelated)
         if report.lineage.find(wanted.target) is None:
             check_tip(wanted.order, report.lineage)
+        wanted = replace(wanted, replaces_lost=wanted.replace_unrelated and report.presence is Presence.LOST)
         place = None
         if known is not None and (known.wanted.base, known.wanted.target) == (wanted.base, wanted.target):
             place = known.place

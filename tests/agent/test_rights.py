@@ -44,6 +44,18 @@ def test_lost_and_foreign_data_is_not_touched_unless_named(found, replaces, reas
 
 
 @pytest.mark.parametrize(
+    ("found", "replaces_lost", "reason"),
+    [
+        (report(Presence.LOST, "V"), False, "REPLICA_LOST"),
+        (report(Presence.LOST, "V"), True, ""),
+        (report(volume_id="W"), False, ""),
+    ],
+)
+def test_lost_data_is_replaced_only_if_it_was_lost_when_that_was_ordered(found, replaces_lost, reason):
+    assert reason_of(check_volume, order(), found, replaces=True, replaces_lost=replaces_lost) == reason
+
+
+@pytest.mark.parametrize(
     ("known", "reason"),
     [
         (None, ""),

@@ -15,9 +15,9 @@ from agent.backends.image import ImageBackend
 from agent.backends.image_layout import save_preserved
 from agent.basecheck import BLOCKS_MAX, check_lineages, pick_blocks
 from agent.delta import DeltaMap, DeltaRange
-from agent.disk.durable import write_json
+from agent.disk.durable import read_json, write_json
 from agent.examiner import ReplicaSettings, now_ms
-from agent.identity import Identity
+from agent.identity import Identity, Remembered
 from agent.peers import Peers, Source
 from agent.replica import Replica
 from agent.runfile import RunOrder, SavedRun, StagePlace, run_from_json, run_to_json
@@ -151,6 +151,28 @@ def test_a_run_that_came_meanwhile_keeps_its_stage(replica, kept):
     assert ended(runs).resync_id == "r2"
     runs.stop("vm1", "r2", discard_stage=True)
     assert not stage.exists(), "the last run's own order is obeyed"
+
+
+def lose(replica):
+    """What was on the disk is not there any more."""
+    replica._examiner._identity.remember("vm1", Remembered("another", "s0", "V"))
+
+
+@pytest.mark.parametrize("lost_before", [False, True])
+def test_a_run_does_not_take_a_disk_that_is_away_for_the_one_to_be_replaced(replica, kept, tmp_path, lost_before):
+    """`--replace` of a replica that was there; the node is started again, and its disk is not mounted."""
+    if lost_before:
+        lose(replica)
+    first = kept()
+    assert first.receive(ordered("r1", replace_unrelated=True)).resync_id == "r1"
+    ended(first)
+    at = tmp_path / "runs" / "vm1.json"
+    left = run_from_json(read_json(at))
+    assert left.wanted.replaces_lost is lost_before
+    lose(replica)
+    # As a kill would have left it: begun, and not ended.
+    again = kept(replace(left, progress=replace(left.progress, state=ResyncState.TRANSFERRING, reason="", message="")))
+    assert (ended(again).reason == "REPLICA_LOST") is not lost_before
 
 
 def test_a_damaged_run_file_costs_the_run_and_nothing_else(kept, tmp_path):
