@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+PLAIN_XFS = "xfs-without-reflink"
 KINDS = ("xfs", "btrfs", "btrfs-compressed", "ext4")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount file systems")
 
@@ -28,8 +29,8 @@ def make_fs(kind: str, image: Path, size_bytes: int) -> None:
     """Makes a file system in a sparse file."""
     with image.open("wb") as file:
         file.truncate(size_bytes)
-    if kind == "xfs":
-        run("mkfs.xfs", "-q", "-f", "-m", "reflink=1", image)
+    if kind in {"xfs", PLAIN_XFS}:
+        run("mkfs.xfs", "-q", "-f", "-m", f"reflink={int(kind == 'xfs')}", image)
     elif kind == "ext4":
         run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,nodiscard", image)
     else:
@@ -48,7 +49,7 @@ def _roomy() -> Path | None:
 
 @contextlib.contextmanager
 def mounted(kind: str, size_bytes: int = 1 << 30) -> Iterator[Path]:
-    """A mounted file system of one of KINDS. The loop device detaches itself when it is unmounted."""
+    """A mounted file system of one of KINDS, or of PLAIN_XFS. The loop device detaches itself when it is unmounted."""
     work = Path(tempfile.mkdtemp(prefix="loopfs-", dir=_roomy()))
     image, point = work / "disk", work / "mnt"
     point.mkdir()

@@ -246,18 +246,26 @@ def _by_contents(
 
 
 def _can_share(place: Path) -> bool:
-    """Clones one unnamed empty file onto another: it costs nothing, and works on a full disk."""
+    """Clones one unnamed empty file onto another. Where there is no room even for those, the file system is asked."""
     flags = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
     try:
         with opened(place, flags) as one, opened(place, flags) as other:
             ioctl.clone(one, other)
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
-            return ioctl.fs_magic(place) in {ioctl.XFS_MAGIC, ioctl.BTRFS_MAGIC}
+            return _says_it_shares(place)
         if error.errno not in _CANNOT_SHARE:
             raise  # a disk that fails has not answered, and the answer would stand as long as the agent runs
         return False
     return True
+
+
+def _says_it_shares(place: Path) -> bool:
+    magic = ioctl.fs_magic(place)
+    if magic != ioctl.XFS_MAGIC:
+        return magic == ioctl.BTRFS_MAGIC
+    with opened(place, os.O_DIRECTORY) as fd:
+        return ioctl.xfs_shares(fd)
 
 
 def copy_attributes(source_fd: int, target_fd: int) -> None:

@@ -36,6 +36,11 @@ BTRFS_MAGIC: Final = 0x9123683E
 EXT4_MAGIC: Final = 0xEF53
 TMPFS_MAGIC: Final = 0x01021994
 
+_XFS_FSGEOMETRY_V1: Final = 0x80705864
+_XFS_GEOMETRY_BYTES: Final = 112
+_XFS_GEOMETRY_FLAGS_AT: Final = 92
+_XFS_HAS_REFLINK: Final = 1 << 20
+
 FIEMAP_SYNC: Final = 0x1
 EXTENT_LAST: Final = 0x1
 EXTENT_UNKNOWN: Final = 0x2
@@ -162,6 +167,12 @@ def fs_id(path: Path) -> str:
         return f"fsid-{stat.f_fsid & (1 << 64) - 1:016x}" if stat.f_fsid else f"device-{os.fstat(fd).st_dev:x}"
     finally:
         os.close(fd)
+
+
+def xfs_shares(fd: int) -> bool:
+    """Whether an XFS was made with shared extents (reflink=1), as it says itself."""
+    raw = fcntl.ioctl(fd, _XFS_FSGEOMETRY_V1, bytes(_XFS_GEOMETRY_BYTES))
+    return bool(struct.unpack_from("<I", raw, _XFS_GEOMETRY_FLAGS_AT)[0] & _XFS_HAS_REFLINK)
 
 
 def set_cow_extent_hint(fd: int, block_bytes: int) -> None:
