@@ -185,6 +185,11 @@ class Connection:
             set_io_priority(self._server.io_priority)
         with self.life.at_disk():
             served = self._server.authorize(hello)
+        # From here on, whatever fails: a reader holds a file open, and a stream a process.
+        with contextlib.closing(served.stream if isinstance(served, ServedStream) else served.reader):
+            self._serve_on(served, hello)
+
+    def _serve_on(self, served: ServedSnapshot | ServedStream, hello: Hello) -> None:
         self._share.open()
         if size := self._share.buffer_bytes():
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
@@ -192,12 +197,9 @@ class Connection:
         if isinstance(served, ServedStream):
             self._stream(served, hello)
             return
-        try:
-            with contextlib.closing(Announcer(served.reader, str(self._peer))) as announcer:
-                self._send(frames.encode_welcome(frames.Welcome(served.reader.size_bytes)))
-                self._answer(served, announcer)
-        finally:
-            served.reader.close()
+        with contextlib.closing(Announcer(served.reader, str(self._peer))) as announcer:
+            self._send(frames.encode_welcome(frames.Welcome(served.reader.size_bytes)))
+            self._answer(served, announcer)
 
     def _stream(self, served: ServedStream, hello: Hello) -> None:
         """Sends a stream from where the client wants it; the client says nothing more."""
