@@ -9,6 +9,7 @@ This file is the door: it checks space, calls what does the work, and turns erro
 `image_snapshot.py`       taking a consistency point
 `image_stage.py`          what is being received
 `image_commit.py`         the stage becomes the tip, the live copy its clone, in one step
+`image_finish.py`         what is left of that, and its undoing
 `image_keep.py`           preserved copies, the spare, dropping
 `image_compact.py`        putting fragments together again
 ========================  =======================================================================
@@ -25,6 +26,7 @@ from typing import Final, Literal
 from agent.backends import (
     image_commit,
     image_compact,
+    image_finish,
     image_keep,
     image_layout,
     image_live,
@@ -86,7 +88,7 @@ class ImageBackend:
         self._copier: Final = Copier(self._layout)
         self._step: Final = step
         self._compactor: Final = image_compact.Compactor(self._layout, self._copier, step, seams_max)
-        self._tools: Final = image_commit.Tools(
+        self._tools: Final = image_finish.Tools(
             self._layout, self._copier, step, preserved_max_count, preserved_max_bytes
         )
 
@@ -100,7 +102,7 @@ class ImageBackend:
             if not layout.root.is_dir():
                 return
             quiesce.thaw_recorded(layout.frozen)
-            image_commit.settle(self._tools)
+            image_finish.settle(self._tools)
             image_keep.sweep(layout, self._copier, load_state(layout))
             self._compactor.recover(load_state(layout))
             if layout.stage.exists() and not (layout.tree / "data").exists():
@@ -235,7 +237,7 @@ class ImageBackend:
 
     def discard_stage(self) -> None:
         with disk_errors(self._layout.root):
-            image_commit.settle(self._tools)  # a commit that was given up in the middle puts its tree back first
+            image_finish.settle(self._tools)  # a commit that was given up in the middle puts its tree back first
         image_stage.discard(self._layout)
 
     def commit(self, stage: AnyStage, order: CommitOrder) -> tuple[PreservedCopy, ...]:
@@ -290,7 +292,7 @@ class ImageBackend:
     def _settled(self) -> State:
         """The state, once a commit that was interrupted in this very process is finished or undone."""
         with disk_errors(self._layout.root):
-            image_commit.settle(self._tools)
+            image_finish.settle(self._tools)
             return load_state(self._layout)
 
     def _space(self) -> tuple[int, int]:

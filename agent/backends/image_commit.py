@@ -8,26 +8,28 @@ The order, in which a crash after any line leaves the path showing one whole ima
 3. What will be preserved is described beside its data; then the intention is written (`commit.json`).
 4. The stage's tree is renamed to the target's snapshot directory.
 5. `.live` and the live copy change places in one step (or `.live` is renamed, if there was none). This decides.
-6. If somebody came to wait for the old live copy, or the path was not the file that was leased: all of it back.
+6. If somebody came to wait for the old live copy or made it another name, or a path was not the file that was leased
+   or filled: all of it back. Files are told by their descriptors; what a path leads to may have changed meanwhile.
 7. Snapshots off the lineage and a live copy with data of its own move among the preserved copies; an unmodified one
    becomes the spare. The intention is removed, then the stage.
 
-`settle` finishes 7, or undoes 3 to 4, from the intention alone: at start, and before anything else is changed.
+What is left then, and what is undone, is in `image_finish.py`.
 The old inode is what is preserved, so that whoever opened it late writes into the preserved copy.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-from collections.abc import Callable
+import stat
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from agent.backends import image_keep as keeping
 from agent.backends import rules
 from agent.backends.base import CommitOrder
-from agent.backends.image_copy import Copier, copy_attributes, create, opened, remove_tree
+from agent.backends.image_copy import copy_attributes, create, opened, remove_tree
+from agent.backends.image_finish import Tools, forward, is_at, settle, undo
 from agent.backends.image_layout import (
     Journal,
     Layout,
@@ -45,9 +47,9 @@ from agent.backends.image_layout import (
 from agent.backends.image_live import check_live, refuse_other_names
 from agent.backends.image_stage import ImageStage, discard
 from agent.disk import ioctl
-from agent.disk.durable import disk_errors, fsync_dir, remove_file
+from agent.disk.durable import disk_errors, fsync_dir
 from agent.disk.inuse import InUseError, Lease
-from resilver.errors import Damaged, Refused
+from resilver.errors import Refused
 from resilver.lineage import Snapshot
 from resilver.volume import PreservedCopy
 
@@ -66,17 +68,6 @@ STEPS = (
     "commit.closed",
     "commit.swept",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What commits need of their backend."""
-
-    layout: Layout
-    copier: Copier
-    step: Callable[[str], None]
-    preserved_max_count: int
-    preserved_max_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +114,18 @@ def _plan(layout: Layout, state: State, stage: ImageStage, order: CommitOrder) -
 
 def _commit(tools: Tools, stage: ImageStage, plan: _Plan, stack: contextlib.ExitStack) -> tuple[PreservedCopy, ...]:
     layout, state = tools.layout, plan.state
-    stat = check_live(layout.live)
-    there = stat is not None
-    if stat is not None:
-        Lease(layout.live).close()  # in use: found before anything is made
-        refuse_other_names(layout.live, stat)
+    found = check_live(layout.live)
+    there = found is not None
+    if found is not None:
+        _leased(tools, state).close()  # in use: found before anything is made
+        refuse_other_names(layout.live, found)
     tools.step("commit.begun")
     stage.sync()
-    new = _make_live(tools, plan, stack)
+    new = _make_live(tools, plan, stage, stack)
     tools.step("commit.filled")
     append_records(layout, (*plan.order.lineage, *plan.leaving), state, logged=[gone.id for gone in plan.leaving])
     tools.step("commit.logged")
-    old = stack.enter_context(Lease(layout.live)) if there else None
+    old = stack.enter_context(_leased(tools, state)) if there else None
     own = old is not None and not _unmodified(tools, state, old)
     tools.step("commit.leased")
     if old is not None:
@@ -144,15 +135,35 @@ def _commit(tools: Tools, stage: ImageStage, plan: _Plan, stack: contextlib.Exit
     journal, copies = _intend(tools, plan, old if own else None, os.fstat(new.fd).st_ino)
     tools.step("commit.intended")
     if plan.made_target:
-        layout.tree.rename(layout.snapshot(plan.target.id))
-        fsync_dir(layout.root)
+        _name_target(tools, journal, stage, new)
     tools.step("commit.snapshot")
     _exchange(tools, journal, old, new)
-    _forward(tools, journal, old)
+    forward(tools, journal, old)
     stage.close()
     discard(layout)
     tools.step("commit.swept")
     return copies
+
+
+def _leased(tools: Tools, state: State) -> Lease:
+    """A lease on the live copy, of which it is known that it was there and a plain file."""
+    path = tools.layout.live
+    try:
+        lease = Lease(path)
+    except FileNotFoundError:
+        raise _changed(f"{path} was removed", state.tip) from None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise _changed(f"{path} became a link", state.tip) from error
+    if not stat.S_ISREG(os.fstat(lease.fd).st_mode):
+        lease.close()
+        raise _changed(f"{path} became something else than a file", state.tip)
+    return lease
+
+
+def _changed(what: str, tip: str) -> Refused:
+    return Refused("TARGET_CHANGED", f"{what} meanwhile", tip=tip)
 
 
 def _unmodified(tools: Tools, state: State, lease: Lease) -> bool:
@@ -160,7 +171,7 @@ def _unmodified(tools: Tools, state: State, lease: Lease) -> bool:
     return tip is not None and tip.present and tools.copier.live_equals(lease, tools.layout.snapshot(tip.id))
 
 
-def _make_live(tools: Tools, plan: _Plan, stack: contextlib.ExitStack) -> Lease:
+def _make_live(tools: Tools, plan: _Plan, stage: ImageStage, stack: contextlib.ExitStack) -> Lease:
     """Fills `.live` with the target, and the stage's tree with what makes it a snapshot; `.live` is leased."""
     layout = tools.layout
     remove_tree(layout.incoming)
@@ -169,6 +180,8 @@ def _make_live(tools: Tools, plan: _Plan, stack: contextlib.ExitStack) -> Lease:
         os.close(create(layout.incoming))
     lease = stack.enter_context(Lease(layout.incoming, writable=True))
     source = layout.tree if plan.made_target else layout.snapshot(plan.target.id)
+    if plan.made_target and not stage.is_at(source / "data"):
+        raise _changed(f"{source / 'data'}, which was filled, was replaced", plan.state.tip)
     table = layout.tree / "table" if plan.made_target else None
     with opened(source / "data") as source_fd:
         digest = tools.copier.fill(source_fd, lease.fd, table)
@@ -246,116 +259,57 @@ def _describe_leaving(tools: Tools, plan: _Plan, record: Snapshot) -> PreservedC
     )
 
 
-def _exchange(tools: Tools, journal: Journal, old: Lease | None, new: Lease) -> None:
-    """The step that decides; taken back if somebody waits for the old live copy, or it was not that file any more."""
+def _name_target(tools: Tools, journal: Journal, stage: ImageStage, new: Lease) -> None:
+    """Gives the stage's tree the target's name; only if it holds what was filled may it keep that."""
     layout = tools.layout
-    if old is None:
-        try:
+    target = layout.snapshot(journal.new_tip)
+    changed = _changed(f"{layout.tree / 'data'}, which was filled, was replaced", journal.old_tip)
+    try:
+        layout.tree.rename(target)
+    except FileNotFoundError:
+        # What has the target's name by now is nothing of this commit's, which undoing it would take away.
+        undo(tools, replace(journal, made_target=False), new)
+        raise changed from None
+    if not stage.is_at(target / "data"):
+        undo(tools, journal, new)
+        raise changed
+    fsync_dir(layout.root)
+
+
+def _exchange(tools: Tools, journal: Journal, old: Lease | None, new: Lease) -> None:
+    """The step that decides; taken back if somebody waits for the old live copy, or a path led to another file."""
+    layout = tools.layout
+    try:
+        if old is None:
             ioctl.rename_new(layout.incoming, layout.live)
-        except FileExistsError:
-            _undo(tools, journal, new)
-            raise Refused("TARGET_CHANGED", f"{layout.live} was created meanwhile", tip=journal.old_tip) from None
-    else:
-        try:
+        else:
             ioctl.exchange(layout.incoming, layout.live)
-        except FileNotFoundError:
-            _undo(tools, journal, new)
-            raise Refused("TARGET_CHANGED", f"{layout.live} was removed meanwhile", tip=journal.old_tip) from None
-        except OSError:
-            _undo(tools, journal, new)
-            raise
-        moved = layout.incoming.stat().st_ino != os.fstat(old.fd).st_ino
-        if moved or old.broken():
-            ioctl.exchange(layout.incoming, layout.live)
-            fsync_dir(layout.live.parent)
-            _undo(tools, journal, new)
+    except FileExistsError:
+        undo(tools, journal, new)
+        raise _changed(f"{layout.live} was created", journal.old_tip) from None
+    except FileNotFoundError:
+        undo(tools, journal, new)
+        raise _changed(f"{layout.live} was removed", journal.old_tip) from None
+    except OSError:
+        undo(tools, journal, new)
+        raise
+    moved = not is_at(new, layout.live) or (old is not None and not is_at(old, layout.incoming))
+    if moved or (old is not None and old.broken()):
+        _take_back(tools, old)
+        undo(tools, journal, new)
+        if old is not None:
             old.check()
-            raise Refused("TARGET_CHANGED", f"{layout.live} was replaced meanwhile", tip=journal.old_tip)
+        raise _changed(f"{layout.live} was replaced", journal.old_tip)
     tools.step("commit.exchanged")
     fsync_dir(layout.live.parent)
     fsync_dir(layout.root)
     tools.step("commit.synced")
 
 
-def _forward(tools: Tools, journal: Journal, lease: Lease | None) -> None:
-    """What is left once the exchange has happened; each line may be done already. `lease` is on the old live copy."""
+def _take_back(tools: Tools, old: Lease | None) -> None:
     layout = tools.layout
-    for gone, pid in journal.keeps:
-        if pid:
-            keeping.keep_directory(layout, layout.snapshot(gone), pid)
-        else:
-            remove_tree(layout.snapshot(gone))
-    tools.step("commit.kept")
-    if journal.live_pid:
-        keeping.keep_file(layout, layout.incoming, journal.live_pid)
-    elif layout.incoming.exists():
-        _put_aside(tools, journal, lease)
-    tools.step("commit.live_kept")
-    remove_file(layout.commit)
-    tools.step("commit.closed")
-
-
-def _put_aside(tools: Tools, journal: Journal, lease: Lease | None) -> None:
-    """An unmodified old live copy becomes the spare, or goes; without the lease it is compared again first."""
-    layout = tools.layout
-    if journal.spare_of:
-        layout.incoming.rename(layout.spare(journal.spare_of))
-    elif lease is not None and not lease.broken():
-        layout.incoming.unlink()
+    if old is None:
+        ioctl.rename_new(layout.live, layout.incoming)
     else:
-        equal = next((layout.preserved / pid for gone, pid in journal.keeps if pid and gone == journal.old_tip), None)
-        tip = load_state(layout).known.get(journal.old_tip)
-        keeping.let_go(layout, tools.copier, layout.incoming, equal or layout.snapshot(journal.old_tip), tip)
-    fsync_dir(layout.root)
-
-
-def _undo(tools: Tools, journal: Journal, lease: Lease | None) -> None:
-    """Gives a commit up: the directories are as before, and so is the stage."""
-    layout = tools.layout
-    save_journal(layout, replace(journal, undoing=True))
-    target = layout.snapshot(journal.new_tip)
-    if journal.made_target and target.exists() and not layout.tree.exists():
-        target.rename(layout.tree)
-        fsync_dir(layout.root)
-        fsync_dir(layout.stage)
-    if lease is not None and not lease.broken() and _is_at(lease, layout.incoming):
-        remove_tree(layout.incoming)
-    else:
-        equal = layout.tree if journal.made_target else target
-        keeping.let_go(layout, tools.copier, layout.incoming, equal, None)
-    for gone, _pid in journal.keeps:
-        remove_tree(layout.snapshot(gone) / "preserved.json")
-    if journal.live_pid:
-        remove_tree(layout.keep(journal.live_pid))
-    remove_file(layout.commit)
-
-
-def _is_at(lease: Lease, path: Path) -> bool:
-    """Whether the path is still the file under the lease, and not one that somebody put there meanwhile."""
-    try:
-        return os.path.samestat(path.lstat(), os.fstat(lease.fd))
-    except FileNotFoundError:
-        return False
-
-
-def settle(tools: Tools) -> None:
-    """Finishes or undoes a commit that was interrupted; nothing if there is none."""
-    layout = tools.layout
-    journal = load_journal(layout)
-    if journal is None:
-        return
-    if journal.exchanged(layout):
-        _check_live_there(layout)
-        fsync_dir(layout.live.parent)
-        fsync_dir(layout.root)
-        _forward(tools, journal, None)
-        discard(layout)
-    else:
-        _undo(tools, journal, None)
-
-
-def _check_live_there(layout: Layout) -> None:
-    """A commit is only finished where its target is: anything else has been changed by hand."""
-    journal = load_journal(layout)
-    if journal is not None and not layout.data(journal.new_tip).exists():
-        raise Damaged("IO_ERROR", f"{layout.commit} speaks of snapshot {journal.new_tip}, which is not there")
+        ioctl.exchange(layout.incoming, layout.live)
+    fsync_dir(layout.live.parent)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from agent.backends.image_layout import (
 from agent.delta import DeltaMap, merged
 from agent.disk.durable import DIR_MODE, disk_errors, fsync_dir, make_dir
 from agent.disk.inuse import InUseError, Lease
+from resilver.errors import Damaged
 from resilver.lineage import NO_CP, Snapshot
 from resilver.volume import PreservedCopy
 
@@ -74,13 +76,23 @@ def prepare_keep(layout: Layout, copy: PreservedCopy) -> None:
 
 
 def keep_file(layout: Layout, path: Path, pid: str) -> None:
-    """Moves a file into its prepared directory, and that among the preserved copies; again after a crash is fine."""
+    """Moves a file into its prepared directory, and that among the preserved copies; again after a crash is fine.
+
+    Damaged if one of the two is not there and that is not done: what was a live copy is never let go for that.
+    """
     directory = layout.keep(pid)
+    there = os.path.lexists(path)
     if not directory.exists():
+        if there and not (layout.preserved / pid).exists():
+            said = f"{directory}, in which {path} was to be preserved, is not there; move {path} to a place of your own"
+            raise Damaged("IO_ERROR", said, path=str(directory))
         return
-    if path.exists():
+    if there:
         path.rename(directory / "data")
         fsync_dir(directory)
+    elif not (directory / "data").exists():
+        said = f"{path}, which was to be preserved, is not there; remove {directory} to go on without it"
+        raise Damaged("IO_ERROR", said, path=str(path))
     keep_directory(layout, directory, pid)
 
 

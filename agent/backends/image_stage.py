@@ -10,6 +10,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 from agent.backends.image_copy import Copier, create, fresh_dir, opened, remove_tree
@@ -70,6 +71,13 @@ class ImageStage:
     def data_within(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         with disk_errors(self._path):
             yield from contents.data_windows((self._fd,), offset, offset + length)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether a path leads to the file that this stage writes, and not to one that somebody put there."""
+        try:
+            return os.path.samestat(path.lstat(), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         with self._closing:
