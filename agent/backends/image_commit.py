@@ -208,7 +208,9 @@ def _still_equals(tools: Tools, layout: Layout, record: Snapshot | None) -> bool
         return False
     try:
         with Lease(layout.spare(record.id)) as lease:
-            return tools.copier.live_equals(lease, layout.snapshot(record.id))
+            # By another name it is somebody's own image, which would be written over.
+            alone = os.fstat(lease.fd).st_nlink == 1
+            return alone and tools.copier.live_equals(lease, layout.snapshot(record.id))
     except InUseError:
         return False
 
@@ -294,11 +296,13 @@ def _exchange(tools: Tools, journal: Journal, old: Lease | None, new: Lease) -> 
         undo(tools, journal, new)
         raise
     moved = not is_at(new, layout.live) or (old is not None and not is_at(old, layout.incoming))
-    if moved or (old is not None and old.broken()):
+    linked = old is not None and os.fstat(old.fd).st_nlink > 1  # no lease is in the way of link(2)
+    if moved or linked or (old is not None and old.broken()):
         _take_back(tools, old)
         undo(tools, journal, new)
         if old is not None:
             old.check()
+            refuse_other_names(layout.live, os.fstat(old.fd))
         raise _changed(f"{layout.live} was replaced", journal.old_tip)
     tools.step("commit.exchanged")
     fsync_dir(layout.live.parent)

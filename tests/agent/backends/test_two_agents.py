@@ -235,3 +235,38 @@ def test_a_user_who_replaces_the_live_copy_right_after_the_exchange_loses_nothin
     assert (target.lineage.tip_id, target.content) == (base, before)
     (kept,) = target.backend.examine().preserved
     assert Path(kept.path).read_bytes() == mine
+
+
+@pytest.mark.parametrize("step", ["commit.begun", "commit.leased", "commit.snapshot"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_hard_link_that_is_made_meanwhile_is_nobodys_next_live_copy(stale: Stale, step: str, own: bool) -> None:
+    """It is the user's way of keeping the image as it is now: it stays that, whatever comes after."""
+    source, target, base = stale
+    if own:
+        target.write(0, b"of its own")
+    before = target.content
+    backup = target.path.with_name("backup.img")
+    assert reason_of(at(target.directory, step, lambda: backup.hardlink_to(target.path)), source, base) == (
+        "NOT_SUPPORTED"
+    )
+    assert (target.lineage.tip_id, target.content, backup.read_bytes()) == (base, before, before)
+    assert (target.debris(), target.backend.examine().preserved) == ([], ())
+    backup.unlink()
+    target.receive(source, base)
+    assert target.content == source.content
+
+
+def test_a_spare_with_another_name_is_not_written_over(stale: Stale) -> None:
+    source, target, base = stale
+    before = target.content
+    target.receive(source, base)
+    (spare,) = target.root.glob(".spare-*")
+    backup = target.path.with_name("backup.img")
+    backup.hardlink_to(spare)
+    base = target.lineage.tip_id
+    source.write(0, b"third")
+    source.snapshot()
+    target.receive(source, base)
+    assert (target.content, backup.read_bytes()) == (source.content, before)
+    assert not backup.samefile(target.path)
+    assert (target.path.stat().st_nlink, backup.stat().st_nlink) == (1, 1)
