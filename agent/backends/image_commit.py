@@ -185,9 +185,12 @@ def _make_live(tools: Tools, plan: _Plan, stage: ImageStage, stack: contextlib.E
     table = layout.tree / "table" if plan.made_target else None
     with opened(source / "data") as source_fd:
         digest = tools.copier.fill(source_fd, lease.fd, table)
-    if plan.made_target:
-        record = replace(plan.target, present=True)
-        save_stored(layout.tree, Stored(record, plan.order.volume_id, digest))
+        if plan.made_target:
+            os.fsync(source_fd)  # its times too, which the syncs of the stage leave out and the record has
+            record = Stored(
+                replace(plan.target, present=True), plan.order.volume_id, digest, os.fstat(source_fd).st_mtime_ns
+            )
+            save_stored(layout.tree, record)
     return lease
 
 

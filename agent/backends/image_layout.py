@@ -136,11 +136,14 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A record as it stands beside a snapshot: `table` is the digest of its table of blocks, empty if it has none."""
+    """A record as it stands beside a snapshot: `table` is the digest of its table of blocks, empty if it has none;
+    `data_mtime_ns` the time of the last write to its data, 0 if that is not known.
+    """
 
     snapshot: Snapshot
     volume_id: str
     table: str = ""
+    data_mtime_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +325,8 @@ def records_of(line: Json, path: Path | str) -> list[Snapshot]:
 
 def save_stored(directory: Path, stored: Stored) -> None:
     value = {**record_to_json(stored.snapshot), "volume_id": stored.volume_id, "table": stored.table}
+    if stored.data_mtime_ns:
+        value["data_mtime_ns"] = stored.data_mtime_ns
     write_json(directory / "record.json", value)
 
 
@@ -331,22 +336,33 @@ def load_stored(directory: Path) -> Stored:
     if value is None:
         raise Damaged("IO_ERROR", f"{path} is missing", path=str(path))
     with understood(path):
-        about = checked({"volume_id": value["volume_id"], "table": value["table"]})
-        return Stored(record_from_json(value), about["volume_id"], about["table"])
+        about = checked({name: value[name] for name in ("volume_id", "table")})
+        written_ns = checked(value.get("data_mtime_ns", 0), "data_mtime_ns")
+        if not isinstance(written_ns, int):
+            raise TypeError("data_mtime_ns is no whole number")
+        return Stored(record_from_json(value), about["volume_id"], about["table"], int(written_ns))
 
 
 def check_untouched(directory: Path) -> None:
     """Raises Damaged if a snapshot's data is not what its record was written beside: cut short, or written to since.
 
-    Whoever copies the directory by hand and does not keep its times may be told so too; a full copy sets that right.
+    The time of its last write is compared with the one in the record, whatever the clock said before and after; whole
+    seconds are enough, because copying programs may keep no more. Records of older versions have none: theirs must not
+    be older than the data. Whoever copies the directory by hand and does not keep its times may be told so too; a full
+    copy sets that right.
     """
     data, record = directory / "data", directory / "record.json"
     try:
         found, recorded_ns = data.stat(), record.stat().st_mtime_ns
     except (FileNotFoundError, NotADirectoryError):
         return  # whoever opens it says what is gone
-    size_bytes = load_stored(directory).snapshot.size_bytes
-    if found.st_size == size_bytes and found.st_mtime_ns <= recorded_ns:
+    stored = load_stored(directory)
+    size_bytes, written_ns = stored.snapshot.size_bytes, stored.data_mtime_ns
+    if written_ns:
+        untouched = found.st_mtime_ns in {written_ns, written_ns - written_ns % 1_000_000_000}
+    else:
+        untouched = found.st_mtime_ns <= recorded_ns
+    if found.st_size == size_bytes and untouched:
         return
     what = "was written to after it was taken" if found.st_size == size_bytes else f"is not {size_bytes} bytes long"
     raise Damaged("BASE_MISMATCH", f"{data} {what}: it is not that snapshot any more", path=str(data))

@@ -11,7 +11,7 @@ from agent.disk.durable import read_json, write_json
 from resilver.errors import Damaged
 from resilver.lineage import Lineage, Snapshot
 from resilver.volume import LiveState
-from tests.agent.backends.replica import noise
+from tests.agent.backends.replica import Replica, noise
 
 
 @pytest.fixture(params=["xfs", "btrfs", "ext4"])
@@ -91,3 +91,63 @@ def test_a_snapshot_without_data_is_not_present(replica):
     assert found.live.state is LiveState.UNKNOWN
     replica.snapshot()
     assert [record.present for record in replica.lineage] == [True, False]
+
+
+def clock_ahead(path):
+    """The file as one whose last write came before the clock was set back by an hour."""
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 3600 * 10**9))
+
+
+def reason(work):
+    with pytest.raises(Damaged) as damaged:
+        work()
+    return damaged.value.reason
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_a_clock_that_steps_back_makes_no_snapshot_useless_and_hides_no_write(replica, other):
+    replica.create()
+    base = replica.snapshot().id
+    other.receive(replica)
+    replica.write(300_000, noise(7, 40_000))
+    taking = Replica(replica.directory, step=lambda name: name == "snapshot.cloned" and clock_ahead(made(replica)))
+    tip = taking.snapshot().id
+    staged = other.root / "stage" / "tree" / "data"
+    receiving = Replica(other.directory, step=lambda name: name == "commit.begun" and clock_ahead(staged))
+    receiving.receive(replica, base)
+    data = [replica.data(tip), other.data(tip)]
+    for each in data:
+        assert each.stat().st_mtime_ns > each.with_name("record.json").stat().st_mtime_ns
+    for node in (replica, other):
+        assert len(node.backend.delta_map(base, tip))
+        times = node.data(tip).stat()
+        with node.data(tip).open("r+b") as file:
+            file.write(b"later by an earlier clock")
+        assert reason(lambda at=node: at.backend.delta_map(base, tip)) == "BASE_MISMATCH"
+        # As a program leaves it that keeps times by whole seconds, and as it was.
+        for mtime_ns in (times.st_mtime_ns // 10**9 * 10**9, times.st_mtime_ns):
+            os.utime(node.data(tip), ns=(times.st_atime_ns, mtime_ns))
+            node.backend.delta_map(base, tip)
+
+
+def made(replica):
+    (directory,) = replica.root.glob(".new-*")
+    return directory / "data"
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_a_record_of_an_older_version_is_held_to_its_own_time(replica):
+    replica.create()
+    taken = replica.snapshot().id
+    path = replica.root / taken / "record.json"
+    value = read_json(path)
+    assert value["data_mtime_ns"] == replica.data(taken).stat().st_mtime_ns
+    for wrong in ("soon", -1, 1.5, 1 << 70):
+        write_json(path, {**value, "data_mtime_ns": wrong})
+        assert reason(lambda: replica.again().backend.delta_map("", taken)) == "IO_ERROR"
+    del value["data_mtime_ns"]
+    write_json(path, value)
+    replica.backend.delta_map("", taken)
+    clock_ahead(replica.data(taken))
+    assert reason(lambda: replica.backend.delta_map("", taken)) == "BASE_MISMATCH"
