@@ -1,6 +1,7 @@
 """Delta maps that were worked out lately, because a plan, an order and a stream ask for the same one.
 
-A snapshot never changes, so a map holds as long as both snapshots are there; whether they are is asked each time.
+A snapshot never changes, so a map holds as long as both snapshots are there. Where somebody may have written to one all
+the same (`Checking`), that is asked each time.
 Kept are as many maps as have a million ranges together (17 MB), and the sizes of more. Called on the volume's reading
 thread alone, so that nobody works out what another is at.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from agent.backends.base import Checking
 
 if TYPE_CHECKING:
     from agent.backends.base import Backend, BlockBackend
@@ -42,18 +45,19 @@ class Deltas:
         self._sizes: OrderedDict[_Key, DeltaSize] = OrderedDict()
 
     def map(self, base: str, target: str) -> DeltaMap:
-        """The delta map of a volume of blocks; BASE_GONE, TARGET_GONE."""
+        """The delta map of a volume of blocks; BASE_GONE, TARGET_GONE, BASE_MISMATCH."""
         assert self._backend.shape == "blocks", "a stream has no map"
         return self._map(self._backend, base, target)
 
     def size(self, base: str, target: str) -> DeltaSize:
-        """What a delta costs; BASE_GONE, TARGET_GONE."""
+        """What a delta costs; BASE_GONE, TARGET_GONE, BASE_MISMATCH."""
         key = (base, target)
-        if key not in self._sizes:
-            if self._backend.shape == "stream":
-                self._keep(key, DeltaSize(self._backend.delta_bytes(base, target), 0, 0))
-            else:
-                self._map(self._backend, base, target)
+        if key in self._sizes:
+            self._check(base, target)
+        elif self._backend.shape == "stream":
+            self._keep(key, DeltaSize(self._backend.delta_bytes(base, target), 0, 0))
+        else:
+            self._map(self._backend, base, target)
         self._sizes.move_to_end(key)
         return self._sizes[key]
 
@@ -61,6 +65,7 @@ class Deltas:
         key = (base, target)
         known = self._maps.get(key)
         if known is not None:
+            self._check(base, target)
             self._maps.move_to_end(key)
             return known
         made = backend.delta_map(base, target)
@@ -69,6 +74,10 @@ class Deltas:
         while self._maps and sum(len(each) for each in self._maps.values()) > RANGES_KEPT_MAX:
             self._maps.popitem(last=False)
         return made
+
+    def _check(self, base: str, target: str) -> None:
+        if isinstance(self._backend, Checking):
+            self._backend.check_untouched(base, target)
 
     def _keep(self, key: _Key, size: DeltaSize) -> None:
         self._sizes[key] = size

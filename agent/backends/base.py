@@ -334,6 +334,14 @@ class Glancing(Protocol):
 
 
 @runtime_checkable
+class Checking(Protocol):
+    """A backend whose snapshots anybody may write to who can write to its directory, and that finds it out cheaply."""
+
+    def check_untouched(self, *snapshot_ids: str) -> None:
+        """`Damaged("BASE_MISMATCH")` for one that was written to; nothing for one that is gone, nor for an empty id."""
+
+
+@runtime_checkable
 class Compacting(Protocol):
     """A backend whose live copy is torn apart by being written to, and can be put together in small steps."""
 

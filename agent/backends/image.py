@@ -179,19 +179,22 @@ class ImageBackend:
             self._check_free(need, "a consistency point")
             return image_snapshot.take(self._layout, self._copier, state, new, self._step)
 
+    def check_untouched(self, *snapshot_ids: str) -> None:
+        for snapshot_id in filter(None, snapshot_ids):
+            image_layout.check_id(snapshot_id)
+            with disk_errors(self._layout.root):
+                image_layout.check_untouched(self._layout.snapshot(snapshot_id))
+
     def delta_map(self, base: str, target: str) -> DeltaMap:
         layout = self._layout
-        for snapshot_id in filter(None, (base, target)):
-            image_layout.check_id(snapshot_id)
-        with disk_errors(layout.root):
-            for snapshot_id in filter(None, (base, target)):
-                image_layout.check_untouched(layout.snapshot(snapshot_id))
-            with self._compactor.comparing:
-                return self._copier.delta(layout.snapshot(base) if base else None, layout.snapshot(target))
+        self.check_untouched(base, target)
+        with disk_errors(layout.root), self._compactor.comparing:
+            return self._copier.delta(layout.snapshot(base) if base else None, layout.snapshot(target))
 
     def open_reader(self, snapshot_id: str) -> SnapshotReader:
         path = self._find(snapshot_id)
         with disk_errors(path):
+            image_layout.check_untouched(path.parent)
             try:
                 return FileReader(path)
             except FileNotFoundError:

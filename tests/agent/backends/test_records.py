@@ -7,8 +7,9 @@ import os
 import pytest
 
 from agent.backends.image_layout import append_records, load_state
+from agent.deltas import Deltas
 from agent.disk.durable import read_json, write_json
-from resilver.errors import Damaged
+from resilver.errors import Damaged, Refused
 from resilver.lineage import Lineage, Snapshot
 from resilver.volume import LiveState
 from tests.agent.backends.replica import Replica, noise
@@ -151,3 +152,34 @@ def test_a_record_of_an_older_version_is_held_to_its_own_time(replica):
     replica.backend.delta_map("", taken)
     clock_ahead(replica.data(taken))
     assert reason(lambda: replica.backend.delta_map("", taken)) == "BASE_MISMATCH"
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_a_source_serves_nothing_that_was_written_to_since(replica):
+    """Also where what differs was worked out before that."""
+    replica.create()
+    base = replica.snapshot().id
+    replica.write(300_000, noise(7, 40_000))
+    tip = replica.snapshot().id
+    deltas = Deltas(replica.backend)
+    size, differs = deltas.size(base, tip), deltas.map(base, tip)
+    assert (deltas.size(base, tip), deltas.map(base, tip)) == (size, differs)
+    replica.backend.open_reader(tip).close()
+    for written, other in ((tip, base), (base, tip)):
+        was = replica.data(written).read_bytes()
+        times = replica.data(written).stat()
+        replica.tamper(written)
+        replica.backend.open_reader(other).close()
+        for work in (
+            lambda: deltas.size(base, tip),
+            lambda: deltas.map(base, tip),
+            lambda snapshot=written: replica.backend.open_reader(snapshot),
+        ):
+            assert reason(work) == "BASE_MISMATCH"
+        replica.data(written).write_bytes(was)
+        os.utime(replica.data(written), ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert deltas.size(base, tip) == size
+    replica.lose(tip)
+    with pytest.raises(Refused) as refused:
+        replica.backend.open_reader(tip)
+    assert refused.value.reason == "TARGET_GONE"
