@@ -27,6 +27,7 @@ from agent.backends.base import CommitOrder
 from agent.block_transfer import BlockTransfer
 from agent.peers import Wanted
 from agent.rights import check_tip
+from agent.stream.link import OF_ITS_DISK
 from agent.stream.throttle import Throttle
 from agent.stream.work import Stopped
 from agent.stream_transfer import StreamTransfer
@@ -238,8 +239,7 @@ class Run:
         reasons = {error.reason for error in problems.values()}
         told = "; ".join(f"{node}: {error.message}" for node, error in problems.items()) or "the order names none"
         reason = reasons.pop() if len(reasons) == 1 and not left else "NO_SOURCE"
-        # An error of a source's disk is not one of ours: it must not cost the stage.
-        reason = "SOURCE_DAMAGED" if reason in {"IO_ERROR", "NO_SPACE", "READBACK_MISMATCH"} else reason
+        reason = "SOURCE_DAMAGED" if reason in OF_ITS_DISK else reason
         raise error_for(reason, f"no source can serve {self.replica.volume}: {told}")
 
     def request(self) -> Wanted:

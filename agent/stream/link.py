@@ -33,7 +33,8 @@ _RTT_US_AT: Final = 148
 
 # A source that says one of these may serve later; every other reason holds for the whole run.
 _PASSING: Final = frozenset({"TOO_MANY_RESYNCS", "INTERNAL", "CANCELLED"})
-_OF_ITS_DISK: Final = frozenset({"IO_ERROR", "SOURCE_DAMAGED", "READBACK_MISMATCH"})
+OF_ITS_DISK: Final = frozenset({"IO_ERROR", "NO_SPACE", "SOURCE_DAMAGED", "READBACK_MISMATCH", "BASE_MISMATCH"})
+"""What a source says of its own disk and copy. Said of ours, the same words would cost us the stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +255,6 @@ def _told(node: str, error: ResilverError) -> SourceFailed:
         return SourceFailed(Verdict.DAMAGED, Damaged(error.reason, f"{node} got damaged frames: {error.message}"))
     if error.reason in _PASSING or isinstance(error, Unavailable):
         return SourceFailed(Verdict.AWAY, error)
-    if error.reason in _OF_ITS_DISK:
-        # Told apart from an error of our own disk, which would cost us the stage.
+    if error.reason in OF_ITS_DISK:
         error = Damaged("SOURCE_DAMAGED", f"{node} cannot read its copy: {error.message}", node=node)
     return SourceFailed(Verdict.GONE, error)

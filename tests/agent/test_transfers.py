@@ -165,6 +165,24 @@ def test_a_base_that_is_not_the_same_is_found_before_a_byte_moves(mirrored):
     assert b.tip(leader.volume) == base
 
 
+@pytest.mark.parametrize("which", ["base", "target"])
+def test_a_source_whose_snapshot_was_written_to_is_damaged_and_not_this_node(mirrored, which):
+    a, b, leader, base = mirrored
+    scatter(a.image(leader.volume), 3)
+    second = a.snapshot(leader)
+    resync_id = str(uuid.uuid4())
+    a.prepare(leader, resync_id, base, second.id, b.node)
+    with a.snapshot_data(leader.volume, base if which == "base" else second.id).open("r+b") as written:
+        written.write(b"later")
+    assert reason_of(a.prepare, leader, "another", base, second.id, b.node) == "BASE_MISMATCH"
+    b.receive(leader, resync_id, base, second.id, a)
+    run = b.ended(resync_id)
+    assert (run.state, run.reason, run.wire_bytes) == (FAILED, "SOURCE_DAMAGED", 0)
+    assert "a: " in run.message
+    assert "was written to after it was taken" in run.message
+    assert b.tip(leader.volume) == base
+
+
 def test_a_modified_live_copy_is_put_back_and_kept(mirrored):
     _a, b, leader, base = mirrored
     image = b.image(leader.volume)

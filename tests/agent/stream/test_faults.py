@@ -144,6 +144,24 @@ def test_a_source_without_the_snapshot_is_passed_over_at_once(transfer, after_on
     assert server.stop(5)
 
 
+@pytest.mark.parametrize("error", [Refused("NO_SPACE", "full"), Damaged("BASE_MISMATCH", "written to")])
+def test_what_a_source_says_of_its_own_disk_is_not_ours(transfer, after_one_is_gone, error):
+    """Said of ours, it would cost the stage."""
+
+    def broken(_hello):
+        raise error
+
+    server = BlockServer(Address("127.0.0.1", 0), broken)
+    server.start()
+    received = transfer.run(at(server.port, "a"), at(after_one_is_gone.port, "b"))
+    assert [(problem.node, problem.reason) for problem in received.problems] == [("a", "SOURCE_DAMAGED")]
+    again = Transfer(FileStage(transfer.stage.path.with_name("other"), SIZE), transfer.delta)
+    with pytest.raises(Damaged, match=error.message) as failed:
+        again.run(at(server.port, "a"))
+    assert failed.value.reason == "SOURCE_DAMAGED"
+    assert server.stop(5)
+
+
 def test_a_source_that_never_answers_holds_nobody_up(transfer, source):
     with socket.create_server(("127.0.0.1", 0)) as silent, serving(source) as server:
         received = transfer.run(at(silent.getsockname()[1], "silent"), at(server.port, "b"), silence=20.0)
