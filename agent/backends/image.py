@@ -38,6 +38,7 @@ from agent.backends.image_copy import Copier, export_file, opened
 from agent.backends.image_layout import Layout, State, load_state
 from agent.delta import DeltaMap
 from agent.disk import ioctl, quiesce
+from agent.disk.claim import Claim
 from agent.disk.durable import disk_errors, remove_file
 from agent.disk.reader import FileReader
 from resilver.errors import Invalid, NotFound, Refused
@@ -80,11 +81,13 @@ class ImageBackend:
         preserved_max_count: int = 64,
         preserved_max_bytes: int = 0,
         seams_max: int = image_compact.SEAMS_MAX,
+        state_dir: Path | None = None,
         step: Callable[[str], None] = _no_step,
     ) -> None:
         self.keep_last: Final = keep_last
         self._reserve = (reserve_ratio, reserve_min_bytes)
         self._layout: Final = Layout(volume, path.absolute(), snapshot_dir.absolute())
+        self._claim: Final = Claim(self._layout.root, state_dir)
         self._copier: Final = Copier(self._layout)
         self._step: Final = step
         self._compactor: Final = image_compact.Compactor(self._layout, self._copier, step, seams_max)
@@ -98,7 +101,7 @@ class ImageBackend:
 
     def recover(self) -> None:
         layout = self._layout
-        with disk_errors(layout.root):
+        with disk_errors(layout.root), self._claim.held():
             if not layout.root.is_dir():
                 return
             quiesce.thaw_recorded(layout.frozen)
@@ -161,18 +164,21 @@ class ImageBackend:
     def save_record(self, record: VolumeRecord) -> None:
         with disk_errors(self._layout.root):
             self._layout.make_root()
-            image_layout.save_record(self._layout, record)
+            with self._claim.held():
+                image_layout.save_record(self._layout, record)
 
     def save_grant(self, grant: Grant | None) -> None:
-        if grant is None:
-            remove_file(self._layout.root / "grant.json")
-            return
         with disk_errors(self._layout.root):
-            self._layout.make_root()
-            image_layout.save_grant(self._layout, grant)
+            if grant is not None:
+                self._layout.make_root()
+            with self._claim.held():
+                if grant is None:
+                    remove_file(self._layout.root / "grant.json")
+                else:
+                    image_layout.save_grant(self._layout, grant)
 
     def take_snapshot(self, new: NewSnapshot) -> Snapshot:
-        with disk_errors(self._layout.live):
+        with disk_errors(self._layout.live), self._claim.held():
             state = self._settled()
             stat = image_live.check_live(self._layout.live)
             need = stat.st_blocks * 512 if stat is not None and not self._copier.reflink else 0
@@ -232,24 +238,25 @@ class ImageBackend:
     def open_stage(self, base: str, target: str, size_bytes: int) -> Stage:
         for snapshot_id in filter(None, (base, target)):
             image_layout.check_id(snapshot_id)
-        with disk_errors(self._layout.root):
+        with disk_errors(self._layout.root), self._claim.held():
             self._settled()
             self._check_free(0, "a stage")
             self._layout.make_root()
             return image_stage.open_stage(self._layout, self._copier, base, target, size_bytes)
 
     def discard_stage(self) -> None:
-        with disk_errors(self._layout.root):
+        with disk_errors(self._layout.root), self._claim.held():
             image_finish.settle(self._tools)  # a commit that was given up in the middle puts its tree back first
-        image_stage.discard(self._layout)
+            image_stage.discard(self._layout)
 
     def commit(self, stage: AnyStage, order: CommitOrder) -> tuple[PreservedCopy, ...]:
         if not isinstance(stage, image_stage.ImageStage):
             raise TypeError("a stage of another backend")
-        return image_commit.commit(self._tools, stage, order)
+        with disk_errors(self._layout.root), self._claim.held():
+            return image_commit.commit(self._tools, stage, order)
 
     def drop(self, snapshot_id: str) -> int:
-        with disk_errors(self._layout.root):
+        with disk_errors(self._layout.root), self._claim.held():
             state = self._settled()
             if snapshot_id in {copy.id for copy in image_layout.list_preserved(self._layout)}:
                 return image_keep.drop_preserved(self._layout, snapshot_id, self._step)
@@ -261,17 +268,18 @@ class ImageBackend:
             return image_keep.drop_snapshot(self._layout, self._copier, state, snapshot_id, self._step)
 
     def prune(self, keep_last: int, pinned: frozenset[str]) -> tuple[tuple[str, int], ...]:
-        state = self._settled()
-        present = [record.id for record in state.lineage if record.id in state.stored]
-        going = [here for here in present[max(1, keep_last) :] if here not in pinned]
-        # Oldest first: whatever interrupts it, the newest ones are there.
-        return tuple((here, self.drop(here)) for here in reversed(going))
+        with disk_errors(self._layout.root), self._claim.held():
+            state = self._settled()
+            present = [record.id for record in state.lineage if record.id in state.stored]
+            going = [here for here in present[max(1, keep_last) :] if here not in pinned]
+            # Oldest first: whatever interrupts it, the newest ones are there.
+            return tuple((here, self.drop(here)) for here in reversed(going))
 
     def export(self, snapshot_id: str, path: Path, *, writable: bool) -> int:
         return export_file(self._find(snapshot_id), path, writable=writable)
 
     def compact(self, go_on: Callable[[], bool]) -> bool:
-        with disk_errors(self._layout.live):
+        with disk_errors(self._layout.live), self._claim.held():
             return self._compactor.run(self._settled(), self._roomy, go_on)
 
     def _roomy(self, bytes_needed: int) -> bool:

@@ -8,6 +8,7 @@ Under the snapshot directory (`.resilver/<volume>/` beside the live copy, 0700, 
     stage/stage.json, tree/data        a snapshot that is being received
     commit.json                        the intention of a commit that is under way
     volume.json, grant.json            what the agent was told
+    agent.json                         which agent it is that works here (`agent/disk/claim.py`)
     frozen.json                        mounts that are frozen at this moment
     compact.json                       the part of the image that is being compacted
     .live                              the next live copy; after the exchange, the one before

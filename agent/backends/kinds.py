@@ -37,6 +37,7 @@ def _image(volume: VolumeConfig, config: AgentConfig) -> Backend:
         keep_last=volume.keep_last,
         reserve_ratio=config.space.reserve_ratio,
         reserve_min_bytes=config.space.reserve_min_bytes,
+        state_dir=config.state_dir,
     )
 
 

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from resilver.v1 import volume_pb2
-from tests.agent.agents import MIB, AgentProcess, agents, until, write_image
+from tests.agent.agents import MIB, AgentProcess, Leader, agents, until, write_image
 
 
 @pytest.fixture
@@ -220,3 +220,23 @@ def test_an_unknown_volume_suggests_the_nearest(running):
         running.channel.unary_unary("/resilver.v1.Agent/ExamineReplica")(b"\n\x03wm1")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     assert "did you mean 'vm1'?" in caught.value.details()
+
+
+def test_a_second_agent_on_the_same_snapshot_dir_has_no_replica(running, tmp_path):
+    """It says whose it is, looks again by itself, and has it once the other one is gone."""
+    assert running.examine().presence == volume_pb2.PRESENCE_PRESENT
+    (running.place / ".resilver" / "vm1").mkdir(parents=True, exist_ok=True)
+    running.open_epoch(Leader())
+    second = AgentProcess("b", tmp_path, running.place)
+    try:
+        second.start()
+        report = second.examine()
+        assert report.presence == volume_pb2.PRESENCE_LOST
+        assert f"whose state_dir is {running.directory}/state-a" in report.problems[0]
+        assert running.examine().presence == volume_pb2.PRESENCE_PRESENT
+        running.kill()
+        assert second.examine().presence == volume_pb2.PRESENCE_PRESENT
+    finally:
+        second.close()
+        running.start()
+    assert running.examine().presence == volume_pb2.PRESENCE_PRESENT
