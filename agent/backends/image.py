@@ -4,6 +4,7 @@ This file is the door: it checks space, calls what does the work, and turns erro
 
 ========================  =======================================================================
 `image_layout.py`         where everything stands on disk, and how the tip is found
+`image_untouched.py`      whether a snapshot's data was written to since
 `image_copy.py`           duplicating and comparing, by shared extents or by reading
 `image_live.py`           the live copy as it is found: in use by whom, modified or not
 `image_snapshot.py`       taking a consistency point
@@ -36,6 +37,7 @@ from agent.backends import (
 from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SnapshotReader, Stage
 from agent.backends.image_copy import Copier, export_file, opened
 from agent.backends.image_layout import Layout, State, load_state
+from agent.backends.image_untouched import check_untouched
 from agent.delta import DeltaMap
 from agent.disk import ioctl, quiesce
 from agent.disk.claim import Claim
@@ -189,7 +191,7 @@ class ImageBackend:
         for snapshot_id in filter(None, snapshot_ids):
             image_layout.check_id(snapshot_id)
             with disk_errors(self._layout.root):
-                image_layout.check_untouched(self._layout.snapshot(snapshot_id))
+                check_untouched(self._layout.snapshot(snapshot_id))
 
     def delta_map(self, base: str, target: str) -> DeltaMap:
         layout = self._layout
@@ -200,7 +202,7 @@ class ImageBackend:
     def open_reader(self, snapshot_id: str) -> SnapshotReader:
         path = self._find(snapshot_id)
         with disk_errors(path):
-            image_layout.check_untouched(path.parent)
+            check_untouched(path.parent)
             try:
                 return FileReader(path)
             except FileNotFoundError:

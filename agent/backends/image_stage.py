@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from agent.backends.image_copy import Copier, create, fresh_dir, opened, remove_tree
-from agent.backends.image_layout import Layout, check_untouched
+from agent.backends.image_layout import Layout
+from agent.backends.image_untouched import check_untouched
 from agent.delta import DeltaRange
 from agent.disk import contents, ioctl
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
