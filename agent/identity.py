@@ -104,8 +104,8 @@ class Identity:
             if pin.store_id and store_id != pin.store_id:
                 raise Refused(
                     "WRONG_STORE",
-                    f"this agent belongs to store {pin.store_id}, and the coordinator speaks for store {store_id}; "
-                    "if the store was replaced on purpose, adopt it",
+                    f"this agent belongs to store {pin.store_id}, and the coordinator speaks for another one; "
+                    "if the store was replaced on purpose, adopt the new one",
                     next_command=f"resilver store adopt {store_id}",
                     store_id=pin.store_id,
                 )

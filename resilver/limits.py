@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from resilver import spans
+
 RATE_MIN_BYTES_S: Final = 64 << 10
 """Below that a frame would take so long that its connection passes for one that hangs."""
 RATE_MAX_BYTES_S: Final = 1 << 50
@@ -57,9 +59,9 @@ def described(change: LimitChange) -> str:
     """What an operator ordered, in words."""
     rates = {"receive": change.receive_bytes_s, "send": change.send_bytes_s}
     parts = [
-        f"{side} {f'{rate} bytes/s' if rate else 'without a cap'}" for side, rate in rates.items() if rate is not None
+        f"{side} {spans.rate(rate) if rate else 'without a cap'}" for side, rate in rates.items() if rate is not None
     ]
     said = ["as its file says"] if change.clear else []
     if parts:
-        said.append(f"{', '.join(parts)}, for {change.duration_s} s")
+        said.append(f"{', '.join(parts)}, for {spans.span(change.duration_s)}")
     return "; then ".join(said) or "unchanged"

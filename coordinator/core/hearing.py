@@ -90,8 +90,8 @@ def _mismatch(context: Context, event: AgentConnected) -> Problem | None:
     if event.store_id and event.store_id != mine.store_id:
         adopt = f"resilver store adopt {mine.store_id}"
         message = (
-            f"node {name} belongs to store {event.store_id}, this is store {mine.store_id}; if the store was "
-            f"replaced, run `{adopt}`"
+            f"node {name} belongs to another store, {event.store_id}; if that one was replaced on purpose, have the "
+            "agents adopt this one"
         )
         return Problem("WRONG_STORE", message, adopt)
     if event.highest_term > max(mine.term, TERM_MAX):
@@ -117,17 +117,19 @@ def not_taken(context: Context, event: Event, error: ResilverError) -> None:
 def _refuse(context: Context, event: AgentConnected, problem: Problem) -> None:
     """Tells the agent, which will ask again every few seconds, and once the operator."""
     name = event.node.name
+    # Logs and events have no field of their own for the command.
+    said = f"{problem.message}: {problem.next_command}" if problem.next_command else problem.message
     context.emit(
         RefuseAgent(
             event.stream,
             problem.reason,
-            problem.message,
+            said,
             adopt=problem.reason == "WRONG_STORE" and context.adopting,
         )
     )
     known = context.refused.get(name)
     if known is None or known.problem != problem:
-        context.tell_once("AGENT_REFUSED", problem.message, node=name, reason=problem.reason)
+        context.tell_once("AGENT_REFUSED", said, node=name, reason=problem.reason)
     if known is not None or len(context.refused) < REFUSED_MAX:
         context.refused[name] = RefusedAgent(replace(event.node, connected=False), problem, context.now_ms)
 
@@ -163,6 +165,8 @@ def disconnected(context: Context, stream: str) -> None:
     if known is None:
         return
     left = {one.boot: one for one in context.streams.of(name).values()}
+    if not left and not known.duplicate:
+        _last_words(context, stream, known)
     context.put_node(replace(known, connected=bool(left), duplicate=len(left) > 1))
     if len(left) == 1 and known.duplicate:
         # The one that is left was not believed while there were two: it is itself again, and asked anew.
@@ -178,6 +182,15 @@ def disconnected(context: Context, stream: str) -> None:
     context.tasks.touch(f"node:{name}")
     for volume in known.volumes:
         context.changed(volume)
+
+
+def _last_words(context: Context, stream: str, node: NodeView) -> None:
+    """A heartbeat says that nothing has changed since the report: what was reported was last heard with it."""
+    for volume in node.volumes:
+        of_volume = context.heard.get(volume, {})
+        heard = of_volume.get(node.name)
+        if heard is not None and heard.stream == stream and heard.time_ms < node.last_heard_ms:
+            of_volume[node.name] = replace(heard, time_ms=node.last_heard_ms)
 
 
 def heartbeat(context: Context, event: AgentHeard) -> None:

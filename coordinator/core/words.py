@@ -10,14 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from coordinator.core.cluster import ReplicaView
+from resilver import spans
 from resilver.lineage import NO_CP, ConsistencyPoint, Snapshot
 from resilver.volume import LiveState
 
 NAMED_MAX: Final = 6
 
-_MINUTE_S: Final = 60
-_HOUR_S: Final = 3600
-_DAY_S: Final = 86400
 _KIB: Final = 1024.0
 
 _LIVE: Final = {
@@ -29,29 +27,22 @@ _LIVE: Final = {
 
 
 def age(ms: int) -> str:
-    """`47 s`, `12m`, `3h 05m`, `9 days`; a clock that ran backwards reads as 0 s."""
-    seconds = max(ms, 0) // 1000
-    if seconds < 2 * _MINUTE_S:
-        return f"{seconds} s"
-    if seconds < 2 * _HOUR_S:
-        return f"{seconds // _MINUTE_S}m"
-    if seconds < 2 * _DAY_S:
-        return f"{seconds // _HOUR_S}h {seconds % _HOUR_S // _MINUTE_S:02d}m"
-    return f"{seconds // _DAY_S} days"
+    """`47s`, `4m12s`, `12m`, `3h5m`, `9d`; a clock that ran backwards reads as 0s."""
+    return spans.age(max(ms, 0) // 1000)
 
 
 def age_holds_ms(ms: int) -> int:
     """For how long an age that grows goes on to read the same."""
-    return _unit_ms(ms) - max(ms, 0) % _unit_ms(ms)
+    return _step_ms(ms) - max(ms, 0) % _step_ms(ms)
 
 
 def rest_holds_ms(ms: int) -> int:
     """The same of one that shrinks."""
-    return max(ms, 0) % _unit_ms(ms) + 1
+    return max(ms, 0) % _step_ms(ms) + 1
 
 
-def _unit_ms(ms: int) -> int:
-    return 1000 if ms < 2 * _MINUTE_S * 1000 else 60_000 if ms < 2 * _DAY_S * 1000 else _DAY_S * 1000
+def _step_ms(ms: int) -> int:
+    return 1000 * spans.step_s(max(ms, 0) // 1000)
 
 
 def size(count: int) -> str:
@@ -105,7 +96,7 @@ def silent(replica: ReplicaView, now_ms: int) -> str:
 
 
 def last_seen(replica: ReplicaView, now_ms: int) -> str:
-    """`its last CP was 1-4, heard 47 s ago, live copy modified`."""
+    """`its last CP was 1-4, heard 47s ago, live copy modified`."""
     report = replica.report
     if report is None:
         return "nothing has been heard of it"

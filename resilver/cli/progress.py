@@ -18,7 +18,8 @@ from rich.text import Text
 
 from resilver.cli.plainjson import word
 from resilver.cli.screens.layout import Fitting, table
-from resilver.cli.words import STYLES, age, clock, listing, size, size_of
+from resilver.cli.words import STYLES, clock, listing, size, size_of
+from resilver.spans import age
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
+from resilver.spans import age
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
 
 KIB: Final = 1024
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-_RATE_UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 _FINE_FROM: Final = 3
 """From GiB on, two decimals: a tenth of a GiB is too coarse to plan by."""
 
@@ -57,14 +58,6 @@ def size(count: int) -> str:
     return f"{_scaled(count, _unit(count)).removesuffix('.00')} {_UNITS[_unit(count)]}"
 
 
-def rate(bytes_s: int) -> str:
-    """A cap for a person, in the units of networks: `50 MB/s`, `1.5 GB/s`, `65.5 kB/s`."""
-    value, unit = float(bytes_s), 0
-    while value >= 1000 and unit < len(_RATE_UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{value:.1f}".removesuffix(".0") + f" {_RATE_UNITS[unit]}/s"
-
-
 def size_of(done: int, total: int, *, about: str = "") -> str:
     """Two sizes in the unit of the larger, at a steady width: `135.7 / 238.0 MiB`; `about` marks an estimate."""
     unit = _unit(max(done, total))
@@ -84,25 +77,6 @@ def _scaled(count: int, unit: int) -> str:
     value = count / KIB**unit
     decimals = 1 if unit < _FINE_FROM else 0 if value >= 100 else 2
     return f"{value:.{decimals}f}"
-
-
-def age(seconds: float) -> str:
-    """A span in at most two units: `9s`, `4m12s`, `2h5m`, `3d4h`."""
-    whole = max(0, int(seconds))
-    for big, small, unit, sub in ((86400, 3600, "d", "h"), (3600, 60, "h", "m"), (60, 1, "m", "s")):
-        if whole >= big:
-            rest = whole % big // small
-            return f"{whole // big}{unit}{rest}{sub}" if rest else f"{whole // big}{unit}"
-    return f"{whole}s"
-
-
-def short_age(seconds: float) -> str:
-    """A span in its largest unit alone: `47m`."""
-    whole = max(0, int(seconds))
-    for big, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if whole >= big:
-            return f"{whole // big}{unit}"
-    return f"{whole}s"
 
 
 def seconds_of(stamp: Timestamp) -> float:

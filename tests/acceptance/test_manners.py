@@ -141,7 +141,7 @@ def test_an_operators_limit_outlives_a_restart_and_ends_by_itself(scene: Scene) 
     assert scene.limits()["receive"]["until_time"] is None
     assert "limit ended" in made.log("b")
     told = [event.message for event in made.ask("ListEvents", api.ListEventsRequest(node="b")).events]
-    assert "b: receive 1000000 bytes/s, send without a cap, for 3600 s" in told
+    assert "b: receive 1 MB/s, send without a cap, for 1h" in told
     assert made.ok("limit", "b", "--clear")["node"]["limits"]["send"]["until_time"] is None
 
 

@@ -65,3 +65,21 @@ def test_status_watch_shows_each_change(run, table):
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{") and len(line) > 1]
     assert code == 0
     assert [[volume["name"] for volume in line["volumes"]] for line in lines[:2]] == [["vm1"], ["db1"]]
+
+
+def test_without_a_consistency_point_nothing_is_said_of_writes_since(run, table):
+    fresh = sample.vm1()
+    fresh.ClearField("newest_cp")
+    table["ListVolumes"] = api.ListVolumesResponse(volumes=[fresh])
+    (line,) = (line for line in run("status")[1].splitlines() if line.startswith("NEWEST CP"))
+    assert line == "NEWEST CP   vm1 none yet"
+
+
+def test_what_is_open_for_writing_has_perhaps_been_written(run, table):
+    volume = sample.db1()
+    (own,) = (one for one in volume.replicas if one.state == pb.REPLICA_STATE_DIVERGED)
+    own.ClearField("own_cps")
+    own.live.ClearField("modified_bytes")
+    own.live.in_use = True
+    table["ListVolumes"] = api.ListVolumesResponse(volumes=[volume])
+    assert "own: maybe live writes" in run("status")[1]

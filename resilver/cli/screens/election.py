@@ -9,7 +9,8 @@ from rich.text import Text
 
 from resilver.cli.plainjson import cp_text, word
 from resilver.cli.screens.layout import indented, table
-from resilver.cli.words import age, called, clock, count, seconds_of, state
+from resilver.cli.words import called, clock, count, seconds_of, state
+from resilver.spans import age
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

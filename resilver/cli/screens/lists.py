@@ -8,7 +8,8 @@ from rich.text import Text
 
 from resilver.cli.plainjson import cp_text, word
 from resilver.cli.screens.layout import table
-from resilver.cli.words import age, clock, count, listing, rate, seconds_of, short_id, since, size, state
+from resilver.cli.words import clock, count, listing, seconds_of, short_id, since, size, state
+from resilver.spans import age, rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -166,14 +167,15 @@ def resyncs(items: Iterable[pb.Resync], now: float) -> Table:
 
 def history(items: Iterable[pb.Election]) -> Table:
     rows = table("WHEN", "RESULT", "EPOCH", "FROM", "AT CP", "WHY", "ASKED BY", wrap=("WHY",))
-    for election in items:
+    elections = list(items)
+    for at, election in enumerate(elections):
         refused = election.HasField("refusal")
         why = f"{', '.join(election.refusal.reasons)}: {election.refusal.message}" if refused else election.rule
         if election.accepted_losses:
             why += f"; loss accepted: {', '.join(election.accepted_losses)}"
         rows.add_row(
             clock(seconds_of(election.create_time)) if election.create_time.seconds else "-",
-            Text("refused", style="red") if refused else Text(f"elected {election.winner}", style="green"),
+            Text("refused", style="red") if refused else Text(_elected(election, elections[at + 1 :]), style="green"),
             str(election.epoch or "-"),
             election.previous_primary or "-",
             cp_text(election.cp) or "-",
@@ -181,6 +183,13 @@ def history(items: Iterable[pb.Election]) -> Table:
             election.principal or "-",
         )
     return rows
+
+
+def _elected(election: pb.Election, older: Sequence[pb.Election]) -> str:
+    """`a stays` where its epoch had been opened before; of the oldest that is kept, the primary alone tells."""
+    opened = older and all(one.epoch_id != election.epoch_id for one in older)
+    stays = election.winner == election.previous_primary and not opened
+    return f"{election.winner} stays" if stays else f"elected {election.winner}"
 
 
 def event_line(event: pb.Event) -> Text:

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from resilver.cli.plainjson import cp_text, word
 from resilver.cli.screens.layout import Advice, table
-from resilver.cli.words import age, called, clock, count, seconds_of, short_age, since, size, state
+from resilver.cli.words import called, clock, count, seconds_of, since, size, state
+from resilver.spans import age
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -126,7 +127,7 @@ def _behind(replica: pb.Replica) -> str:
     name = word(replica, "state")
     if name == "DIVERGED":
         own = replica.own_cps if replica.HasField("own_cps") else 0
-        parts.append("own: " + (count(own, "CP") if own else "live writes"))
+        parts.append("own: " + (count(own, "CP") if own else _own_writes(replica)))
         if replica.live.HasField("modified_bytes") and replica.live.modified_bytes:
             parts.append(size(replica.live.modified_bytes))
     elif name == "EMPTY":
@@ -134,7 +135,7 @@ def _behind(replica: pb.Replica) -> str:
     elif replica.HasField("behind_cps") and replica.behind_cps:
         parts.append(count(replica.behind_cps, "CP"))
         if replica.HasField("behind_duration"):
-            parts.append(short_age(replica.behind_duration.seconds))
+            parts.append(age(replica.behind_duration.seconds))
         if replica.HasField("out_of_sync_bytes"):
             parts.append(("~" if replica.estimated else "") + size(replica.out_of_sync_bytes))
         elif replica.estimated:
@@ -142,6 +143,11 @@ def _behind(replica: pb.Replica) -> str:
     if replica.resync:
         parts.append("resync runs")
     return "  ".join(parts) or "-"
+
+
+def _own_writes(replica: pb.Replica) -> str:
+    """What is open for writing was not compared, so nobody knows of any."""
+    return "maybe live writes" if replica.live.in_use and not replica.live.HasField("modified_bytes") else "live writes"
 
 
 def _live(replica: pb.Replica) -> str:
@@ -163,4 +169,6 @@ def _newest(volumes: Sequence[pb.Volume], now: float) -> Text:
         known = seconds_of(volume.newest_cp_time)
         text = f"{cp}, {age(now - known)} ago" if cp and known else cp or "none yet"
         line.append(f"   {volume.name} {text}", style="not bold")
-    return line.append("   (writes since then are on the primary alone)", style="not bold dim")
+    if any(cp_text(volume.newest_cp) for volume in volumes):
+        line.append("   (writes since then are on the primary alone)", style="not bold dim")
+    return line

@@ -10,7 +10,8 @@ from google.protobuf.duration_pb2 import Duration
 from resilver.cli.options import SPAN, Verb
 from resilver.cli.plainjson import plain_list
 from resilver.cli.session import Session, pass_session, request_id, select
-from resilver.cli.words import age, listing
+from resilver.cli.words import listing
+from resilver.spans import span as in_words
 from resilver.v1 import coordinator_pb2 as api
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def pause(session: Session, volumes: tuple[str, ...], all_volumes: bool, reason:
     async def work(client: Client) -> Sequence[pb.Volume]:
         return (await client.call(lambda s: s.PauseVolume, request)).volumes
 
-    until = f"for {age(span)}" if span is not None else "until resilver unpause"
+    until = f"for {in_words(span)}" if span is not None else "until resilver unpause"
     return _show(session, session.run(work), f"paused {until}")
 
 

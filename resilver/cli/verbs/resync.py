@@ -14,8 +14,9 @@ from resilver.cli.progress import is_final
 from resilver.cli.screens import lists
 from resilver.cli.session import Session, pass_session, request_id, resolve, select
 from resilver.cli.watching import watch
-from resilver.cli.words import age, count, now, size
+from resilver.cli.words import count, now, size
 from resilver.errors import Invalid, ResilverError, class_of
+from resilver.spans import age
 from resilver.v1 import coordinator_pb2 as api
 
 if TYPE_CHECKING:

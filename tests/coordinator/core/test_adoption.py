@@ -187,7 +187,7 @@ class TestAfterwards:
     @pytest.mark.parametrize(
         ("histories", "message"),
         [
-            ("a: g1 g5 1 | b: g1 g5 !", "60m behind; common snapshot auto-g5 is intact, a delta is possible."),
+            ("a: g1 g5 1 | b: g1 g5 !", "1h behind; common snapshot auto-g5 is intact, a delta is possible."),
             ("a: g1 g5 1 | b: g1 g5 1 !", "its snapshots are in sync, but it has no live copy; a resync makes one"),
             (
                 "a: g1 g5 1 ~g6 | b: g1 g5 g6 !",

@@ -165,7 +165,7 @@ class TestReasons:
     def test_the_message_names_the_node_its_last_cp_and_what_is_given_up(self) -> None:
         found = refused(view("a: away 1 2 3 4 * | b: 1 2 | c: 1 2 "))
         assert found.refusal.message == (
-            "the primary a does not answer; its last CP was 1-4, heard 47 s ago, live copy modified; "
+            "the primary a does not answer; its last CP was 1-4, heard 47s ago, live copy modified; "
             "nobody who could go on has the newest known CP 1-4; it was last seen on a; "
             "b would go on without what is only on a (1-3 .. 1-4 (2 CPs), live writes)"
         )

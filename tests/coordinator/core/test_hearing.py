@@ -69,6 +69,20 @@ def tip(engine: Engine, node: str) -> str:
     return engine.view("vm1").replica(node).lineage.tip_id
 
 
+def test_what_is_away_was_last_heard_with_the_last_heartbeat(engine):
+    connect(engine, "b1", "b", "boot-1")
+    report(engine, "b1", 1, "s1")
+    engine.step(e.AgentHeard("b1", None), NOW_MS + 40_000)
+    assert engine.view("vm1").replica("b").report_time_ms == NOW_MS
+    engine.step(e.AgentDisconnected("b1"), NOW_MS + 49_000)
+    assert engine.view("vm1").replica("b").report_time_ms == engine.nodes()["b"].last_heard_ms == NOW_MS + 40_000
+    # The agent is back, and gone before it has reported: what it had was heard when it was.
+    engine.step(e.AgentConnected("b2", NodeView("b", "boot-2", "x:1", "x:1", "1", ("vm1",)), "demo", "store-1", 0, ""),
+                NOW_MS + 90_000)  # fmt: skip
+    engine.step(e.AgentDisconnected("b2"), NOW_MS + 99_000)
+    assert engine.view("vm1").replica("b").report_time_ms == NOW_MS + 40_000
+
+
 def test_an_older_report_that_comes_by_the_stream_before_is_dropped(engine):
     connect(engine, "first", "b", "boot-1")
     report(engine, "first", 2, "s1")
