@@ -38,6 +38,21 @@ def test_plan(run, coordinator, table):
     assert "resilver resync --all --to b --to c --plan 9f2c41" in run("plan", "--all", "--to", "b", "--to", "c")[1]
 
 
+def test_a_plan_says_which_volumes_are_paused(run, table):
+    paused, other = sample.vm1(), sample.db1()
+    paused.problems.add(reason="PAUSED", message="paused by jo: disk swap", next_command="resilver unpause vm1")
+    table["PlanResync"] = api.PlanResyncResponse(plan=sample.plan())
+    table["ListVolumes"] = api.ListVolumesResponse(volumes=[paused, other])
+    code, out, _ = run("plan", "--all")
+    assert code == 0
+    said = "  PAUSED: a resync is refused; paused by jo: disk swap\n  next: resilver unpause vm1\ndb1   primary"
+    assert said in out
+    assert "Do it: " in out
+    other.problems.add(reason="PAUSED", message="paused", next_command="resilver unpause db1")
+    table["ListVolumes"] = api.ListVolumesResponse(volumes=[paused, other])
+    assert "Do it: " not in run("plan", "--all")[1]
+
+
 def test_a_plan_that_is_refused(run, table):
     plan = pb.Plan(etag="1", volumes=[pb.VolumePlan(volume="vm1", refusal=sample.refusal())])
     table["PlanResync"] = api.PlanResyncResponse(plan=plan)

@@ -117,6 +117,31 @@ def indented(part: RenderableType, by: int = 2) -> Padding:
     return Padding(part, (0, 0, 0, by), expand=False)
 
 
+class Noted:
+    """A table, indented, with notes beneath some of its rows; the cells of its first column are never empty."""
+
+    def __init__(self, grid: Table, notes: Sequence[Sequence[RenderableType]], by: int = 2) -> None:
+        self.grid = grid
+        self.notes = notes
+        self.by = by
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if len(self.notes) >= LONG_ROWS or not any(self.notes):
+            yield indented(self.grid, self.by)
+            yield from (note for notes in self.notes for note in notes)
+            return
+        row = -1  # 0 is the head
+        for line in console.render_lines(self.grid, options.update(width=options.max_width - self.by), pad=False):
+            if not "".join(part.text for part in line).startswith(" "):
+                # A row begins, so the one above it has ended; what is broken goes on beneath an empty first cell.
+                yield from self.notes[row - 1] if row > 0 else ()
+                row += 1
+            yield Segment(" " * self.by)
+            yield from line
+            yield Segment.line()
+        yield from self.notes[row - 1] if row > 0 else ()
+
+
 class Unbroken:
     """A line that is never broken, so that a command on it can be copied whole."""
 

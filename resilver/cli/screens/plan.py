@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
@@ -10,11 +11,11 @@ from rich.text import Text
 
 from resilver.cli.output import next_line
 from resilver.cli.plainjson import cp_text, word
-from resilver.cli.screens.layout import Unbroken, indented, table
+from resilver.cli.screens.layout import Noted, Unbroken, indented, table
 from resilver.cli.words import called, clock, count, listing, seconds_of, size, state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from rich.console import RenderableType
 
@@ -24,8 +25,16 @@ if TYPE_CHECKING:
 _COLUMNS = ("NODE", "STATE", "ACTION", "COMMON", "TO COPY", "FROM", "SPACE need/free")
 
 
-def screen(plan: pb.Plan, selection: str, *, took_snapshot: bool = False) -> Group:
-    """The whole screen; `selection` is what was asked for, as the commands below repeat it."""
+def screen(
+    plan: pb.Plan,
+    selection: str,
+    *,
+    took_snapshot: bool = False,
+    paused: Mapping[str, pb.Problem] = MappingProxyType({}),
+) -> Group:
+    """The whole screen; `selection` is what was asked for, as the commands below repeat it. `paused` has the volumes
+    whose resyncs would be refused for that, each with what is to be said of it.
+    """
     when = clock(seconds_of(plan.create_time), date=False) if plan.create_time.seconds else ""
     head = Text("PLAN ", style="bold").append(plan.etag or "-", style="cyan not bold")
     changed = "nothing but consistency points was made" if took_snapshot else "nothing was changed"
@@ -35,12 +44,15 @@ def screen(plan: pb.Plan, selection: str, *, took_snapshot: bool = False) -> Gro
     widths = _widths(row for volume in rows.values() for row in volume)
     for volume in plan.volumes:
         parts += _volume(volume, rows[volume.volume], widths)
+        if volume.volume in paused:
+            parts += _paused(paused[volume.volume])
     parts.append(_total(plan))
     if any(_copies(replica) for replica in _replicas(plan)):
         waiting = [one for volume in plan.volumes if volume.takes_snapshot for one in volume.replicas if _copies(one)]
         if waiting:
             figures = "Closer" if all(replica.estimated for replica in waiting) else "Exact"
             parts.append(Unbroken(Text(f"{figures} figures: resilver plan {selection} --snapshot")))
+    if any(_copies(replica) for volume in plan.volumes if volume.volume not in paused for replica in volume.replicas):
         parts.append(Unbroken(Text("Do it: ").append(f"resilver resync {selection} --plan {plan.etag}", style="bold")))
     return Group(*parts)
 
@@ -71,10 +83,13 @@ def _volume(volume: pb.VolumePlan, rows: Sequence[Sequence[Text]], widths: Seque
             column.min_width = width if column.no_wrap else None
         for row in rows:
             grid.add_row(*row)
-        parts.append(indented(grid))
-    for replica in volume.replicas:
-        parts += _beneath(replica)
+        parts.append(Noted(grid, [_beneath(replica) for replica in volume.replicas]))
     return parts
+
+
+def _paused(problem: pb.Problem) -> list[RenderableType]:
+    line = Text.assemble(("PAUSED", "bold red"), f": a resync is refused; {problem.message}")
+    return [indented(line), Unbroken(Text("  ").append_text(next_line(problem.next_command)))]
 
 
 def _row(volume: pb.VolumePlan, replica: pb.ReplicaPlan) -> tuple[Text, ...]:
@@ -132,7 +147,7 @@ def _beneath(replica: pb.ReplicaPlan) -> list[RenderableType]:
     if replica.preserve:
         kept = f", {size(replica.preserve_bytes)}" if replica.HasField("preserve_bytes") else ""
         what = " and ".join(part for part in (", ".join(replica.preserve[:-1]), replica.preserve[-1]) if part)
-        parts.append(indented(Text(f"preserved first: {node}'s own {what} (kept until dropped{kept})"), 6))
+        parts.append(indented(Text(f"{node}: preserved first: its own {what} (kept until dropped{kept})"), 6))
     if replica.HasField("refusal"):
         parts += _refusal(replica.refusal, 6, node)  # its sentence is the why of a blocked replica
     elif word(replica, "action") in ("FULL", "BLOCKED") and replica.why:

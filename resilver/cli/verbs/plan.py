@@ -16,6 +16,8 @@ from resilver.errors import Conflict
 from resilver.v1 import coordinator_pb2 as api
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from resilver.cli.client import Client
     from resilver.v1 import volume_pb2 as pb
 
@@ -47,15 +49,16 @@ def plan(
         replace_nodes=replace,
     )
 
-    async def work(client: Client) -> pb.Plan:
-        return await whole_plan(client, request)
+    async def work(client: Client) -> tuple[pb.Plan, Mapping[str, pb.Problem]]:
+        whole = await whole_plan(client, request)
+        return whole, {} if session.output.json else await _pauses(client, volumes)
 
-    found = session.run(work)
+    found, paused = session.run(work)
     if session.output.json:
         session.output.emit(plain(found))
     else:
         again = selection(volumes, nodes, full=full, replace=replace)
-        session.output.show(screens.screen(found, again, took_snapshot=snapshot))
+        session.output.show(screens.screen(found, again, took_snapshot=snapshot, paused=paused))
     for volume in found.volumes:
         if volume.HasField("refusal"):
             session.output.refusal(volume.refusal, where=volume.volume)
@@ -76,6 +79,13 @@ async def whole_plan(client: Client, request: api.PlanResyncRequest) -> pb.Plan:
             raise Conflict("PLAN_CHANGED", "somebody else has planned meanwhile, and it has changed: run it again")
         found.volumes.extend(answer.plan.volumes)
     return found
+
+
+async def _pauses(client: Client, names: Sequence[str]) -> dict[str, pb.Problem]:
+    """What holds back resyncs of the paused ones among these volumes, or among all: a plan says nothing of it."""
+    asked = api.ListVolumesRequest(volumes=names)
+    found = await client.pages(lambda s: s.ListVolumes, asked, lambda page: page.volumes)
+    return {volume.name: one for volume in found for one in volume.problems if one.reason == "PAUSED"}
 
 
 def selection(volumes: tuple[str, ...], nodes: tuple[str, ...], *, full: bool, replace: tuple[str, ...]) -> str:
