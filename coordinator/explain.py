@@ -30,7 +30,7 @@ from coordinator.core.cluster import (
 from coordinator.core.election import elect
 from coordinator.core.planner import plan_volume
 from coordinator.core.prepare import imagined
-from coordinator.core.status import reference_lineage, status_of
+from coordinator.core.status import may_only, reference_lineage, status_of
 from coordinator.core.words import name_of, size, span
 from coordinator.office import Engine
 from resilver.lineage import NO_CP, ConsistencyPoint
@@ -128,17 +128,18 @@ def _planned(engine: Engine, view: VolumeView, now_ms: int) -> VolumePlan:
 
 
 def _heading(engine: Engine, view: VolumeView, node: str, decided: ElectionRecord | None) -> str:
-    what = f"{view.name} on {node} is {status_of(view, node).state.value}." if node else f"{view.name}:"
+    state = f"{view.name} on {node} is {status_of(view, node).state.value}." if node else ""
     record = view.record
     if not record.primary:
-        return f"{what} It has no primary yet."
+        return f"{state} {view.name} has no primary yet.".lstrip()
+    what = f"{state} Primary" if node else f"{view.name}: primary"
     if decided is None:
-        return f"{what} Primary is {record.primary}: epoch {record.epoch}; the decision is no longer kept."
+        return f"{what} is {record.primary}: epoch {record.epoch}; the decision is no longer kept."
     leader = f"coordinator {engine.identity.name} (term {decided.term})"
     by = leader if decided.term == engine.identity.term and engine.identity.name else f"term {decided.term}"
     asked = f", asked by {decided.principal}" if decided.principal else ""
     since = _clock(decided.create_time_ms)
-    return f"{what} Primary is {record.primary} since {since}: epoch {decided.epoch}, by {by}{asked}."
+    return f"{what} is {record.primary} since {since}: epoch {decided.epoch}, by {by}{asked}."
 
 
 def _why_primary(decided: ElectionRecord) -> str:
@@ -217,7 +218,8 @@ def _fork(view: VolumeView, node: str) -> str:
     theirs = span(reference.after(fork.id))
     mine = span(replica.lineage.after(fork.id))
     wrote = replica.live_modified and node != view.record.primary
-    own = " and ".join(part for part in (mine, "live writes" if wrote else "") if part)
+    writes = "live writes, if there are any" if wrote and may_only(replica) else "live writes" if wrote else ""
+    own = " and ".join(part for part in (mine, writes) if part)
     parts = [common]
     if theirs:
         parts.append(f"{view.record.primary} went on {theirs}")

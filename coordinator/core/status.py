@@ -240,6 +240,14 @@ def _split(view: VolumeView, replica: ReplicaView, status: Status) -> str:
         )
     own = [counted_snapshots(after)] if after else []
     live = replica.report.live if replica.report is not None else LiveCopy()
+    users = f" It is in use by {listed(live.in_use_by)}." if live.in_use_by else ""
+    if live.state is LiveState.MODIFIED and may_only(replica):
+        sure = f"{own[0]} {'is' if len(after) == 1 else 'are'} only on {replica.node}, and " if own else ""
+        there = "it" if own else replica.node
+        return (
+            f"{where}; {sure}there may be live writes that only {there} has, because it is open for writing.{users} "
+            "Nothing replaces what it has until you say so."
+        )
     if live.state is LiveState.MODIFIED:
         amount = f" ({size(live.modified_bytes)})" if live.modified_bytes is not None else ""
         own.append(f"live writes{amount}")
@@ -249,8 +257,13 @@ def _split(view: VolumeView, replica: ReplicaView, status: Status) -> str:
             f"{where}; another tool has gone on to {replica.lineage.tip_name}, which is on {view.record.primary} too, "
             "but off the volume's lineage. Stop that tool's replication, then resync."
         )
-    users = f" It is in use by {listed(live.in_use_by)}." if live.in_use_by else ""
     return f"{where}; {' and '.join(own)} {verb} only on {replica.node}.{users} Nothing replaces them until you say so."
+
+
+def may_only(replica: ReplicaView) -> bool:
+    """Whether its live copy counts as modified only because it is in use: nobody could compare it."""
+    live = replica.report.live if replica.report is not None else LiveCopy()
+    return live.in_use is True and live.state is LiveState.MODIFIED and live.modified_bytes is None
 
 
 def _known_to(view: VolumeView, after: Sequence[Snapshot]) -> bool:

@@ -88,7 +88,7 @@ def test_a_diverged_replica_is_explained_from_its_election_to_the_command_that_k
 
 def test_without_a_node_every_replica_but_the_primary_is_explained():
     text = said(three(ELECTED)).text
-    assert text.startswith("db1: Primary is a since")
+    assert text.startswith("db1: primary is a since")
     assert "WHY b IS DIVERGED" in text
     assert "WHY c IS IN_SYNC   its newest CP is the primary's, 5-18" in text
     assert "WHY a IS" not in text
@@ -130,7 +130,7 @@ def test_a_first_sight_says_what_the_first_resync_would_do():
     known.hear("a", report("new", "", LiveState.MODIFIED))
     known.hear("b", report("new", "", LiveState.ABSENT, presence=Presence.EMPTY))
     text = said(known, volume="new").text
-    assert "It has no primary yet" in text
+    assert "new has no primary yet" in text
     assert "IF ASKED NOW   a would be elected" in text
     assert "  next: resilver resync new" in text
     assert "WHY b IS EMPTY" in text

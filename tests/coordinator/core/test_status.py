@@ -159,13 +159,13 @@ class TestProblems:
             (
                 "a: 1 2 3 | b: 1 2",
                 "STALE",
-                "60m behind; common snapshot 1-2 is intact, a delta is possible.",
+                "1h behind; common snapshot 1-2 is intact, a delta is possible.",
                 "resilver resync vm1",
             ),
             (
                 "a: away 1 2 3 | b: 1 2",
                 "STALE",
-                "60m behind; common snapshot 1-2 is intact, a delta is possible.",
+                "1h behind; common snapshot 1-2 is intact, a delta is possible.",
                 "resilver elect vm1",
             ),
             (
@@ -177,7 +177,7 @@ class TestProblems:
             (
                 "a: (1) 2 3 | b: 1",
                 "BASE_GONE",
-                "60m behind; no common snapshot is left on both sides (1-1); only a full copy is possible",
+                "1h behind; no common snapshot is left on both sides (1-1); only a full copy is possible",
                 "resilver resync vm1 --to b --full",
             ),
             (
@@ -189,7 +189,7 @@ class TestProblems:
             (
                 "a: 1 | b: away 1 *",
                 "UNKNOWN",
-                "b does not answer; its last CP was 1-1, heard 47 s ago, live copy modified",
+                "b does not answer; its last CP was 1-1, heard 47s ago, live copy modified",
                 "resilver nodes",
             ),
             ("a: 1 | b: empty", "EMPTY", "empty: the first resync copies the whole volume", "resilver resync vm1"),
@@ -225,7 +225,15 @@ class TestProblems:
     def test_one_that_is_being_written_to_says_by_whom(self) -> None:
         seen = changed(view("a: 1 2 | b: 1 2 *"), "b", live_in_use=True, live_in_use_by=("qemu pid 7",))
         (problem,) = problems_of_replica(seen, "b", NOW_MS)
-        assert "only on b. It is in use by qemu pid 7. Nothing" in problem.message
+        assert problem.message == (
+            "split at 1-2; there may be live writes that only b has, because it is open for writing. It is in use by "
+            "qemu pid 7. Nothing replaces what it has until you say so."
+        )
+
+    def test_what_one_has_beside_what_it_may_have(self) -> None:
+        seen = changed(view("a: 1 2 | b: 1 2' *"), "b", live_in_use=True)
+        (problem,) = problems_of_replica(seen, "b", NOW_MS)
+        assert "1 CP is only on b, and there may be live writes that only it has" in problem.message
 
     def test_a_newcomer_is_called_one(self) -> None:
         (problem,) = problems_of_replica(view("a: 1 | b: empty", members="a"), "b", NOW_MS)
@@ -272,7 +280,7 @@ class TestProblems:
     def test_the_primary_that_is_away_is_told_with_its_last_cp(self) -> None:
         (problem,) = problems_of_volume(view("a: away 1 2 * | b: 1 2"), NOW_MS)
         assert problem.message == (
-            "the primary a does not answer; its last CP was 1-2, heard 47 s ago, live copy modified"
+            "the primary a does not answer; its last CP was 1-2, heard 47s ago, live copy modified"
         )
         assert problem.next_command == "resilver elect vm1"
 
@@ -281,7 +289,7 @@ class TestProblems:
         assert seen.entry is not None
         paused = replace(seen, entry=replace(seen.entry, pause=Pause("disk swap", HEARD_MS + 47_000 + 60_000, "ops")))
         (problem,) = problems_of_volume(paused, NOW_MS)
-        assert problem == ("PAUSED", "paused by ops, for 60 s more: disk swap", "resilver unpause vm1")
+        assert problem == ("PAUSED", "paused by ops, for 1m more: disk swap", "resilver unpause vm1")
 
 
 class TestLaws:
