@@ -73,7 +73,7 @@ def _run(path: str, *, only_check: bool) -> int:
         # Not asyncio.run: at its end it waits for the threads of its executor, and those may wait for a disk.
         asyncio.new_event_loop().run_until_complete(_serve(path, config))
     except ResilverError as error:
-        _say(error.message)
+        _say(f"{error.reason}: {error.message}")
         return EXIT_USAGE if isinstance(error, Invalid) else EXIT_FAILED
     except KeyboardInterrupt:
         return 0

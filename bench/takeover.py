@@ -9,6 +9,7 @@ read the store and heard the agents. Prints the median, the ends and a line of J
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -48,7 +49,11 @@ def once(made: Cluster) -> float:
 
 
 def main() -> None:
-    times, ttl_s = (int(sys.argv[1]) if len(sys.argv) > 1 else 20), (int(sys.argv[2]) if len(sys.argv) > 2 else 10)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("times", nargs="?", type=int, default=20, metavar="TIMES", help="how many kills [20]")
+    parser.add_argument("ttl_s", nargs="?", type=int, default=10, metavar="TTL_S", help="the lease, in seconds [10]")
+    asked = parser.parse_args()
+    times, ttl_s = asked.times, asked.ttl_s
     namespace.enter()
     with (
         tempfile.TemporaryDirectory(prefix="takeover-") as directory,

@@ -209,10 +209,10 @@ class App:
 async def check(config: CoordinatorConfig) -> None:
     """`--check`: the certificate, the port and the store. Raises what an operator must mend."""
     if (tls := credentials_of(config.tls, Name(config.cluster, Role.COORDINATOR, config.name))) is not None:
-        sys.stdout.write(f"ok: certificate of {tls.name}, until {tls.ends_at:%Y-%m-%d %H:%M}Z\n")
+        sys.stdout.write(f"ok     certificate of {tls.name}, until {tls.ends_at:%Y-%m-%d %H:%M}Z\n")
     if rpc.taken(config.listen):
         # Most often by the coordinator whose new configuration this is.
-        sys.stdout.write(f"ok: {config.listen} is in use: by this coordinator, if it runs\n")
+        sys.stdout.write(f"ok     {config.listen} is in use: by this coordinator, if it runs\n")
     else:
         server = rpc.make_server()
         rpc.bind(server, config.listen)
@@ -224,7 +224,7 @@ async def check(config: CoordinatorConfig) -> None:
     finally:
         await store.close()
     answering = f"{health_of.healthy_count} of {health_of.member_count} members answer"
-    sys.stdout.write(f"ok: {health_of.kind} store {store_id}, {answering}\n")
+    sys.stdout.write(f"ok     {health_of.kind} store {store_id}, {answering}\n")
 
 
 def main() -> NoReturn:

@@ -86,7 +86,9 @@ def parse_hosts(dns: Sequence[str], ip: Sequence[str]) -> Hosts:
         except ValueError:
             raise _invalid("ip", f"{text[:80]!r} is no address, such as 10.0.0.11 or fd00::b") from None
     if len(dns) + len(ip) > HOSTS_MAX:
-        raise _invalid("dns", f"and --ip name {len(dns) + len(ip)} hosts; at most {HOSTS_MAX} go into a certificate")
+        raise _invalid(
+            "dns", f"{len(dns) + len(ip)} hosts are named, with --ip; at most {HOSTS_MAX} go into a certificate"
+        )
     return Hosts(tuple(dict.fromkeys(name.lower() for name in dns)), tuple(dict.fromkeys(addresses)))
 
 
@@ -101,7 +103,7 @@ def check_cluster(cluster: str) -> str:
 
 def check_days(days: int, days_max: int) -> int:
     if not 1 <= days <= days_max:
-        raise _invalid("days", f"is {days}; a certificate lasts 1 to {days_max} days")
+        raise _invalid("days", f"{days} cannot be: a certificate lasts 1 to {days_max} days")
     return days
 
 

@@ -12,7 +12,8 @@
     ├── Exhausted            a bound was reached                     RESOURCE_EXHAUSTED   exit 1
     ├── Damaged              data is not what it should be           DATA_LOSS            exit 1
     ├── Unauthenticated      no proof of who asks                    UNAUTHENTICATED      exit 1
-    └── Forbidden            known, and not allowed                  PERMISSION_DENIED    exit 1
+    ├── Forbidden            known, and not allowed                  PERMISSION_DENIED    exit 1
+    └── DemoFailed           `resilver demo` could not go on         INTERNAL             exit 1
 
 Every error carries a `reason` (one of the table below; it travels as `google.rpc.ErrorInfo.reason`), a sentence
 for a person, and metadata of strings. The class decides gRPC status and exit code, so that a reason cannot be
@@ -161,6 +162,12 @@ class Forbidden(ResilverError):
     reasons = frozenset({"ROLE_NOT_ALLOWED", "CLUSTER_MISMATCH"})
 
 
+class DemoFailed(ResilverError):
+    """The demo could not go on; the message says where. It never travels: the demo alone has it."""
+
+    reasons = frozenset({"DEMO_FAILED"})
+
+
 CLASSES: Final = (
     Refused,
     Superseded,
@@ -172,6 +179,7 @@ CLASSES: Final = (
     Damaged,
     Unauthenticated,
     Forbidden,
+    DemoFailed,
 )
 _CLASS_OF: Final[dict[str, type[ResilverError]]] = {reason: cls for cls in CLASSES for reason in cls.reasons}
 

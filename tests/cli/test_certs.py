@@ -142,9 +142,9 @@ def test_one_authority_follows_another(made, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["issue", "node", "a b"], "NAME"),
+        (["issue", "node", "a b"], "NAME: 'a b' cannot be used: a name is 1 to 63"),
         (["issue", "viewer", "v", "--dns", "x"], "viewers only dial"),
-        (["issue", "node", "a", "--days", "1000"], "--days"),
+        (["issue", "node", "a", "--days", "1000"], "--days: 1000 cannot be: a certificate lasts"),
         (["issue", "node", "a", "--ip", "x"], "--ip"),
         (["issue", "king", "a"], "king"),
         (["renew", "node", "nobody"], "certs issue node nobody"),

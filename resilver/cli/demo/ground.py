@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from resilver.errors import ResilverError
+from resilver.errors import DemoFailed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,10 +40,6 @@ TEXT_BYTES_MAX: Final = 24 * MIB
 COMMAND_TIMEOUT_S: Final = 60.0
 UNMOUNT_TIMEOUT_S: Final = 10.0
 _SBIN: Final = "/usr/sbin:/sbin:/usr/local/sbin"
-
-
-class DemoFailed(ResilverError):
-    """The demo could not go on; the message says where."""
 
 
 def failed(message: str) -> DemoFailed:

@@ -18,6 +18,7 @@ from resilver.cli.options import SPAN, Verb, Verbs
 from resilver.cli.output import EXIT_PARTLY
 from resilver.cli.screens import certs as screens
 from resilver.cli.session import Session, pass_session
+from resilver.config_rules import NAME_RULE
 from resilver.errors import Invalid, Refused
 from resilver.names import Name, Role
 
@@ -199,7 +200,7 @@ def _name(authority: ca_files.Authority, role: str, name: str) -> Name:
     try:
         return Name(authority.cluster, Role(role), name)
     except ValueError as error:
-        raise Invalid("INVALID_FIELD", f"NAME: {error}", field="name") from error
+        raise Invalid("INVALID_FIELD", f"NAME: {name[:80]!r} cannot be used: {NAME_RULE}", field="name") from error
 
 
 def _days(old: ca.Signed) -> int:
