@@ -155,7 +155,9 @@ def _text_of(request: Message) -> str:
 
 
 def list_audit_entries(office: Office, request: api.ListAuditEntriesRequest) -> api.ListAuditEntriesResponse:
-    """Newest first. A name that is in no entry is no error: what it was about may be gone."""
+    """Newest first. The last part of a party's name will do. A name that is in no entry is no error: what it was about
+    may be gone.
+    """
     volume = check_name(request.volume, "volume") if request.volume else ""
     principal = check_text(request.principal, "principal", chars_max=PRINCIPAL_CHARS_MAX)
     result = check_enum(RESULT_BY_VALUE, request.result, "result") if request.result else None
@@ -163,7 +165,7 @@ def list_audit_entries(office: Office, request: api.ListAuditEntriesRequest) -> 
         entry
         for entry in office.engine().audit()
         if (not volume or volume in entry.volumes)
-        and (not principal or principal == entry.principal)
+        and (not principal or principal in (entry.principal, entry.principal.rpartition("/")[2]))
         and (result is None or result is entry.result)
     ]
     found = page(request, wanted, lambda entry: descending(entry.sequence), entry_to_proto)

@@ -71,5 +71,5 @@ def test_who_is_let_in_and_who_is_not(cluster: Cluster, tmp_path: Path) -> None:
     assert all(one.method == "AdoptStore" and one.address == "127.0.0.1" for one in entries)
     lines = wait_for(lambda: [line for line in cluster.log("c1").splitlines() if '"audit"' in line], "the log")
     assert any("resilver://test/operator/jo" in line and '"DONE"' in line for line in lines)
-    screen = cluster.cli("audit", "--by", "resilver://test/operator/jo", "-o", "table")
+    screen = cluster.cli("audit", "--by", "jo", "-o", "table")
     assert "adopt store" in screen.out

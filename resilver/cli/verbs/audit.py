@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @click.command(cls=Verb)
 @click.option("--volume", default="", metavar="VOLUME", help="Only orders that name this volume.")
-@click.option("--by", "principal", default="", metavar="NAME", help="Only what this party asked for: its whole name.")
+@click.option(
+    "--by", "principal", default="", metavar="NAME", help="Only what this party asked for: jo, or its whole name."
+)
 @click.option("--refused", is_flag=True, help="Only what was refused.")
 @pass_session
 def audit(session: Session, volume: str, principal: str, refused: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import sys
 from typing import TYPE_CHECKING, NoReturn
@@ -84,16 +85,21 @@ def events(session: Session, volume: str, node: str, follow: bool) -> int:
 
     async def work(client: Client) -> list[pb.Event]:
         if follow:
-            async with asyncio.timeout(session.options.timeout_s):
-                await _follow(client, volume, node, show, session.output.aside)
+            # A timeout is how long to follow, so reaching it is no failure.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(session.options.timeout_s):
+                    await _follow(client, volume, node, show, session.output.aside)
+            return []
         request = api.ListEventsRequest(volume=volume, node=node)
         found = await client.pages(lambda s: s.ListEvents, request, lambda page: page.events)
         return sorted(found, key=lambda event: event.sequence)
 
     try:
         found = session.run(work)
-    except (KeyboardInterrupt, TimeoutError):
+    except KeyboardInterrupt:
         return EXIT_STOPPED
+    if follow:
+        return 0
     if session.output.json:
         session.output.emit({"events": plain_list(found)})
     else:

@@ -45,6 +45,8 @@ def snapshot(session: Session, volumes: tuple[str, ...], all_volumes: bool, note
         session.output.say(f"{one.volume} {cp_text(one.cp)}  {short_id(one.id)}  {size(one.size_bytes)} on {on}")
     for refusal in found.refusals:
         session.output.refusal(refusal.refusal, where=refusal.volume)
+    if not found.refusals and not found.snapshots:
+        session.output.say("no volumes, so nothing was taken")
     if not found.refusals:
         return 0
     return EXIT_PARTLY if found.snapshots else EXIT_REFUSED
