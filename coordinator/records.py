@@ -15,7 +15,7 @@ The rules:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -37,6 +37,11 @@ NOTE_KEY: Final = "(note)"
 
 _TIME_DIGITS: Final = 15
 _SEQUENCE_DIGITS: Final = 20
+_NEEDED: Final = frozenset(
+    one.name for kind in (ClusterEvent, AuditEntry) for one in fields(kind) if one.default is MISSING
+)
+"""What an event or an audit entry cannot be read without, empty or not."""
+
 _FREE_FORM: Final = frozenset({"bases", "evidence"})
 """Fields whose keys are names of nodes, and not of fields."""
 
@@ -77,7 +82,7 @@ def to_json(kept: Kept) -> Json | None:
         case NodeView():
             return _plain(kept)
         case ClusterEvent() | AuditEntry():
-            return {name: value for name, value in _plain(kept).items() if value != ""}
+            return {name: value for name, value in _plain(kept).items() if value != "" or name in _NEEDED}
 
 
 def check(kept: Kept) -> None:

@@ -311,8 +311,8 @@ def _dataset(name: str, value: dict[str, str], own: dict[str, str]) -> Dataset:
 
 
 def snapshots_of(found: Mapping[str, Dataset], name: str) -> list[Dataset]:
-    """The snapshots of a file system, oldest first: in the order of its own history."""
-    mine = [one for key, one in found.items() if key.startswith(f"{name}@")]
+    """The snapshots of a file system, oldest first: in the order of its own history. One without a name is none."""
+    mine = [one for key, one in found.items() if key.startswith(f"{name}@") and one.snapshot]
     return sorted(mine, key=lambda one: one.create_txg)
 
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import pytest
 
+from coordinator.core.audited import AuditEntry
 from coordinator.core.cluster import (
     Candidate,
     ClusterEvent,
@@ -252,6 +253,12 @@ def test_an_event_is_read_as_it_was_written_and_its_key_sorts_by_number() -> Non
     assert sorted(rows) == [key_of(event) for event in events]
     assert key_of(Forgotten(events[0])) == "events/00000000000000000009"
     assert to_json(Forgotten(events[0])) is None
+
+
+def test_an_audit_entry_that_knows_nobody_is_read_as_it_was_written() -> None:
+    entry = AuditEntry(9, 5, "StopTransfer", "", "")
+    rows = {key_of(entry): Stored(json.loads(json.dumps(to_json(entry))), 1)}
+    assert load(rows).audit == (entry,)
 
 
 def test_the_longest_event_stays_within_its_bound() -> None:
