@@ -106,9 +106,8 @@ class StepRun(Run):
         wanted, backend = self.wanted, self._disk
         self.tell(state=ResyncState.PREPARING)
         yield
-        report = self.on_worker(self._checked)
-        if self._is_done(report):
-            self._succeed(report)
+        report = self.on_worker(self._begun)
+        if report is None:
             return
         yield
         if wanted.base == wanted.target:
