@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from coordinator.core.claims import is_foreign, newest_name, next_epoch, reconcile
+from coordinator.core import bases
+from coordinator.core.claims import newest_name, next_epoch, reconcile
 from coordinator.core.cluster import (
     Candidate,
     Elected,
@@ -28,7 +29,7 @@ from coordinator.core.orders import OpenEpoch, TakeSnapshot
 from coordinator.core.requests import ElectRequest
 from coordinator.core.tasks import Flow, Wait
 from resilver.errors import Conflict, Refused, ResilverError
-from resilver.lineage import NO_CP, Snapshot, newest_in_common
+from resilver.lineage import NO_CP
 from resilver.volume import VolumeRecord
 
 EVIDENCE_RECORDS_MAX = 32
@@ -126,6 +127,7 @@ def settle(context: Context, view: VolumeView) -> None:
     entry = view.entry
     if entry is not None and entry.recovering:
         context.persist(Volume(view.name, replace(entry, recovering=False)))
+        bases.note(context, view.name, entry.record.primary)
 
 
 def first_sight(context: Context, view: VolumeView, decision: Elected, principal: str) -> Flow[ResilverError | None]:
@@ -151,7 +153,11 @@ def _open(context: Context, view: VolumeView, decision: Elected, principal: str)
         newest_id=fork.id if fork is not None else "",
     )
     entry = replace(
-        view.entry or VolumeEntry(record), record=record, opening=True, recovering=False, bases=_bases(view, decision)
+        view.entry or VolumeEntry(record),
+        record=record,
+        opening=True,
+        recovering=False,
+        bases=bases.after_election(view, decision),
     )
     made = replace(
         _record(context, view, decision, principal), epoch=record.epoch, epoch_id=record.epoch_id, cp=record.newest_cp
@@ -165,30 +171,6 @@ def _open(context: Context, view: VolumeView, decision: Elected, principal: str)
         principal=principal,
     )
     return made
-
-
-def _bases(view: VolumeView, decision: Elected) -> dict[str, str]:
-    """What each member has in common with the winner, as far as that is known: nothing is pruned until it is.
-
-    Of one that is away its last report may be too old to tell: what was pinned for it before stays pinned, if the
-    winner has it, and a primary that is away has made what it was followed up to.
-    """
-    winner, old = view.replica(decision.winner), view.record
-    pinned = view.entry.bases if view.entry is not None else {}
-    found: dict[str, str] = {}
-    for node in old.members:
-        replica = view.replica(node)
-        before = winner.lineage.find(pinned.get(node, ""))
-        common = None if is_foreign(view, replica) else newest_in_common(replica.lineage, winner.lineage)
-        if node == decision.winner:
-            continue
-        if not replica.fresh and node == old.primary and decision.fork is not None:
-            found[node] = decision.fork.id
-        elif not replica.fresh and before is not None and before.present:
-            found[node] = before.id
-        elif isinstance(common, Snapshot):
-            found[node] = common.id
-    return found
 
 
 def establish(context: Context, volume: str) -> Flow[ResilverError | None]:

@@ -10,8 +10,8 @@ from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Final
 
-from coordinator.core import decide, prepare, pruning, resyncs
-from coordinator.core.claims import Problem, primary_problems, reconcile
+from coordinator.core import bases, decide, prepare, pruning, resyncs
+from coordinator.core.claims import Problem, reconcile
 from coordinator.core.cluster import NodeView
 from coordinator.core.context import RECORDS_AT_ONCE_MAX, Context
 from coordinator.core.events import (
@@ -237,7 +237,7 @@ def reported(context: Context, event: ReplicaReported) -> None:
     if context.entries.get(volume) is known:
         _tell_record(context, volume, name, event)
     _close(context, volume, name, event.report)
-    _note_base(context, volume, name)
+    bases.note(context, volume, name)
     _go_on(context, volume, name, event.report)
 
 
@@ -305,25 +305,6 @@ def _forget_old_resyncs(context: Context, volume: str) -> None:
     for resync in old[: max(0, len(ended) - RESYNCS_KEPT_MAX)]:
         context.resyncs.drop(resync.id)
         context.persist(Forgotten(resync))
-
-
-def _note_base(context: Context, volume: str, node: str) -> None:
-    """Remembers what each member has in common with the primary, so that it stays pinned while it is away."""
-    view = context.view(volume)
-    entry = view.entry
-    if entry is None or not (view.primary is not None and view.primary.fresh):
-        return
-    bases = dict(entry.bases)
-    for member in entry.record.members if node == entry.record.primary else (node,):
-        if member == entry.record.primary or member not in entry.record.members:
-            continue
-        status = status_of(view, member)
-        if view.replica(member).fresh and status.common is not None:
-            bases[member] = status.common.id
-    # Against a primary that may not stay, such as one that came back from an old image, nothing is noted.
-    doubted = entry.recovering or primary_problems(view, context.now_ms)
-    if bases != dict(entry.bases) and not doubted:
-        context.persist(Volume(volume, replace(entry, bases=bases)))
 
 
 def _go_on(context: Context, volume: str, node: str, report: ReplicaReport) -> None:
