@@ -83,7 +83,8 @@ class BlockTransfer:
             throttle=desk.throttle,
         )
         desk.tell(state=ResyncState.VERIFYING)
-        verify(self.stage, delta, journal, stop=desk.stop)
+        # A large volume on a slow disk takes hours, and who tells nothing for so long counts as gone.
+        verify(self.stage, delta, journal, stop=desk.stop, on_share=desk.tell)
 
     def close(self) -> None:
         if self._journal is not None:

@@ -3,7 +3,7 @@
 * A run's order is on the disk before it begins, its progress with every step, and its counts every few seconds. So an
   agent that is started again goes on by itself, with no coordinator in reach, and answers for a run that has ended.
 * The same resync asked for again gets the answer of the run there is. Another resync replaces the run; the stage,
-  which belongs to (base, target), is used again where these agree.
+  which belongs to (base, target), is used again where these agree. One that was stopped before it came is not begun.
 * Runs beyond the bound wait as QUEUED; the higher priority goes first, and then the first come.
 * A stage that no run has used for a day is discarded, at start and once an hour.
 """
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 COUNTS_SAVED_S: Final = 5.0
 STOP_TIMEOUT_S: Final = 10.0
 STAGE_LIFE_MS: Final = 24 * 3_600_000
+STOPPED_KEPT_MAX: Final = 256
 
 _log = structlog.get_logger(__name__)
 
@@ -74,6 +75,7 @@ class Runs:
         self._runs: dict[str, Run] = {}
         self._saved: dict[str, SavedRun] = {}
         self._saved_at: dict[str, float] = {}
+        self._stopped: dict[str, None] = {}
         self.slots: Final = Slots(receive_max_count)
         with disk_errors(directory):
             make_own_dir(directory)
@@ -96,6 +98,10 @@ class Runs:
             place = known.place
         run = self._made(wanted, replica, place=place)
         with self._mutex:
+            if wanted.resync_id in self._stopped:
+                # The order to stop it has overtaken this one.
+                why = _cancelled()
+                return replace(run.progress, state=ResyncState.CANCELLED, reason=why.reason, message=why.message)
             self._save(run)
             before = self._runs.get(volume)
             self._runs[volume] = run
@@ -107,8 +113,14 @@ class Runs:
     def stop(self, volume: str, resync_id: str, *, discard_stage: bool) -> Progress:
         """Ends a run and answers what became of it; a commit that has begun is finished. Not on the worker."""
         served = self._tickets.drop(resync_id)
-        known = self._saved.get(volume)
-        if known is None or known.wanted.resync_id != resync_id:
+        with self._mutex:
+            known = self._saved.get(volume)
+            if known is None or known.wanted.resync_id != resync_id:
+                known = None
+                self._stopped[resync_id] = None
+                while len(self._stopped) > STOPPED_KEPT_MAX:
+                    del self._stopped[next(iter(self._stopped))]
+        if known is None:
             if served:
                 return Progress(resync_id, volume, ResyncState.CANCELLED)
             said = f"no transfer of {volume} here belongs to resync {resync_id}"

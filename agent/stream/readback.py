@@ -9,7 +9,7 @@ so that one of a TiB takes no longer than what it holds.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Final
@@ -38,8 +38,17 @@ def check_map(delta: DeltaMap, journal: Journal) -> None:
         raise ValueError("the journal was made for another delta map")
 
 
-def verify(stage: Stage, delta: DeltaMap, journal: Journal, *, stop: threading.Event | None = None) -> int:
+def verify(
+    stage: Stage,
+    delta: DeltaMap,
+    journal: Journal,
+    *,
+    stop: threading.Event | None = None,
+    on_share: Callable[[], None] | None = None,
+) -> int:
     """Returns the bytes compared, when every range of the map reads as it was sent.
+
+    `on_share` is called from this thread whenever some more has been compared, at most 128 MiB of data apart.
 
     Damaged("READBACK_MISMATCH") otherwise, also if a range was never journaled: the stage is then of no use, and has to
     be discarded. Stopped if `stop` is set meanwhile.
@@ -68,7 +77,10 @@ def verify(stage: Stage, delta: DeltaMap, journal: Journal, *, stop: threading.E
             numbers = journal.table.numbers_of(offsets, lengths)
             seen[numbers[numbers >= 0]] = True
             shares = [records[at : at + _SHARE_RECORDS] for at in range(0, len(records), _SHARE_RECORDS)]
-            compared += sum(pool.map(compare, shares))
+            for length in pool.map(compare, shares):
+                compared += length
+                if on_share is not None:
+                    on_share()
     if not seen.all():
         missing = int(len(seen) - seen.sum())
         raise Damaged("READBACK_MISMATCH", f"{missing} of {len(seen)} pieces of the delta were never received")

@@ -319,13 +319,22 @@ class VolumePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancelling:
+    """Who wants a resync to end, and whether what was copied is to go too."""
+
+    principal: str = ""
+    discard_stage: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Resync:
     """Bringing one replica to one snapshot, as the store keeps it (`resyncs/<volume>/<id>`).
 
-    Only `state`, the times, the counts and the order of the sources change after it is made. `held_before`: the goal
-    was in the replica's lineage from the start (only its live copy is to be set right). The higher `priority` begins
-    first. `ticket` is what the target shows to its sources: a secret of these nodes and the coordinators, so no screen
-    and no answer has it, and the same under the next leader, because a run that is under way goes on with it.
+    Only `state`, the times, the counts, the order of the sources and `cancelling` change after it is made. The goal was
+    in the replica's lineage from the start if `held_before` (only its live copy is to be set right). The higher
+    `priority` begins first. `ticket` is what the target shows to its sources: a secret of these nodes and the
+    coordinators, so no screen and no answer has it, and the same under the next leader, because a run that is under way
+    goes on with it. `cancelling`: under this leader and the next nothing is ordered any more but that its target stops.
     """
 
     id: str
@@ -345,6 +354,7 @@ class Resync:
     held_before: bool = False
     priority: int = 0
     ticket: str = ""
+    cancelling: Cancelling | None = None
 
     @property
     def senders(self) -> frozenset[str]:

@@ -109,6 +109,12 @@ class Context(Known):
     busy: dict[str, int] = field(default_factory=dict)
     trail: Trail = field(default_factory=lambda: Trail(0))
     check: Callable[[Kept], None] = accept
+    led: dict[str, int] = field(default_factory=dict)
+    """The resyncs that a flow leads, and when each was last heard of, or last had nothing to be heard of."""
+    stopping: set[str] = field(default_factory=set)
+    """The resyncs that have ended, and whose target is being told."""
+    retrying: set[tuple[str, str]] = field(default_factory=set)
+    """The replicas (volume, node) whose blocked resync goes on after a pause."""
     adopting: bool = False
     asking: list[tuple[str, frozenset[str]]] = field(default_factory=list)
     examine_id: str = ""
@@ -126,6 +132,7 @@ class Context(Known):
         for record in records:
             if isinstance(record, Volume):
                 self.put_entry(record.name, record.entry)
+                self.hold(record.name, record.entry)
                 self.changed(record.name)
                 kept.append(record)
             elif isinstance(record, ElectionRecord):
@@ -233,6 +240,11 @@ class Context(Known):
     def allow(self, node: str, limits: NodeLimits) -> None:
         """Takes on what a node says is allowed on it; whoever waits for a place there may have one now."""
         if self.places.allow(node, limits):
+            self.tasks.touch("slots")
+
+    def hold(self, volume: str, entry: VolumeEntry | None) -> None:
+        """Nothing of a paused volume begins; once it is no longer paused, what waits may."""
+        if self.places.hold(volume, held=entry is not None and entry.pause is not None):
             self.tasks.touch("slots")
 
     def header(self, volume: str = "", expected_tip: str | None = None) -> Order:

@@ -20,9 +20,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from coordinator.core import decide, hearing, points, prepare, pruning, resyncs, upkeep
+from coordinator.core import decide, ending, hearing, points, prepare, pruning, resyncs, upkeep
 from coordinator.core.audited import AuditEntry
-from coordinator.core.cluster import ClusterEvent, ElectionRecord, NodeView, Refusal, Resync, Size, VolumeView
+from coordinator.core.cluster import Cancelling, ClusterEvent, ElectionRecord, NodeView, Resync, Size, VolumeView
 from coordinator.core.context import Context, Identity, Settings, accept
 from coordinator.core.etag import volume_etag
 from coordinator.core.events import (
@@ -43,7 +43,7 @@ from coordinator.core.events import (
 )
 from coordinator.core.history import History
 from coordinator.core.known import RefusedAgent
-from coordinator.core.orders import Done, StopTransfer
+from coordinator.core.orders import Done
 from coordinator.core.planner import plan_etag
 from coordinator.core.requests import (
     AdoptStoreRequest,
@@ -66,9 +66,8 @@ from coordinator.core.requests import (
 )
 from coordinator.core.tasks import Flow, Task, at_once, join
 from coordinator.core.trail import Trail
-from resilver.errors import Conflict, Invalid, NotFound, Refused, ResilverError
+from resilver.errors import Conflict, Invalid, Refused, ResilverError
 from resilver.limits import NodeLimits
-from resilver.volume import ResyncState
 
 FLOW_MAX_MS: Final = 15 * 60 * 1000
 
@@ -92,6 +91,8 @@ class Engine:
         context.check = check
         context.trail = Trail(identity.term, loaded.audit)
         context.entries.update(loaded.volumes)
+        for volume, entry in loaded.volumes.items():
+            context.hold(volume, entry)
         context.elections.update({name: deque(records) for name, records in loaded.elections.items()})
         for resync in loaded.resyncs.values():
             # An export has no tickets: who puts one back goes on with new ones.
@@ -359,20 +360,8 @@ class Engine:
         return Planned(plan_etag(complete), context.now_ms, complete)
 
     def _cancel(self, request: CancelRequest) -> Flow[Resync]:
-        context = self._context
-        resync = context.resyncs.get(request.resync_id)
-        if resync is None:
-            message = f"no resync has the id {request.resync_id!r}"
-            raise NotFound("RESYNC_NOT_FOUND", message, resync=request.resync_id)
-        if resync.state.final:
-            return resync
-        order = StopTransfer(context.header(resync.volume), resync.id, request.discard_stage)
-        yield from context.give({resync.node: order})
-        resync = context.resyncs[request.resync_id]
-        if not resync.state.final:
-            said = Refusal(("CANCELLED",), f"cancelled by {request.principal or 'an operator'}")
-            resyncs.finish(context, resync, ResyncState.CANCELLED, said)
-        return context.resyncs[request.resync_id]
+        wanted = Cancelling(request.principal, request.discard_stage)
+        return (yield from ending.cancel(self._context, request.resync_id, wanted))
 
     def _adopt(self, request: AdoptStoreRequest) -> Flow[Done]:
         context = self._context

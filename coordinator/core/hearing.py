@@ -10,9 +10,9 @@ from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Final
 
-from coordinator.core import bases, decide, prepare, pruning, resyncs
+from coordinator.core import bases, decide, ending, prepare, pruning, retrying
 from coordinator.core.claims import Problem, reconcile
-from coordinator.core.cluster import NodeView
+from coordinator.core.cluster import NodeView, Resync
 from coordinator.core.context import RECORDS_AT_ONCE_MAX, Context
 from coordinator.core.events import (
     AgentConnected,
@@ -36,8 +36,6 @@ from resilver.lineage import Origin
 from resilver.volume import Grant, Progress, ReplicaReport, ResyncState
 
 OPENING_AGAIN_MS: Final = 5_000
-RESYNCS_KEPT_MAX: Final = 200
-STAGE_LIFE_MS: Final = 24 * 3600 * 1000
 REFUSED_MAX: Final = 100
 REFUSED_SHOWN_MS: Final = 30_000
 
@@ -278,33 +276,39 @@ def _tell_record(context: Context, volume: str, node: str, event: ReplicaReporte
 
 
 def _close(context: Context, volume: str, node: str, report: ReplicaReport) -> None:
-    """The report that shows the goal in the replica's lineage ends its resync."""
+    """The report that shows the goal in the replica's lineage ends its resync, and makes the replica a member."""
+    _take_in(context, volume, node, report)
     resync = context.active_resync(volume, node)
-    if resync is None or report.lineage.find(resync.plan.target) is None:
-        return
-    said_done = resync.progress is not None and resync.progress.state is ResyncState.SUCCEEDED
-    if resync.held_before and not said_done:
+    if resync is None or not _has_goal(resync, report):
         return
     progress = resync.progress or Progress(resync.id, volume, ResyncState.SUCCEEDED)
     done = progress.done_bytes if progress.total_bytes is None else progress.total_bytes
     ended = replace(resync, progress=replace(progress, state=ResyncState.SUCCEEDED, done_bytes=done))
-    resyncs.finish(context, ended, ResyncState.SUCCEEDED, None)
-    _forget_old_resyncs(context, volume)
+    ending.finish(context, ended, ResyncState.SUCCEEDED, None)
+
+
+def _take_in(context: Context, volume: str, node: str, report: ReplicaReport) -> None:
+    """A replica that has the goal of one of its resyncs of this epoch is a mirror, and a member, however that resync
+    ended here: given up as silent, or cancelled when its commit had begun. Left out, it would have no base pinned, no
+    election would ask for it, and no other resync would take it in, because it needs none. To have one member more only
+    makes elections ask for more. One that has succeeded took it in when it ended: it does not undo `remove`.
+    """
     entry = context.entries.get(volume)
-    if entry is not None and node not in entry.record.members:
+    if entry is None or node in entry.record.members:
+        return
+    epoch = entry.record.epoch
+    ours = (one for one in context.resyncs.of(volume) if one.node == node and one.epoch == epoch)
+    if any(one.state is not ResyncState.SUCCEEDED and _has_goal(one, report) for one in ours):
         members = tuple(sorted({*entry.record.members, node}))
         context.put_record(volume, replace(entry.record, members=members))
 
 
-def _forget_old_resyncs(context: Context, volume: str) -> None:
-    ended = sorted(
-        (one for one in context.resyncs.of(volume) if one.state.final),
-        key=lambda one: one.end_time_ms,
-    )
-    old = [one for one in ended if context.over(one)]
-    for resync in old[: max(0, len(ended) - RESYNCS_KEPT_MAX)]:
-        context.resyncs.drop(resync.id)
-        context.persist(Forgotten(resync))
+def _has_goal(resync: Resync, report: ReplicaReport) -> bool:
+    """Whether the report shows what the resync was to bring."""
+    if report.lineage.find(resync.plan.target) is None:
+        return False
+    said_done = resync.progress is not None and resync.progress.state is ResyncState.SUCCEEDED
+    return said_done or not resync.held_before
 
 
 def _go_on(context: Context, volume: str, node: str, report: ReplicaReport) -> None:
@@ -320,22 +324,8 @@ def _go_on(context: Context, volume: str, node: str, report: ReplicaReport) -> N
     )
     if beyond > report.keep_last and volume not in context.locks:
         _spawn_once(context, f"prune {volume} {node}", pruning.prune_by_itself(context, volume, node))
-    _retry_blocked(context, volume, node, report)
+    retrying.retry_blocked(context, volume, node)
     _size_up(context, volume, node)
-
-
-def _retry_blocked(context: Context, volume: str, node: str, report: ReplicaReport) -> None:
-    """A resync that was blocked because its target was in use goes on once that is no longer so."""
-    if report.live.in_use is not False or context.active_resync(volume, node) is not None:
-        return
-    ours = [one for one in context.resyncs.of(volume) if one.node == node]
-    last = max(ours, key=lambda one: (one.end_time_ms, one.create_time_ms), default=None)
-    if last is None or last.state is not ResyncState.BLOCKED or last.refusal is None:
-        return
-    entry = context.entries[volume]
-    waits = last.refusal.reasons[:1] == ("IN_USE",) and context.now_ms - last.end_time_ms < STAGE_LIFE_MS
-    if waits and entry.pause is None and last.epoch == entry.record.epoch and not entry.opening:
-        resyncs.begin(context, volume, last.plan, last.principal)
 
 
 def _size_up(context: Context, volume: str, node: str) -> None:
@@ -368,7 +358,7 @@ def progressed(context: Context, event: ProgressReported) -> None:
     name = context.speaker(event.stream).name
     if not name or not context.reachable(name):
         return
-    resyncs.note_progress(context, name, event.progress)
+    ending.note_progress(context, name, event.progress)
     if event.progress.state is ResyncState.SUCCEEDED:
         context.emit(SendExamine(event.stream, context.new_id(), (event.progress.volume,)))
 

@@ -4,7 +4,7 @@ The rules:
 
 * So many run at once in the cluster (`resyncs_max`), and on a target no more than it takes (`receive_max_count`). One
   begins only if the least busy of its sources has room (`send_max_count`). Those who are passed over for a node that is
-  full do not hold up others.
+  full, or because their volume is paused, do not hold up others.
 * The higher priority goes first, and among equals the first come. A volume's is the highest that any node says of it.
 * The sources stand in a plan in a fixed order, and are asked in that of what each serves at the moment a resync begins:
   a plan does not change with the load.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,7 @@ class Turns:
     busy: Busy
     limits: Mapping[str, NodeLimits]
     resyncs_max: int
+    held: AbstractSet[str] = frozenset()
     begin: set[str] = field(default_factory=set)
 
     def consider(self, queued: Iterable[Resync]) -> None:
@@ -82,7 +84,7 @@ class Turns:
         for resync in queued:
             if self.busy.running >= self.resyncs_max:
                 return
-            if self.busy.has_room(resync, self.limits):
+            if resync.volume not in self.held and self.busy.has_room(resync, self.limits):
                 self.begin.add(resync.id)
                 self.busy.add(resync, self.busy.in_order(resync.plan.sources)[:1])
 
@@ -92,6 +94,7 @@ class Places:
     """What nodes allow, and which of the resyncs that wait has a place."""
 
     limits: dict[str, NodeLimits] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
     _turns: Turns | None = None
     _found_at: tuple[int, int] = (0, 0)
     _allowed: int = 0
@@ -104,11 +107,23 @@ class Places:
         self._allowed += 1
         return True
 
+    def hold(self, volume: str, *, held: bool) -> bool:
+        """Whether none of a volume's resyncs begins for now; whether that is news."""
+        if (volume in self.held) == held:
+            return False
+        if held:
+            self.held.add(volume)
+        else:
+            self.held.discard(volume)
+        self._allowed += 1
+        return True
+
     def may_begin(self, resync_id: str, resyncs: Resyncs, resyncs_max: int) -> bool:
         """Whether a queued resync has its place now; worked out for all of them when that may have changed."""
         now = resyncs.changes, self._allowed
         if self._turns is None or self._found_at != now:
-            self._turns, self._found_at = Turns(Busy.with_all(resyncs.running()), self.limits, resyncs_max), now
+            busy = Busy.with_all(resyncs.running())
+            self._turns, self._found_at = Turns(busy, self.limits, resyncs_max, self.held), now
             self._turns.consider(resyncs.queued())
         elif resyncs.come:
             self._turns.consider(one for one in resyncs.come if resyncs.get(one.id) is one)

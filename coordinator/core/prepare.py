@@ -22,11 +22,12 @@ from coordinator.core.cluster import (
 from coordinator.core.context import SIZES_MAX, Context
 from coordinator.core.decide import establish, examine, first_sight, learn, refuse, settle, would_change
 from coordinator.core.election import elect
+from coordinator.core.ending import refusal_of
 from coordinator.core.orders import PrepareSend
 from coordinator.core.planner import plan_volume
 from coordinator.core.points import Turn, take_in_turn
 from coordinator.core.requests import PlanRequest, ResyncRequest, VolumeRefusal
-from coordinator.core.resyncs import begin, refusal_of
+from coordinator.core.resyncs import begin
 from coordinator.core.tasks import Flow
 from resilver.errors import Conflict, ResilverError
 from resilver.lineage import NO_CP
@@ -57,10 +58,9 @@ def prepare(context: Context, volume: str, request: ResyncRequest | PlanRequest,
     examined = yield from examine(context, volume)
     learn(context, volume, examined.fresh)
     view = context.view(volume, examined.fresh)
-    pause = view.entry.pause if view.entry is not None else None
-    if isinstance(request, ResyncRequest) and pause is not None:
-        said = Refusal(("PAUSED",), f"{volume} is paused: {pause.reason}", next_command=f"resilver unpause {volume}")
-        return Prepared(turn, view, examined.fresh, _refused(view, said))
+    paused = _paused(context, volume) if isinstance(request, ResyncRequest) else None
+    if paused is not None:
+        return Prepared(turn, view, examined.fresh, _refused(view, paused))
     decision = elect(view, now_ms=context.now_ms)
     if isinstance(decision, Elected) and decision.new_epoch and view.record.epoch:
         decision = would_change(view, decision)
@@ -77,6 +77,15 @@ def prepare(context: Context, volume: str, request: ResyncRequest | PlanRequest,
     turn.wanted = turn.wanted or modified
     plan = _plan(context, view, request, takes_snapshot=modified)
     return Prepared(turn, view, examined.fresh, plan)
+
+
+def _paused(context: Context, volume: str) -> Refusal | None:
+    """Why none begins, if the volume is paused now."""
+    entry = context.entries.get(volume)
+    if entry is None or entry.pause is None:
+        return None
+    said = f"{volume} is paused: {entry.pause.reason}"
+    return Refusal(("PAUSED",), said, next_command=f"resilver unpause {volume}")
 
 
 def take_point(context: Context, prepared: Prepared, principal: str) -> Flow[Refusal | None]:
@@ -144,7 +153,9 @@ def create(
     volume = prepared.volume
     if prepared.plan.refusal is not None:
         return (), (VolumeRefusal(volume, prepared.plan.refusal),)
-    refusal = yield from take_point(context, prepared, request.principal)
+    # Other volumes, and the CP, may have taken their time.
+    refusal = _paused(context, volume) or (yield from take_point(context, prepared, request.principal))
+    refusal = refusal or _paused(context, volume)
     if refusal is not None:
         return (), (VolumeRefusal(volume, refusal),)
     plan = _plan(context, context.view(volume, prepared.fresh), request, takes_snapshot=False)

@@ -6,7 +6,6 @@ reason why not. Orders are idempotent by the resync's id, so a flow here may be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -16,6 +15,7 @@ from coordinator.core.cluster import (
     Resync,
 )
 from coordinator.core.context import Context
+from coordinator.core.ending import advance, after, finish, note_progress, refusal_of, stop, stop_again
 from coordinator.core.orders import PrepareSend, Receive, Source
 from coordinator.core.places import Busy, priority_of
 from coordinator.core.tasks import Flow, Wait
@@ -24,20 +24,8 @@ from resilver.volume import Progress, ResyncState
 
 S = ResyncState
 
-# Where a resync may go from where it stands. An agent that starts a run again goes back to PREPARING.
-TRANSITIONS: Final[Mapping[ResyncState, frozenset[ResyncState]]] = {
-    S.QUEUED: frozenset({S.PREPARING, S.SUCCEEDED, S.FAILED, S.CANCELLED, S.BLOCKED}),
-    S.PREPARING: frozenset({S.TRANSFERRING, S.VERIFYING, S.COMMITTING, S.SUCCEEDED, S.FAILED, S.CANCELLED, S.BLOCKED}),
-    S.TRANSFERRING: frozenset({S.PREPARING, S.VERIFYING, S.COMMITTING, S.SUCCEEDED, S.FAILED, S.CANCELLED, S.BLOCKED}),
-    S.VERIFYING: frozenset({S.PREPARING, S.TRANSFERRING, S.COMMITTING, S.SUCCEEDED, S.FAILED, S.CANCELLED, S.BLOCKED}),
-    S.COMMITTING: frozenset({S.PREPARING, S.TRANSFERRING, S.SUCCEEDED, S.FAILED, S.CANCELLED, S.BLOCKED}),
-    S.SUCCEEDED: frozenset(),
-    S.FAILED: frozenset(),
-    S.CANCELLED: frozenset(),
-    S.BLOCKED: frozenset(),
-}
-
 ORDER_AGAIN_MS: Final = 5_000
+COME_BACK_MS: Final = 60_000
 
 BLOCKING_REASONS: Final = frozenset({"IN_USE", "PAUSED", "PRESERVED_FULL", "KEEPS_BEING_WRITTEN"})
 
@@ -45,11 +33,14 @@ BLOCKING_REASONS: Final = frozenset({"IN_USE", "PAUSED", "PRESERVED_FULL", "KEEP
 def begin(context: Context, volume: str, row: ReplicaPlan, principal: str) -> Resync:
     """Creates a resync and starts leading it; one under way to the same goal is answered instead."""
     running = context.active_resync(volume, row.node)
-    if running is not None and (running.plan.base, running.plan.target) == (row.base, row.target):
+    same = running is not None and (running.plan.base, running.plan.target) == (row.base, row.target)
+    if running is not None and same and running.cancelling is None:
         return running
     if running is not None:
         said = Refusal(("TARGET_CHANGED",), f"replaced by a newer resync of {volume} on {row.node}")
         finish(context, running, S.CANCELLED, said)
+        if running.attempt_count:
+            stop_again(context, running)
     lineage = context.view(volume).replica(row.node).lineage
     resync = Resync(
         id=context.new_id(),
@@ -79,29 +70,61 @@ def begin(context: Context, volume: str, row: ReplicaPlan, principal: str) -> Re
 
 def lead(context: Context, resync_id: str) -> Flow[None]:
     """Leads one resync to its end: waits for a place, gives the orders, and gives them again to a restarted target."""
+    context.led[resync_id] = context.now_ms
+    try:
+        if (yield from _take_place(context, resync_id)):
+            yield from _see_through(context, resync_id)
+    finally:
+        del context.led[resync_id]
+        context.tasks.touch("slots")
+
+
+def _take_place(context: Context, resync_id: str) -> Flow[bool]:
+    """Whether it has one; without one for too long it ends."""
 
     def place() -> bool:
         known = context.resyncs
         waits = known[resync_id].state is S.QUEUED
         return not waits or context.places.may_begin(resync_id, known, context.settings.resyncs_max)
 
-    yield Wait(frozenset({"slots", f"resync:{resync_id}"}), place, context.now_ms + context.settings.queued_max_ms)
+    wait_ms = context.settings.queued_max_ms
+    in_time = yield Wait(frozenset({"slots", f"resync:{resync_id}"}), place, context.now_ms + wait_ms)
     resync = context.resyncs[resync_id]
-    if resync.state is S.QUEUED:
+    if resync.state is S.QUEUED and not in_time:
+        finish(context, resync, *_not_begun(context, resync, wait_ms // 3_600_000))
+    elif resync.state is S.QUEUED:
         # Whom it asks first is decided now, by what each serves now; the plan has said only who can.
         sources = Busy.with_all(context.resyncs.running()).in_order(resync.plan.sources)
         advance(context, replace(resync, plan=replace(resync.plan, sources=sources)), S.PREPARING)
-    heard_ms = context.now_ms
+    return not context.resyncs[resync_id].state.final
+
+
+def _not_begun(context: Context, resync: Resync, hours: int) -> tuple[ResyncState, Refusal]:
+    """How one ends that had no place for so long, and why."""
+    again = f"resilver resync {resync.volume}"
+    if resync.volume in context.places.held:
+        message = f"{resync.volume} has been paused, and this resync has waited for {hours} hours"
+        return S.BLOCKED, Refusal(("PAUSED",), message, next_command=f"resilver unpause {resync.volume}")
+    if resync.node not in context.places.limits:
+        message = f"{resync.node} has not been heard of for {hours} hours"
+        return S.FAILED, Refusal(("NODE_OFFLINE",), message, next_command=again)
+    message = f"no place has come free on {resync.node} and its sources for {hours} hours"
+    return S.FAILED, Refusal(("TOO_MANY_RESYNCS",), message, next_command=again)
+
+
+def _see_through(context: Context, resync_id: str) -> Flow[None]:
+    """From the first order to the end."""
+    context.led[resync_id] = context.now_ms
     while not context.resyncs[resync_id].state.final:
         resync = context.resyncs[resync_id]
         boot = context.nodes[resync.node].boot if resync.node in context.nodes else ""
-        problem = yield from _order(context, resync)
+        problem = yield from (_order if resync.cancelling is None else _call_off)(context, resync)
         resync = context.resyncs[resync_id]
         if resync.state.final:
             break
         if problem is not None and problem.reason != "NODE_UNREACHABLE":
             state = S.BLOCKED if problem.reason in BLOCKING_REASONS else S.FAILED
-            finish(context, resync, state, refusal_of(problem, _after(problem.reason, resync)))
+            finish(context, resync, state, refusal_of(problem, after(problem.reason, resync)))
             break
         if problem is not None:
             yield Wait(
@@ -109,8 +132,14 @@ def lead(context: Context, resync_id: str) -> Flow[None]:
                 lambda: context.resyncs[resync_id].state.final,
                 context.now_ms + ORDER_AGAIN_MS,
             )
-        heard_ms = yield from _watch(context, resync_id, boot if problem is None else None, heard_ms)
-    context.tasks.touch("slots")
+        yield from _watch(context, resync_id, boot if problem is None else None)
+
+
+def _call_off(context: Context, resync: Resync) -> Flow[None]:
+    """Has the target end what it was ordered under an earlier leader, or goes on with after a restart."""
+    node = resync.node
+    yield Wait(frozenset({f"node:{node}"}), lambda: context.reachable(node), context.now_ms + COME_BACK_MS)
+    yield from stop(context, resync.id)
 
 
 def _order(context: Context, resync: Resync) -> Flow[ResilverError | None]:
@@ -122,7 +151,8 @@ def _order(context: Context, resync: Resync) -> Flow[ResilverError | None]:
         problem = yield from _tell_sources(context, resync, sources)
     # What was decided while the sources were asked counts: nobody is told to receive what is not wanted any more.
     problem = _outlived(context, resync) or problem
-    if problem is not None or context.resyncs[resync.id].state.final:
+    now = context.resyncs[resync.id]
+    if problem is not None or now.state.final or now.cancelling is not None:
         return problem
     receive = Receive(
         context.header(volume, row.expected_tip),
@@ -173,8 +203,8 @@ def _outlived(context: Context, resync: Resync) -> ResilverError | None:
     return Superseded("STALE_EPOCH", f"{now} after the resync of {resync.volume} on {resync.node} had been planned")
 
 
-def _watch(context: Context, resync_id: str, boot: str | None, heard_ms: int) -> Flow[int]:
-    """Returns when the resync has ended, or when its orders must be given again; answers when it last moved.
+def _watch(context: Context, resync_id: str, boot: str | None) -> Flow[None]:
+    """Returns when the resync has ended, or when its orders must be given again.
 
     `boot` is the start of the target that obeyed them; None: it was not reached.
     """
@@ -185,85 +215,15 @@ def _watch(context: Context, resync_id: str, boot: str | None, heard_ms: int) ->
         return context.reachable(node) and known is not None and known.boot != boot
 
     while True:
-        before = context.resyncs[resync_id].progress
         yield Wait(
             frozenset({f"resync:{resync_id}", f"node:{node}"}),
             lambda: context.resyncs[resync_id].state.final or again(),
             context.now_ms + 30_000,
         )
         resync = context.resyncs[resync_id]
-        if resync.progress != before:
-            heard_ms = context.now_ms
-        elif context.now_ms - heard_ms > context.settings.silence_max_ms and not resync.state.final:
+        silent_ms = context.now_ms - context.led[resync_id]
+        if silent_ms > context.settings.silence_max_ms and not resync.state.final:
             said = Refusal(("NODE_OFFLINE",), f"{node} has said nothing of this resync for 15 minutes")
             finish(context, resync, S.FAILED, said)
         if context.resyncs[resync_id].state.final or again():
-            return heard_ms
-
-
-def note_progress(context: Context, node: str, progress: Progress) -> None:
-    """Takes on what a target says of its run; figures never go back, and SUCCEEDED waits for the replica's report."""
-    resync = context.resyncs.get(progress.resync_id)
-    if resync is None or resync.state.final or resync.node != node:
-        return
-    old = resync.progress
-    if old is not None:
-        progress = replace(
-            progress,
-            done_bytes=max(progress.done_bytes, old.done_bytes),
-            wire_bytes=max(progress.wire_bytes, old.wire_bytes),
-            resent_bytes=max(progress.resent_bytes, old.resent_bytes),
-        )
-    if progress.state in (S.FAILED, S.BLOCKED, S.CANCELLED):
-        reason = progress.reason or "IO_ERROR"
-        message = progress.message or "the run ended without a reason"
-        said = Refusal((reason,), message, next_command=_after(reason, resync))
-        finish(context, replace(resync, progress=progress), progress.state, said)
-        return
-    resync = replace(resync, progress=progress)
-    state = S.COMMITTING if progress.state is S.SUCCEEDED else progress.state
-    if state is not resync.state and state in TRANSITIONS[resync.state]:
-        advance(context, resync, state)
-    else:
-        before = context.resyncs.changes
-        context.resyncs.put(resync)
-        if context.resyncs.changes != before:
-            context.tasks.touch("slots")
-        context.changed(resync.volume, resync.id)
-
-
-def advance(context: Context, resync: Resync, state: ResyncState) -> None:
-    """Moves a resync along the table of transitions, and remembers it."""
-    assert state in TRANSITIONS[resync.state], f"{resync.state} to {state}"
-    start = resync.start_time_ms or (context.now_ms if state is not S.QUEUED else 0)
-    context.persist(replace(resync, state=state, start_time_ms=start))
-
-
-def finish(context: Context, resync: Resync, state: ResyncState, refusal: Refusal | None) -> None:
-    """Ends a resync, once."""
-    assert state in TRANSITIONS[resync.state], f"{resync.state} to {state}"
-    ended = replace(resync, state=state, end_time_ms=context.now_ms, refusal=refusal)
-    context.persist(ended)
-    context.tasks.touch("slots")
-    context.tell(
-        f"RESYNC_{state.value.upper()}",
-        refusal.message if refusal is not None else f"{resync.volume} on {resync.node} is at {resync.plan.target_cp}",
-        volume=resync.volume,
-        node=resync.node,
-        resync=resync.id,
-        reason=refusal.reasons[0] if refusal is not None else "",
-    )
-
-
-def refusal_of(error: ResilverError, next_command: str = "") -> Refusal:
-    return Refusal((error.reason,), error.message, next_command=error.next_command or next_command)
-
-
-def _after(reason: str, resync: Resync) -> str:
-    """What to run once a run has ended for that reason; empty where that is not the same every time."""
-    commands = {
-        "KEEPS_BEING_WRITTEN": f"resilver resync {resync.volume} --replace {resync.node}",
-        "NO_SPACE": f"resilver prune {resync.volume}",
-        "PRESERVED_FULL": f"resilver preserved {resync.volume}",
-    }
-    return commands.get(reason, "")
+            return

@@ -8,6 +8,7 @@ from coordinator.core.cluster import Elected, ElectionRecord, NodeView, NotElect
 from coordinator.core.context import RECORDS_AT_ONCE_MAX, Context
 from coordinator.core.decide import examine, learn, settle
 from coordinator.core.election import elect
+from coordinator.core.ending import finish, refusal_of
 from coordinator.core.events import DeletedNode, Forgotten, Volume
 from coordinator.core.orders import CloneSnapshot, Exported, SetLimits, Taken
 from coordinator.core.points import groups, take_snapshot, take_together
@@ -21,7 +22,6 @@ from coordinator.core.requests import (
     SnapshotsTaken,
     VolumeRefusal,
 )
-from coordinator.core.resyncs import finish, refusal_of
 from coordinator.core.tasks import Flow, join
 from coordinator.core.words import nearest
 from resilver.errors import NotFound, Refused, ResilverError
@@ -217,6 +217,8 @@ def _forget_decisions(context: Context, volume: str) -> None:
     gone: list[ElectionRecord | Resync] = list(context.elections.pop(volume, ()))
     removed = Refusal(("CANCELLED",), f"{volume} was removed")
     for resync in context.resyncs.of(volume):
+        if resync.id not in context.resyncs:
+            continue  # let go as the oldest when another ended
         if not resync.state.final:
             finish(context, resync, ResyncState.CANCELLED, removed)
         elif context.over(resync):

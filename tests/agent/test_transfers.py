@@ -313,6 +313,19 @@ def test_a_source_serves_whoever_shows_a_ticket(mirrored):
     assert reason_of(a.call, "DropSnapshot", drop) == "PINNED"
 
 
+def test_an_order_to_receive_that_comes_after_the_one_to_stop_begins_nothing(mirrored):
+    a, b, leader, base = mirrored
+    scatter(a.image(leader.volume), 6)
+    second, resync_id = a.snapshot(leader), str(uuid.uuid4())
+    stop = agent_pb2.StopTransferRequest(header=leader.header(), resync_id=resync_id)
+    assert reason_of(b.call, "StopTransfer", stop) == "RESYNC_NOT_FOUND"
+    a.prepare(leader, resync_id, base, second.id, "b")
+    told = b.receive(leader, resync_id, base, second.id, a)
+    assert (told.state, told.reason) == (volume_pb2.RESYNC_STATE_CANCELLED, "CANCELLED")
+    assert b.run(resync_id) is None
+    assert b.resync(leader, a, base, second.id).state == volume_pb2.RESYNC_STATE_SUCCEEDED
+
+
 def test_snapshots_are_exported_and_dropped(mirrored):
     a, _b, leader, base = mirrored
     original = a.image(leader.volume).read_bytes()

@@ -185,6 +185,7 @@ class StepRuns(Runs):
         self._mutex = threading.Lock()
         self._runs: dict[str, Any] = {}
         self._saved: dict[str, SavedRun] = {}
+        self._stopped: dict[str, None] = {}
 
     def active(self) -> list[StepRun]:
         return [run for run in self._runs.values() if not run.ended.is_set()]
