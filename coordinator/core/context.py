@@ -165,6 +165,10 @@ class Context(Known):
         """Stores a volume's new record and tells it to every member that is connected."""
         entry = self.entries.get(volume) or VolumeEntry(record)
         self.persist(Volume(volume, replace(entry, record=record, **changes)))  # type: ignore[arg-type]  # fields by name
+        self.send_record(record)
+
+    def send_record(self, record: VolumeRecord) -> None:
+        """Tells a volume's record to every member that is connected."""
         for member in record.members:
             stream = self.stream_of(member)
             if stream and self.reachable(member):

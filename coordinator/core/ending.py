@@ -17,7 +17,7 @@ from typing import Final
 
 from coordinator.core.cluster import Cancelling, Refusal, Resync
 from coordinator.core.context import Context
-from coordinator.core.events import Forgotten, SendExamine
+from coordinator.core.events import Forgotten, SendExamine, Volume
 from coordinator.core.orders import OrderResult, StopTransfer
 from coordinator.core.tasks import Flow, Wait
 from resilver.errors import NotFound, ResilverError
@@ -193,11 +193,11 @@ def advance(context: Context, resync: Resync, state: ResyncState) -> None:
     context.persist(replace(resync, state=state, start_time_ms=start))
 
 
-def finish(context: Context, resync: Resync, state: ResyncState, refusal: Refusal | None) -> None:
-    """Ends a resync, once."""
+def finish(context: Context, resync: Resync, state: ResyncState, refusal: Refusal | None, *also: Volume) -> None:
+    """Ends a resync, once; what else its end means is stored with it."""
     assert state in TRANSITIONS[resync.state], f"{resync.state} to {state}"
     ended = replace(resync, state=state, end_time_ms=context.now_ms, refusal=refusal)
-    context.persist(ended)
+    context.persist(ended, *also)
     context.tasks.touch("slots")
     context.tell(
         f"RESYNC_{state.value.upper()}",

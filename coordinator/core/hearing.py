@@ -277,30 +277,36 @@ def _tell_record(context: Context, volume: str, node: str, event: ReplicaReporte
 
 def _close(context: Context, volume: str, node: str, report: ReplicaReport) -> None:
     """The report that shows the goal in the replica's lineage ends its resync, and makes the replica a member."""
-    _take_in(context, volume, node, report)
+    joined = _taken_in(context, volume, node, report)
+    also = (joined,) if joined is not None else ()
     resync = context.active_resync(volume, node)
-    if resync is None or not _has_goal(resync, report):
-        return
-    progress = resync.progress or Progress(resync.id, volume, ResyncState.SUCCEEDED)
-    done = progress.done_bytes if progress.total_bytes is None else progress.total_bytes
-    ended = replace(resync, progress=replace(progress, state=ResyncState.SUCCEEDED, done_bytes=done))
-    ending.finish(context, ended, ResyncState.SUCCEEDED, None)
+    if resync is not None and _has_goal(resync, report):
+        progress = resync.progress or Progress(resync.id, volume, ResyncState.SUCCEEDED)
+        done = progress.done_bytes if progress.total_bytes is None else progress.total_bytes
+        ended = replace(resync, progress=replace(progress, state=ResyncState.SUCCEEDED, done_bytes=done))
+        ending.finish(context, ended, ResyncState.SUCCEEDED, None, *also)
+    elif also:
+        context.persist(*also)
+    if joined is not None and joined.entry is not None:
+        context.send_record(joined.entry.record)
 
 
-def _take_in(context: Context, volume: str, node: str, report: ReplicaReport) -> None:
-    """A replica that has the goal of one of its resyncs of this epoch is a mirror, and a member, however that resync
-    ended here: given up as silent, or cancelled when its commit had begun. Left out, it would have no base pinned, no
-    election would ask for it, and no other resync would take it in, because it needs none. To have one member more only
-    makes elections ask for more. One that has succeeded took it in when it ended: it does not undo `remove`.
+def _taken_in(context: Context, volume: str, node: str, report: ReplicaReport) -> Volume | None:
+    """The volume with the replica as a member, if that is new. One that has the goal of one of its resyncs of this
+    epoch is a mirror, however that resync ended here: given up as silent, or cancelled when its commit had begun. Left
+    out, it would have no base pinned, no election would ask for it, and no other resync would take it in, because it
+    needs none. To have one member more only makes elections ask for more. What has succeeded took it in when it ended:
+    it does not undo `remove`.
     """
     entry = context.entries.get(volume)
     if entry is None or node in entry.record.members:
-        return
+        return None
     epoch = entry.record.epoch
     ours = (one for one in context.resyncs.of(volume) if one.node == node and one.epoch == epoch)
-    if any(one.state is not ResyncState.SUCCEEDED and _has_goal(one, report) for one in ours):
-        members = tuple(sorted({*entry.record.members, node}))
-        context.put_record(volume, replace(entry.record, members=members))
+    if not any(one.state is not ResyncState.SUCCEEDED and _has_goal(one, report) for one in ours):
+        return None
+    members = tuple(sorted({*entry.record.members, node}))
+    return Volume(volume, replace(entry, record=replace(entry.record, members=members)))
 
 
 def _has_goal(resync: Resync, report: ReplicaReport) -> bool:
