@@ -11,7 +11,7 @@ from resilver.errors import ResilverError
 from resilver.v1 import agent_pb2, agent_pb2_grpc, volume_pb2
 from tests.agent.agents import MIB, Leader, agents, scatter, write_image
 
-VOLUMES = tuple(f"vm{number}" for number in range(1, 20))
+VOLUMES = tuple(f"vm{number}" for number in range(1, 24))
 SUCCEEDED = volume_pb2.RESYNC_STATE_SUCCEEDED
 FAILED = volume_pb2.RESYNC_STATE_FAILED
 BLOCKED = volume_pb2.RESYNC_STATE_BLOCKED
