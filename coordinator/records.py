@@ -14,8 +14,9 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -204,27 +205,12 @@ def _bytes(record: ElectionRecord | Resync) -> int:
 
 def _plain(record: VolumeEntry | ElectionRecord | Resync | NodeView | ClusterEvent | AuditEntry) -> Json:
     plain = msgspec.to_builtins(record, enc_hook=_plain_mapping)
-    _check_numbers(plain, type(record).__name__)
-    _write_cps(plain)
+    _write(plain, type(record).__name__)
     return dict(plain)
 
 
 def _in_range(number: float, field: str, most: int) -> bool:
     return (-most if field in _SIGNED else 0) <= number <= (CP_NUMBER_MAX if field == "epoch" else most)
-
-
-def _check_numbers(node: Any, what: str, field: str = "", most: int = NUMBER_MAX) -> None:
-    """Raises `Exhausted("TOO_LARGE")` for a number that `_read_cps` would refuse."""
-    if isinstance(node, int | float):
-        if not _in_range(node, field, most):
-            raise Exhausted("TOO_LARGE", f"a record of kind {what} is not stored with {field} {node}", field=field)
-    elif isinstance(node, dict) and field not in _FREE_FORM:
-        for name, value in node.items():
-            _check_numbers(value, what, name, CP_NUMBER_MAX if _is_cp(field) else NUMBER_MAX)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            if not isinstance(value, str):
-                _check_numbers(value, what, field, most)
 
 
 def _plain_mapping(value: Any) -> Any:
@@ -249,21 +235,43 @@ def _unreadable(key: str, why: str) -> Damaged:
     return Damaged("IO_ERROR", f"the store's record {key} cannot be read: {why}", key=key)
 
 
+@lru_cache(maxsize=256)
 def _is_cp(field: str) -> bool:
     return field == "cp" or field.endswith("_cp")
 
 
-def _write_cps(node: Any) -> None:
-    """Turns `{"epoch": 3, "sequence": 42}` to `"3-42"`, in place."""
-    if isinstance(node, dict):
-        for field, value in node.items():
-            if _is_cp(field) and isinstance(value, dict):
+def _write(node: dict[str, Any], what: str) -> None:
+    """Turns `{"epoch": 3, "sequence": 42}` to `"3-42"`, in place.
+
+    Raises `Exhausted("TOO_LARGE")` for a number that `_read_cps` would refuse. Every commit walks through its records
+    here, so types are told by what they are exactly: `to_builtins` makes no others.
+    """
+    for field, value in node.items():
+        kind = type(value)
+        if kind is dict:
+            if _is_cp(field):
+                for number in value.values():
+                    _check_number(number, field, CP_NUMBER_MAX, what)
                 node[field] = str(ConsistencyPoint(value["epoch"], value["sequence"]))
             elif field not in _FREE_FORM:
-                _write_cps(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            _write_cps(value)
+                _write(value, what)
+        elif kind is int or kind is float:
+            _check_number(value, field, NUMBER_MAX, what)
+        elif kind is list or kind is tuple:
+            _write_list(value, field, what)
+
+
+def _write_list(values: Sequence[Any], field: str, what: str) -> None:
+    for one in values:
+        if type(one) is dict:
+            _write(one, what)
+        elif type(one) is int:
+            _check_number(one, field, NUMBER_MAX, what)
+
+
+def _check_number(number: float, field: str, most: int, what: str) -> None:
+    if not _in_range(number, field, most):
+        raise Exhausted("TOO_LARGE", f"a record of kind {what} is not stored with {field} {number}", field=field)
 
 
 def _read_cps(node: Any, field: str = "") -> Any:
