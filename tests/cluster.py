@@ -32,13 +32,19 @@ from tests.certificates import Authority, channel
 DEADLINE_S = 60.0
 
 
+WORKERS_MAX = 16
 _ports_given: set[int] = set()
 
 
 def free_port() -> int:
-    """A port that nothing listens on, below those that the kernel gives to outgoing connections; each only once."""
+    """A port that nothing listens on, below those that the kernel gives to outgoing connections; each only once.
+
+    Those who run tests beside each other have ports of their own: what one has been given, and does not listen on yet,
+    would be free for another.
+    """
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in random.sample(range(lowest // 2, lowest), 100):
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS_MAX
+    for port in random.sample(range(lowest // 2 + worker, lowest, WORKERS_MAX), 100):
         with socket.socket() as probe:
             if port not in _ports_given and probe.connect_ex(("127.0.0.1", port)) != 0:
                 _ports_given.add(port)

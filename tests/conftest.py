@@ -45,9 +45,9 @@ _PATTERNS = (
     r"conformance/test_receiving\.py::test_(receive_again_and_again|the_other_way_round).*\[btrfs",
     r"conformance/test_commit\.py::test_it_goes_on_as_a_replica_like_any_other\[btrfs",
     r"conformance/test_letting_go\.py::test_prune_and_receive_go_together\[btrfs",
-    # The story of files: the ordinary tests tell the first half of it on Btrfs.
+    # The story of files: the ordinary tests tell the first copy of it on Btrfs.
     r"acceptance/test_trees\.py::.*\[(image|zfs)\]",
-    r"acceptance/test_trees\.py::test_a_(receiver|primary|database)",
+    r"acceptance/test_trees\.py::test_a_(receiver|primary|database|node_that_missed)",
     # Which of the agent's rights are needed: the ordinary tests hold that they are enough.
     r"agent/test_capabilities\.py::test_(without_any_one|an_agent_mirrors_a_tree)",
     # Renewing a certificate is ordinary; replacing the authority is the same, for everybody.
@@ -57,9 +57,10 @@ _PATTERNS = (
     r"acceptance/test_memory\.py::test_memory_and_time",
     r"acceptance/test_hooks\.py::test_a_database_on_two",
     r"acceptance/test_delta\.py::test_every_node_that_has",
+    r"acceptance/test_election\.py::test_the_old_primary_comes_back.*\[quiet",
     r"campaign/test_kills\.py",
     r"acceptance/test_crash\.py::test_a_transfer_outlives",
-    r"partitions/test_partitions\.py::test_a_transfer_(waits|needs)",
+    r"partitions/test_partitions\.py::test_a_transfer_(waits|needs|goes_on)",
     r"partitions/test_links\.py::test_a_link_that_flaps",
     r"conformance/test_in_use\.py::.*\[image-(btrfs|ext4)",
     r"conformance/test_history\.py::.*\[btrfs",

@@ -177,7 +177,7 @@ def test_an_agent_of_another_cluster_stays_out(pair: Cluster, disk: Path) -> Non
         assert problem["reason"] == "CLUSTER_MISMATCH"
         assert "this is cluster 'test'" in problem["message"]
         assert "'prod'" in problem["message"]
-        assert "correct `cluster` or `coordinators`" in pair.log("w")
+        wait_for(lambda: "correct `cluster` or `coordinators`" in pair.log("w"), "the agent logs it")
         assert "w" not in pair.replicas("vm1")
         pair.processes["w"].stop()
     assert list(place.iterdir()) == []

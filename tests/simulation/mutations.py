@@ -181,13 +181,17 @@ def _first_sight_by_name() -> tuple[Place, ...]:
 
 
 def _another_tools_is_ours() -> tuple[Place, ...]:
-    """What another tool made is pinned by nothing but what we need."""
+    """What another tool made counts among ours, and is pinned by nothing but what we need."""
     kept = pruning.pinned_by
 
     def pinned_by(*about: Any) -> tuple[str, ...]:
         return tuple(reason for reason in kept(*about) if reason != pruning.ANOTHER_TOOLS)
 
-    return ((pruning, "pinned_by", pinned_by),)
+    def prunable(context: Any, view: Any, node: str, keep_last: int) -> tuple[Any, ...]:
+        beyond = [one for one in view.replica(node).lineage if one.present][keep_last:]
+        return tuple(one for one in reversed(beyond) if not pinned_by(view, context, node, one.id))
+
+    return ((pruning, "pinned_by", pinned_by), (pruning, "prunable", prunable))
 
 
 # Remembering.

@@ -20,7 +20,7 @@ from tests.simulation.simulate import simulate
 SEEDS: Final = 250
 MUTANT_SEEDS_MAX: Final = 400
 RUN_TIMEOUT_S: Final = 280
-SAME_SEEDS: Final = 30
+SAME_SEEDS: Final = 15
 ROOT: Final = Path(__file__).parents[2]
 
 
