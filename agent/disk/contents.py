@@ -97,19 +97,29 @@ def _next_hole(fd: int, at: int) -> int:
         raise
 
 
-def _read_sparse(fd: int, offset: int, view: memoryview) -> None:
-    """Fills a view of at most a window, with zeros for holes and beyond the end: to read a hole takes longest."""
+def _read_sparse(fd: int, offset: int, view: memoryview, data_until: int) -> int:
+    """Fills a view of at most a window, with zeros for holes and beyond the end: to read a hole takes longest.
+
+    `data_until`: up to where there was data when the stretch before was read; up to where there is now is answered. It
+    is not asked for again before that: a tmpfs looks at every page up to the next hole each time. What has become a
+    hole meanwhile is read as one.
+    """
     at, end = offset, offset + len(view)
     while at < end:
-        data = min(_next_data(fd, at), end)
-        view[at - offset : data - offset] = _ZEROS[: data - at]
-        at, hole = data, min(_next_hole(fd, data), end) if data < end else end
+        if at >= data_until:
+            data = min(_next_data(fd, at), end)
+            view[at - offset : data - offset] = _ZEROS[: data - at]
+            if data == end:
+                break
+            at, data_until = data, _next_hole(fd, data)
+        hole = min(data_until, end)
         while at < hole:
             step = os.preadv(fd, [view[at - offset : hole - offset]], at)
             if step == 0:  # it has become shorter
                 view[at - offset :] = _ZEROS[: end - at]
-                return
+                return 0
             at += step
+    return data_until
 
 
 class _Window:
@@ -119,13 +129,16 @@ class _Window:
         self._buffer = bytearray(WINDOW_BYTES)
         self._words = np.frombuffer(self._buffer, np.uint64).reshape(-1, _WORDS)
         self.view = memoryview(self._buffer)
+        self._at = self._data_until = 0
 
     def read(self, fd: int | None, offset: int, length: int) -> Blocks:
         """The blocks of a stretch, 512 words each; without a file, zeros."""
         used = -(-length // BLOCK_BYTES)
         got = length if fd is not None else 0
         if fd is not None:
-            _read_sparse(fd, offset, self.view[:length])
+            known = self._data_until if offset == self._at else 0
+            self._data_until = _read_sparse(fd, offset, self.view[:length], known)
+            self._at = offset + length
         self.view[got : used * BLOCK_BYTES] = _ZEROS[: used * BLOCK_BYTES - got]
         return self._words[:used]
 
@@ -208,7 +221,7 @@ class Table:
     def rows(self, first_row: int, count: int) -> npt.NDArray[np.uint64]:
         """Digests of `count` windows, four words each, shaped (blocks, 4)."""
         raw = bytearray(count * _ROW_BYTES)
-        _read_sparse(self.fd, first_row * _ROW_BYTES, memoryview(raw))
+        _read_sparse(self.fd, first_row * _ROW_BYTES, memoryview(raw), 0)
         words = np.frombuffer(raw, np.uint64).reshape(count, -1)
         for row in np.flatnonzero(words.any(axis=1)).tolist():
             self._digest.update((first_row + row).to_bytes(8, "little") + words[row].tobytes())
