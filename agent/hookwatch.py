@@ -184,7 +184,7 @@ def locked(path: str, limit_s: float) -> bool:
 def done(path: str) -> None:
     with suppress(OSError):
         os.unlink(path)  # noqa: PTH108 - pathlib takes longer to load than all this takes to run
-        fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)  # noqa: PTH120
+        fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)  # noqa: PTH120 - as above
         os.fsync(fd)
         os.close(fd)
 

@@ -119,12 +119,12 @@ def _drop(context: Context, volume: str, request: DropRequest, nodes: frozenset[
         context.tell(
             "DROPPED", f"{request.snapshot_id} on {node}", volume=volume, node=node, principal=request.principal
         )
-    refused = {node: answer for node, answer in answers.items() if isinstance(answer, ResilverError)}
-    for error in refused.values():
-        if done:
-            message = f"{error.message}; it is gone from {', '.join(done)}"
-            about = {**error.metadata, "done": ",".join(done)}
-            raise error_for(error.reason, message, next_command=error.next_command, **about)
+    error = next((answer for answer in answers.values() if isinstance(answer, ResilverError)), None)
+    if error is not None and done:
+        message = f"{error.message}; it is gone from {', '.join(done)}"
+        about = {**error.metadata, "done": ",".join(done)}
+        raise error_for(error.reason, message, next_command=error.next_command, **about)
+    if error is not None:
         raise error
     return Dropped(sum(answer.freed_bytes for answer in done.values()))
 
@@ -180,8 +180,8 @@ def _pruned(context: Context, request: PruneRequest) -> Flow[Pruned]:
         if replica.report is None or not replica.fresh:
             continue
         keep_last = request.keep_last or replica.report.keep_last
-        going = () if unknown else prunable(context, view, node, keep_last)
-        beyond = () if not unknown else prunable(context, view, node, keep_last)
+        beyond = prunable(context, view, node, keep_last)
+        going = () if unknown else beyond
         for record in replica.lineage:
             if record.present and record not in going:
                 pins = pinned_by(view, context, node, record.id)
