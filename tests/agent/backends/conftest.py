@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.backends.replica import STAGES, Replica
+from tests.agent.backends.replica import STAGES, Replica, noise
 from tests.loopfs import KINDS, mounted
 
 
@@ -67,3 +67,14 @@ def small(kind: str) -> Iterator[Path]:
         yield point
         while STAGES:
             STAGES.pop().close()
+
+
+@pytest.fixture
+def stale(replica: Replica, other: Replica) -> tuple[Replica, Replica, str]:
+    """A source, a target that lacks its tip, and what they have in common."""
+    replica.create()
+    base = replica.snapshot().id
+    other.receive(replica)
+    replica.write(300_000, noise(7, 40_000))
+    replica.snapshot()
+    return replica, other, base

@@ -19,17 +19,6 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def stale(replica: Replica, other: Replica) -> tuple[Replica, Replica, str]:
-    """A source, a target that lacks its tip, and what they have in common."""
-    replica.create()
-    base = replica.snapshot().id
-    other.receive(replica)
-    replica.write(300_000, noise(7, 40_000))
-    replica.snapshot()
-    return replica, other, base
-
-
 @pytest.mark.parametrize("step", ["commit.described", "commit.intended", "commit.snapshot"])
 def test_a_stage_is_not_taken_from_under_a_commit_that_failed(stale, step):
     """What the run does after an error of its own disk: it discards the stage, and the next run begins anew."""

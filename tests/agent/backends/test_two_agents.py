@@ -26,17 +26,6 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def stale(replica: Replica, other: Replica) -> Stale:
-    """A source, a target that lacks its tip, and what they have in common."""
-    replica.create()
-    base = replica.snapshot().id
-    other.receive(replica)
-    replica.write(300_000, noise(7, 40_000))
-    replica.snapshot()
-    return replica, other, base
-
-
 def at(directory: Path, name: str, then: Callable[[], None]) -> Replica:
     """The replica in a directory, whose commit meets somebody at a step, once."""
     left = [then]
