@@ -29,8 +29,8 @@ ANOTHER_TOOLS: Final = "another tool's"
 def pinned_by(view: VolumeView, context: Context, node: str, snapshot_id: str) -> tuple[str, ...]:
     """Why a node may not let a snapshot go; empty if it may."""
     reasons: list[str] = []
-    held = held_on(view, node, snapshot_id)
-    if held is not None and held.origin is Origin.ADOPTED:
+    known = _known_on(view, node, snapshot_id)
+    if known is not None and known.origin is Origin.ADOPTED:
         reasons.append(ANOTHER_TOOLS)
     if view.replica(node).lineage.tip_id == snapshot_id:
         reasons.append("tip")
@@ -62,6 +62,11 @@ def held_on(view: VolumeView, node: str, snapshot_id: str) -> Snapshot | None:
     return next((one for one in others if one.id == snapshot_id), None)
 
 
+def _known_on(view: VolumeView, node: str, snapshot_id: str) -> Snapshot | None:
+    """As `held_on`, or what the lineage has of it: whoever let its data go may put it back before an order comes."""
+    return held_on(view, node, snapshot_id) or view.replica(node).lineage.find(snapshot_id)
+
+
 def prunable(context: Context, view: VolumeView, node: str, keep_last: int) -> tuple[Snapshot, ...]:
     """What is beyond `keep_last` and pinned by nothing, oldest first."""
     present = [one for one in view.replica(node).lineage if one.present and one.origin is not Origin.ADOPTED]
@@ -90,6 +95,9 @@ def drop(context: Context, request: DropRequest) -> Flow[Dropped]:
         # moment ago may not have told yet.
         examined = yield from examine(context, volume)
         here = frozenset(node for node in examined.fresh if held_on(examined.view, node, request.snapshot_id))
+        for node in sorted(nodes & (examined.fresh - here)):
+            message = f"node {node} has let snapshot {request.snapshot_id!r} go meanwhile"
+            raise no_snapshot(message, request.snapshot_id, node=node)
         _check_droppable(context, volume, request.snapshot_id, nodes, here)
         return (yield from _drop(context, volume, request, nodes))
     finally:
@@ -136,8 +144,8 @@ def _busy(volume: str) -> Refused:
 def _why_pinned(view: VolumeView, node: str, snapshot_id: str, pins: tuple[str, ...]) -> str:
     if ANOTHER_TOOLS not in pins:
         return f"{snapshot_id} on {node} is needed: {', '.join(pins)}"
-    held = held_on(view, node, snapshot_id)
-    name = held.note if held is not None and held.note else snapshot_id
+    known = _known_on(view, node, snapshot_id)
+    name = known.note if known is not None and known.note else snapshot_id
     return f"{name} on {node} was made by another tool: let it go with that one"
 
 

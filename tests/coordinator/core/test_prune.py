@@ -12,7 +12,7 @@ from coordinator.core.audited import Asked, AuditResult
 from coordinator.core.context import Settings
 from coordinator.core.orders import Dropped, DropSnapshot
 from coordinator.core.requests import DropRequest, Pruned, PruneRequest
-from resilver.errors import Refused
+from resilver.errors import NotFound, Refused
 from tests.coordinator.core.scenario import Scenario, given
 
 REPORT = "report a vm1 1-3:s3 1-2:s2 1-1:s1 unmodified +record +grant"
@@ -121,6 +121,18 @@ def test_of_two_drops_at_once_only_one_finds_another_copy():
     assert isinstance(answered["b"], Refused)
     assert answered["b"].reason == "LAST_COPY"
     assert not any(isinstance(action, e.GiveOrder) for action in actions)
+
+
+@pytest.mark.parametrize(("name", "gone"), [("g2", "-0-0:g2"), ("s1", "-1-1:s1")])
+def test_what_was_let_go_before_the_volumes_turn_is_not_ordered(name, gone):
+    """Whoever let it go may put it back, which no order for the one before may meet."""
+    scenario = adopted()
+    scenario.run(f"connect b vm1\n{ADOPTED}\n{ADOPTED.replace('report a', 'report b').replace(' +grant', '')}\n")
+    without = ADOPTED.replace(gone[1:], gone)
+    refused = let_go(scenario, name, "a", [("a", without), ("b", ADOPTED.replace("report a", "report b"))])
+    assert isinstance(refused, NotFound)
+    assert refused.reason == "SNAPSHOT_NOT_FOUND"
+    assert refused.message == f"node a has let snapshot {name!r} go meanwhile"
 
 
 def test_a_copy_on_a_node_that_is_away_does_not_count():
