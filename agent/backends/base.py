@@ -139,7 +139,8 @@ class Stage(Protocol):
     directory: Path
     resumed: bool
 
-    def write(self, offset: int, data: memoryview) -> None: ...
+    def write(self, offset: int, data: memoryview) -> None:
+        """Of two writes to one place the later counts; what was written can be read after the next `sync`."""
 
     def zero(self, offset: int, length: int) -> None:
         """Makes a hole."""

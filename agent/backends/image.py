@@ -9,6 +9,7 @@ This file is the door: it checks space, calls what does the work, and turns erro
 `image_live.py`           the live copy as it is found: in use by whom, modified or not
 `image_snapshot.py`       taking a consistency point
 `image_stage.py`          what is being received
+`image_scratch.py`        the way of small pieces into a stage on XFS
 `image_commit.py`         the stage becomes the tip, the live copy its clone, in one step
 `image_finish.py`         what is left of that, and its undoing
 `image_keep.py`           preserved copies, the spare, dropping

@@ -15,6 +15,7 @@ from typing import Final
 
 from agent.backends.image_copy import Copier, create, fresh_dir, opened, remove_tree
 from agent.backends.image_layout import Layout
+from agent.backends.image_scratch import Scratch
 from agent.backends.image_untouched import check_untouched
 from agent.delta import DeltaRange
 from agent.disk import contents, ioctl
@@ -27,7 +28,7 @@ _ZEROS: Final = memoryview(bytes(1 << 20))
 class ImageStage:
     """An open stage; usable from several threads."""
 
-    def __init__(self, layout: Layout, base: str, target: str, size_bytes: int, *, resumed: bool) -> None:
+    def __init__(self, layout: Layout, base: str, target: str, size_bytes: int, *, resumed: bool, shares: bool) -> None:
         self.base = base
         self.target = target
         self.size_bytes = size_bytes
@@ -37,13 +38,26 @@ class ImageStage:
         self._closing = threading.Lock()
         with disk_errors(self._path):
             self._fd = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                # What is written where nothing was shared costs no exchange.
+                scratch = base and shares and ioctl.fs_magic(self._fd) == ioctl.XFS_MAGIC
+                self._scratch = Scratch(self.directory, self._fd) if scratch else None
+            except BaseException:
+                os.close(self._fd)
+                raise
 
     def write(self, offset: int, data: memoryview) -> None:
+        """The bytes can be read back after `sync`."""
         with disk_errors(self._path):
-            contents.write_all(self._fd, offset, data)
+            scratch = self._settled(offset, len(data))
+            if scratch is not None and scratch.takes(offset, len(data)):
+                scratch.write(offset, data)
+            else:
+                contents.write_all(self._fd, offset, data)
 
     def zero(self, offset: int, length: int) -> None:
         with disk_errors(self._path):
+            self._settled(offset, length)
             try:
                 ioctl.punch_hole(self._fd, offset, length)
             except OSError as error:
@@ -52,13 +66,22 @@ class ImageStage:
                 for at in range(offset, offset + length, len(_ZEROS)):
                     contents.write_all(self._fd, at, _ZEROS[: offset + length - at])
 
+    def _settled(self, offset: int, length: int) -> Scratch | None:
+        """Of two writes to one place the later one counts."""
+        scratch = self._scratch
+        if scratch is not None:
+            scratch.settle(offset, length)
+        return scratch
+
     def sync(self) -> None:
         with disk_errors(self._path):
+            if self._scratch is not None:
+                self._scratch.place()
             os.fdatasync(self._fd)
 
     def drop_cache(self) -> None:
+        self.sync()
         with disk_errors(self._path):
-            os.fdatasync(self._fd)
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def announce(self, ranges: Sequence[DeltaRange]) -> None:
@@ -83,6 +106,9 @@ class ImageStage:
     def close(self) -> None:
         with self._closing:
             fd, self._fd = self._fd, -1
+            scratch, self._scratch = self._scratch, None
+        if scratch is not None:
+            scratch.close()
         if fd >= 0:
             os.close(fd)
 
@@ -100,7 +126,7 @@ def open_stage(layout: Layout, copier: Copier, base: str, target: str, size_byte
             except BaseException:
                 remove_tree(layout.new("stage"))
                 raise
-    return ImageStage(layout, base, target, size_bytes, resumed=whole)
+    return ImageStage(layout, base, target, size_bytes, resumed=whole, shares=copier.reflink)
 
 
 def _make(layout: Layout, copier: Copier, base: str, target: str, size_bytes: int) -> None:

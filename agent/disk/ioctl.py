@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 FICLONE: Final = 0x40049409
+FICLONERANGE: Final = 0x4020940D
 FIDEDUPERANGE: Final = 0xC0189436
 FIEMAP: Final = 0xC020660B
 FSGETXATTR: Final = 0x801C581F
@@ -90,6 +91,11 @@ def _check(result: int, path: str = "") -> None:
 def clone(target_fd: int, source_fd: int) -> None:
     """Makes the target share all the source's extents."""
     fcntl.ioctl(target_fd, FICLONE, source_fd)
+
+
+def clone_range(target_fd: int, target_offset: int, source_fd: int, source_offset: int, length: int) -> None:
+    """Makes a range of the target share a range of the source; all three numbers are of whole blocks."""
+    fcntl.ioctl(target_fd, FICLONERANGE, struct.pack("<qQQQ", source_fd, source_offset, length, target_offset))
 
 
 def dedupe(target_fd: int, source_fd: int, offset: int, length: int) -> int | None:
