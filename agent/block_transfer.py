@@ -83,8 +83,7 @@ class BlockTransfer:
             throttle=desk.throttle,
         )
         desk.tell(state=ResyncState.VERIFYING)
-        # A large volume on a slow disk takes hours, and who tells nothing for so long counts as gone.
-        verify(self.stage, delta, journal, stop=desk.stop, on_share=desk.tell)
+        verify(self.stage, delta, journal, stop=desk.stop, on_share=desk.advanced)
 
     def close(self) -> None:
         if self._journal is not None:

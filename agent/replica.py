@@ -335,9 +335,18 @@ class Replica:
         return self._lineage_to(self._examiner.examine(compare_live=False), target)
 
     def took_tip(self, tip: str, volume_id: str) -> None:
-        """After a CP or a commit: the new tip is remembered, so that its absence would be a loss, and told."""
+        """As `saw_tip`, and told."""
+        seen = self.saw_tip(tip, volume_id)
+        if seen is not None:
+            self.on_report(seen)
+
+    def saw_tip(self, tip: str, volume_id: str) -> ReplicaReport | None:
+        """After a CP or a commit: the new tip is remembered, so that its absence would be a loss, and compared.
+
+        None if the disk does not let it be looked at.
+        """
         self._examiner.remember(tip, volume_id)
-        self._tell(compare_live=True)
+        return self._looked(compare_live=True)
 
     # Inside.
 
@@ -382,11 +391,17 @@ class Replica:
         if report.presence is Presence.LOST:
             raise Refused("REPLICA_LOST", f"nothing is written for {self.volume} while its disk is not there")
 
-    def _tell(self, *, compare_live: bool = False) -> None:
+    def _tell(self) -> None:
+        seen = self._looked(compare_live=False)
+        if seen is not None:
+            self.on_report(seen)
+
+    def _looked(self, *, compare_live: bool) -> ReplicaReport | None:
         try:
-            self.on_report(self._examiner.examine(compare_live=compare_live))
+            return self._examiner.examine(compare_live=compare_live)
         except ResilverError as error:
             _log.warning("look failed", volume=self.volume, reason=error.reason, message=error.message)
+            return None
 
     def _answered(self, request_id: str, asked: object) -> tuple[Snapshot, bool] | None:
         known = self._requests.get(request_id) if request_id else None

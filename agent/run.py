@@ -11,6 +11,8 @@ PREPARING -> TRANSFERRING -> VERIFYING -> COMMITTING -> SUCCEEDED, in a thread o
   failing disk here, and data that does not read back as it was sent, cost the stage, and what else is half done is
   finished or undone. Every other failure keeps it.
 * A live copy in use stands in the way of the commit alone: the stage is filled meanwhile, and waits for it.
+* A run of which nothing is heard for a quarter of an hour counts as gone. So whatever may take longer tells that it
+  advances (`agent/disk/advance.py`), and nothing else does: one that hangs is silent.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import structlog
 
 from agent.backends.base import CommitOrder
 from agent.block_transfer import BlockTransfer
+from agent.disk.advance import told_to
 from agent.peers import Wanted
 from agent.rights import check_tip
 from agent.stream.link import OF_ITS_DISK
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 BACKOFF_MAX_S: Final = 5.0
+ADVANCE_TOLD_S: Final = 5.0
 
 BLOCKING: Final = frozenset({"IN_USE", "KEEPS_BEING_WRITTEN", "PRESERVED_FULL"})
 WELL: Final = frozenset(ResyncState) - {ResyncState.FAILED, ResyncState.BLOCKED}
@@ -84,6 +88,7 @@ class Run:
         self.spool_max_bytes: Final = spool_max_bytes
         self.throttle: Final = throttle or Throttle()
         self._told = told
+        self._advance_told_at = -ADVANCE_TOLD_S
         self._stopping: ResilverError | None = None
         fresh = Progress(wanted.resync_id, replica.volume, ResyncState.QUEUED)
         self.progress: Progress = fresh if progress is None else progress
@@ -105,7 +110,8 @@ class Run:
         try:
             slots.take(self.stop, self.wanted.priority)
             try:
-                self._run()
+                with told_to(self.advanced):
+                    self._run()
             finally:
                 slots.give_back()
         except ResilverError as error:
@@ -174,7 +180,10 @@ class Run:
         return report.lineage
 
     def _commit(self, stage: AnyStage, lineage: Lineage) -> None:
-        """On the worker, as one job: nobody sees the new tip before SUCCEEDED has been told."""
+        """On the worker, as one job: nobody sees the new tip before SUCCEEDED has been told.
+
+        That is told when the new live copy has been compared: without shared extents that reads all of it once more.
+        """
         if self.stop.is_set():
             raise Stopped
         wanted, replica = self.wanted, self.replica
@@ -193,8 +202,14 @@ class Run:
                 replace_unrelated=wanted.replace_unrelated,
             ),
         )
-        self.tell(state=ResyncState.SUCCEEDED, preserved=tuple(copy.id for copy in preserved), message="", reason="")
-        replica.took_tip(wanted.target, wanted.order.volume_id)
+        seen = None
+        try:
+            seen = replica.saw_tip(wanted.target, wanted.order.volume_id)
+        finally:  # whatever became of the look, the commit is done
+            kept = tuple(copy.id for copy in preserved)
+            self.tell(state=ResyncState.SUCCEEDED, preserved=kept, message="", reason="")
+        if seen is not None:
+            replica.on_report(seen)
 
     def _succeed(self, report: ReplicaReport) -> None:
         """The goal was there already, perhaps by a commit that a kill did not let us tell of."""
@@ -276,6 +291,13 @@ class Run:
         if self.progress.state is not before:
             self._log_step()
         self._told(self)
+
+    def advanced(self) -> None:
+        """Some more is done of what no figure tells. On the run's thread, or one of the replica's that it waits for."""
+        now = time.monotonic()
+        if now - self._advance_told_at >= ADVANCE_TOLD_S and not self.progress.state.final:
+            self._advance_told_at = now
+            self.tell()
 
     def _log_step(self) -> None:
         """Each step once. The volume, the resync and the term are bound to the run's thread."""

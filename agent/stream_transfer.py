@@ -92,7 +92,7 @@ class StreamTransfer:
             )
             desk.tell(total_bytes=desk.progress.done_bytes)
         desk.tell(state=ResyncState.VERIFYING)
-        self.stage.verify(desk.stop)
+        self.stage.verify(desk.stop, on_share=desk.advanced)
 
     def close(self) -> None:
         if self._stage is not None:

@@ -75,6 +75,9 @@ class Desk(Protocol):
 
     def tell(self, **changes: object) -> None: ...
 
+    def advanced(self) -> None:
+        """Some more is done of what no figure tells. To be called often: it is told now and then."""
+
     def received_before(self, *, done_bytes: int) -> None: ...
 
     def count(self, counters: Counters) -> None: ...

@@ -13,7 +13,8 @@ other end's file system can read; it is made and taken from its first byte to it
 
 Every method blocks and is called from a worker thread. Methods of one backend are never called concurrently, except
 `delta_map`, `open_reader`, `delta_bytes`, `open_send` and the methods of what was opened. Errors are those of
-`resilver.errors`; an OSError from the disk becomes `Damaged("IO_ERROR")` or `Refused("NO_SPACE")`.
+`resilver.errors`; an OSError from the disk becomes `Damaged("IO_ERROR")` or `Refused("NO_SPACE")`. What may take more
+than minutes calls `agent.disk.advance.advanced` with each piece that is done: a run that is silent counts as gone.
 """
 
 from __future__ import annotations
@@ -222,8 +223,11 @@ class StreamStage(Protocol):
         as it was.
         """
 
-    def verify(self, stop: threading.Event) -> None:
-        """Reads back from the disk what came; `Damaged("READBACK_MISMATCH")`."""
+    def verify(self, stop: threading.Event, on_share: Callable[[], None] | None = None) -> None:
+        """Reads back from the disk what came; `Damaged("READBACK_MISMATCH")`.
+
+        `on_share` is called from this thread with each MiB or less that was read, and with nothing else.
+        """
 
     def close(self) -> None:
         """Ends whatever takes the stream; what came is kept as far as `resumed` and the spool allow."""

@@ -36,7 +36,7 @@ from agent.backends import (
 from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SendStream, StreamOrigin, StreamStage
 from agent.backends.btrfs_adopt import Finder, Known
 from agent.backends.btrfs_layout import SubvolumeLayout, check_untouched
-from agent.disk import btrfs, btrfs_space, ioctl
+from agent.disk import advance, btrfs, btrfs_space, ioctl
 from agent.disk.durable import disk_errors, remove_file
 from resilver.errors import Damaged, Invalid, NotFound, Refused, Unauthenticated
 from resilver.lineage import Lineage, Snapshot
@@ -58,10 +58,6 @@ _METADATA_MARGIN_BYTES: Final = 32 << 20
 _METADATA_SHARE: Final = 50
 
 
-def _no_step(_name: str) -> None:
-    return None
-
-
 class BtrfsBackend:
     """One replica whose live copy is a subvolume. `step` is called by name at the points listed in STEPS."""
 
@@ -80,7 +76,7 @@ class BtrfsBackend:
         reserve_min_bytes: int = 1 << 30,
         preserved_max_count: int = 64,
         preserved_max_bytes: int = 0,
-        step: Callable[[str], None] = _no_step,
+        step: Callable[[str], None] = advance.step,
     ) -> None:
         self.keep_last: Final = keep_last
         self._reserve = (reserve_ratio, reserve_min_bytes)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.backends.btrfs_stream import Attribute, Command, Kind, Meter, Parser
+from agent.disk.advance import advanced
 from resilver.errors import Damaged, Invalid, Refused
 
 PLAIN: Final = "btrfs-1"
@@ -165,6 +166,7 @@ def _pieces(base: Path | None, target: Path, deadline_s: float) -> Generator[mem
     try:
         while count := send.read_into(buffer):
             yield buffer[:count]
+            advanced()
             if time.monotonic() > until:
                 raise TimeoutError
     except Damaged:

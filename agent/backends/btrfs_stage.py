@@ -20,6 +20,7 @@ import fcntl
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +40,7 @@ from agent.backends.btrfs_layout import (
 from agent.backends.btrfs_send import END_MAX_S, PIPE_BYTES, Words, end, environment, failed, formats
 from agent.backends.btrfs_stream import END_BYTES, Attribute, Command, Kind, Parser, root_times
 from agent.disk import btrfs
+from agent.disk.advance import advanced
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
 from resilver.errors import Damaged, Invalid
 
@@ -204,6 +206,7 @@ class BtrfsStage:
         if self._receive is None:
             raise Damaged("IO_ERROR", f"{self.directory}: nothing was received")
         self._receive.finish()
+        advanced()  # what follows syncs the file system
         with disk_errors(self.directory):
             self._keep(self._receive)
 
@@ -256,11 +259,11 @@ class BtrfsStage:
         native = load_native(path.parent / "native.json") if path == self._layout.data(self.base) else None
         return not touched(path, native) if native is not None else vouched(path, info)
 
-    def verify(self, stop: threading.Event) -> None:
+    def verify(self, stop: threading.Event, on_share: Callable[[], None] | None = None) -> None:
         if not is_received(self._layout):
             raise Damaged("IO_ERROR", f"{self.directory}: nothing was received")
         with disk_errors(self.directory):
-            btrfs_verify.verify(self._layout.tree / "data", self.directory, stop)
+            btrfs_verify.verify(self._layout.tree / "data", self.directory, stop, on_share)
 
     def _end(self) -> None:
         with self._closing:

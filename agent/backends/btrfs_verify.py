@@ -22,7 +22,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -239,8 +239,11 @@ def _zstd(data: memoryview, whole: int) -> bytes:
     return plain
 
 
-def verify(subvolume: Path, directory: Path, stop: threading.Event) -> int:
-    """Reads back all that was noted; the bytes that were compared. `Damaged("READBACK_MISMATCH")` names the file."""
+def verify(subvolume: Path, directory: Path, stop: threading.Event, on_share: Callable[[], None] | None = None) -> int:
+    """Reads back all that was noted; the bytes that were compared. `Damaged("READBACK_MISMATCH")` names the file.
+
+    `on_share` is called after each run, which is of 1 MiB at most.
+    """
     compared = 0
     places = _places(directory / "places")
     root = os.fsencode(subvolume)
@@ -260,6 +263,8 @@ def verify(subvolume: Path, directory: Path, stop: threading.Event) -> int:
                     raise Stopped
                 view = memoryview(buffer)[:length]
                 _read(fd, offset, view, subvolume, path)
+                if on_share is not None:
+                    on_share()
                 if digest == _NO_DIGEST:
                     continue
                 if blake3.blake3(view).digest() != digest:

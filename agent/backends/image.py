@@ -40,7 +40,7 @@ from agent.backends.image_copy import Copier, export_file, opened
 from agent.backends.image_layout import Layout, State, load_state
 from agent.backends.image_untouched import check_untouched
 from agent.delta import DeltaMap
-from agent.disk import ioctl, quiesce
+from agent.disk import advance, ioctl, quiesce
 from agent.disk.claim import Claim
 from agent.disk.durable import disk_errors, remove_file
 from agent.disk.reader import FileReader
@@ -62,10 +62,6 @@ _EXTENT_BYTES: Final = 17
 _SPACE_MARGIN_MIN_BYTES: Final = 64 << 20
 
 
-def _no_step(_name: str) -> None:
-    return None
-
-
 class ImageBackend:
     """One replica whose live copy is a raw image file. `step` is called by name at the points listed in STEPS."""
 
@@ -85,7 +81,7 @@ class ImageBackend:
         preserved_max_bytes: int = 0,
         seams_max: int = image_compact.SEAMS_MAX,
         state_dir: Path | None = None,
-        step: Callable[[str], None] = _no_step,
+        step: Callable[[str], None] = advance.step,
     ) -> None:
         self.keep_last: Final = keep_last
         self._reserve = (reserve_ratio, reserve_min_bytes)

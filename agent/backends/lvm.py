@@ -40,7 +40,7 @@ from agent.backends.image_copy import remove_tree
 from agent.backends.lvm_place import Place, View, load_ref
 from agent.backends.lvm_state import Found, Tools
 from agent.delta import DeltaMap
-from agent.disk import contents, ioctl, lvm, orphans, thin
+from agent.disk import advance, contents, ioctl, lvm, orphans, thin
 from agent.disk.durable import FILE_MODE, disk_errors, fsync_dir, remove_file
 from agent.disk.inuse import InUseError
 from agent.disk.lvm import Lv
@@ -66,10 +66,6 @@ _WINDOW_BYTES: Final = 1 << 20
 _SNAPSHOT_METADATA_BLOCKS: Final = 8
 
 
-def _no_step(_name: str) -> None:
-    return None
-
-
 class LvmBackend:
     """One replica whose live copy is a thin volume. `step` is called by name at the points listed in STEPS."""
 
@@ -87,7 +83,7 @@ class LvmBackend:
         reserve_min_bytes: int = 1 << 30,
         preserved_max_count: int = 64,
         preserved_max_bytes: int = 0,
-        step: Callable[[str], None] = _no_step,
+        step: Callable[[str], None] = advance.step,
     ) -> None:
         self.keep_last: Final = keep_last
         self._reserve = (reserve_ratio, reserve_min_bytes)

@@ -43,7 +43,7 @@ from agent.backends.zfs_layout import (
     mounted,
     ready,
 )
-from agent.disk import orphans, zfs
+from agent.disk import advance, orphans, zfs
 from agent.disk.durable import disk_errors, remove_file
 from resilver.errors import Invalid, NotFound, Refused
 from resilver.lineage import Lineage, Origin, Snapshot
@@ -57,10 +57,6 @@ STEPS: Final = (
 )
 
 _MARGIN_MIN_BYTES: Final = 64 << 20
-
-
-def _no_step(_name: str) -> None:
-    return None
 
 
 class ZfsBackend:
@@ -79,7 +75,7 @@ class ZfsBackend:
         reserve_min_bytes: int = 1 << 30,
         preserved_max_count: int = 64,
         preserved_max_bytes: int = 0,
-        step: Callable[[str], None] = _no_step,
+        step: Callable[[str], None] = advance.step,
     ) -> None:
         self._layout: Final = make_layout(volume, path, snapshot_dir.absolute())
         self._reserve = (reserve_ratio, reserve_min_bytes)

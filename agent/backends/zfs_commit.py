@@ -49,6 +49,7 @@ from agent.backends.zfs_send import open_stream
 from agent.backends.zfs_stage import Receiver, ZfsStage, agrees, discard, read_back
 from agent.backends.zfs_stream import Change, Contents
 from agent.disk import zfs
+from agent.disk.advance import advanced
 from resilver.errors import Damaged, Invalid, Refused, ResilverError
 from resilver.lineage import Origin, Snapshot
 from resilver.volume import PreservedCopy
@@ -294,7 +295,8 @@ def _receive(tools: Tools, stage: ZfsStage, plan: _Plan, journal: Journal) -> No
         went = _pipe(layout, stage, plan)
         tools.step("commit.received")
         stream_format = stage.plan.stream_format
-        if not agrees(went, read_back(journal.on, incoming, stream_format), layout.live, stream_format):
+        came = read_back(journal.on, incoming, stream_format, on_share=advanced)
+        if not agrees(went, came, layout.live, stream_format):
             raise Damaged("READBACK_MISMATCH", f"what {incoming} gives back is not what was written into it")
         tools.step("commit.verified")
         if journal.record:
@@ -321,6 +323,7 @@ def _pipe(layout: Layout, stage: ZfsStage, plan: _Plan) -> Contents:
         try:
             while got := stream.read_into(buffer):
                 receiver.feed(buffer[:got])
+                advanced()
             receiver.finish()
             return receiver.reader.contents()
         except ResilverError as error:

@@ -26,6 +26,7 @@ from agent.backends.zfs_layout import TAKING, Layout, State
 from agent.backends.zfs_send import open_stream
 from agent.backends.zfs_stream import Reader
 from agent.disk import mounted, zfs
+from agent.disk.advance import advanced
 from resilver.errors import Refused, ResilverError
 from resilver.volume import LiveCopy, LiveState
 
@@ -151,6 +152,7 @@ def empty_between(base: str, target: str) -> bool:
         while (got := stream.read_into(buffer)) and not reader.content_records:
             for _piece in reader.feed(buffer[:got]):
                 pass
+            advanced()
     finally:
         stream.close()
     return reader.whole and not reader.content_records

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -31,6 +32,7 @@ from agent.backends.zfs_layout import INCOMING, Layout, State, find
 from agent.backends.zfs_send import PLAIN, Words, open_stream, reap
 from agent.backends.zfs_stream import Change, Contents, Reader
 from agent.disk import zfs
+from agent.disk.advance import advanced
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
 from agent.stored import typed
 from agent.stream.work import Stopped
@@ -227,6 +229,7 @@ class ZfsStage:
             if self._receiver is None:
                 raise Invalid("INVALID_FIELD", "the stage was not started", field="data")
             self._receiver.finish()
+            advanced()
             self.plan = replace(self.plan, whole=True)
             if not self._continued:
                 self.plan = replace(self.plan, **asdict(self._receiver.reader.contents()))
@@ -248,10 +251,10 @@ class ZfsStage:
             said = f"{self.layout.stage} became a clone of {origin or 'nothing'} instead of {self._base or 'nothing'}"
             raise Damaged("SOURCE_DAMAGED", f"{said}: another snapshot of the pool has the same guid")
 
-    def verify(self, stop: threading.Event) -> None:
+    def verify(self, stop: threading.Event, on_share: Callable[[], None] | None = None) -> None:
         if self.base == self.target:
             return
-        found = read_back(self._base, self.received, self.plan.stream_format, stop)
+        found = read_back(self._base, self.received, self.plan.stream_format, stop, on_share)
         came = Contents(self.plan.digest, self.plan.outline, self.plan.block_bytes_max)
         if self.plan.digest and not agrees(came, found, self.layout.stage, self.plan.stream_format):
             said = f"what {self.received} gives back is not what came"
@@ -267,8 +270,18 @@ class ZfsStage:
             receiver.close()
 
 
-def read_back(base: str, target: str, stream_format: str, stop: threading.Event | None = None) -> Contents:
-    """The contents of a stream that is made again from what is on the disk."""
+def read_back(
+    base: str,
+    target: str,
+    stream_format: str,
+    stop: threading.Event | None = None,
+    on_share: Callable[[], None] | None = None,
+) -> Contents:
+    """The contents of a stream that is made again from what is on the disk.
+
+    `zfs send` reads, and shows of that only what it gives: `on_share` is called with each piece, of 1 MiB at most. One
+    that gives nothing for ten minutes has failed (`zfs_send.SILENT_MAX_S`).
+    """
     stream = open_stream(base, target, stream_format)
     reader = Reader()
     buffer = memoryview(bytearray(_PIECE_BYTES))
@@ -278,6 +291,8 @@ def read_back(base: str, target: str, stream_format: str, stop: threading.Event 
                 raise Stopped
             for _piece in reader.feed(buffer[:got]):
                 pass
+            if on_share is not None:
+                on_share()
     finally:
         stream.close()
     if not reader.whole:

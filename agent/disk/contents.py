@@ -4,7 +4,7 @@ A table stands beside each snapshot of a file system without shared extents: the
 32 bytes each, made in the pass that copies it. A block of zeros has a digest of zeros, so that a hole in the file is a
 hole in the table. Two snapshots are compared by their tables, 1/128 of the data. The last block counts as if filled
 up with zeros. A table has a digest of its own, kept in the snapshot's record, and is checked whenever it is read
-through; files are walked in windows of 1 MiB, and holes are stepped over.
+through; files are walked in windows of 1 MiB, after each of which `advanced` is called, and holes are stepped over.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agent.delta import DeltaRange
+from agent.disk.advance import advanced
 from resilver.errors import Damaged
 
 BLOCK_BYTES: Final = 4096
@@ -166,6 +167,7 @@ def compare(
         for at, size, state in _runs(states, offset, length):
             if state:
                 yield at, size, state == 2
+        advanced()
 
 
 def copy(source_fd: int, target_fd: int, table_fd: int | None, *, check: Callable[[], None] = _never) -> str:
@@ -189,6 +191,7 @@ def copy(source_fd: int, target_fd: int, table_fd: int | None, *, check: Callabl
             row = _digests(window.view, filled)
             write_all(table_fd, offset // BLOCK_BYTES * DIGEST_BYTES, memoryview(row)[: len(filled) * DIGEST_BYTES])
             digest.update(_row_key(offset) + row)
+        advanced()
     return digest.hexdigest()
 
 
@@ -268,6 +271,7 @@ def equals_table(fd: int, table_fd: int, *, check: Callable[[], None] = _never) 
         filled = _filled(window.read(fd, offset, length))
         if table.rows(row, 1).tobytes() != _digests(window.view, filled):
             return False
+        advanced()
     return _rows_empty(table_fd, covered + 1, -(-size // WINDOW_BYTES))
 
 

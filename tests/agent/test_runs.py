@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from agent import run as run_module
 from agent import runs as module
 from agent.backends.base import NewSnapshot
 from agent.backends.image import ImageBackend
@@ -215,6 +216,20 @@ def test_a_base_is_one_and_the_same_on_both_sides(mine, theirs, reason):
     with pytest.raises(ResilverError) as caught:
         check_lineages("s1", mine, theirs)
     assert caught.value.reason == reason
+
+
+def test_what_advances_is_told_now_and_then_and_never_after_the_end(replica, kept, monkeypatch):
+    monkeypatch.setattr(run_module, "ADVANCE_TOLD_S", 1e9)
+    run, told = kept()._made(saved().wanted, replica, place=None), []
+    run._told = lambda one: told.append(one.progress.state)
+    run.advanced()
+    run.advanced()
+    assert told == [ResyncState.QUEUED], "once in a while"
+    monkeypatch.setattr(run_module, "ADVANCE_TOLD_S", 0.0)
+    run.advanced()
+    run.tell(state=ResyncState.SUCCEEDED)
+    run.advanced()
+    assert told == [ResyncState.QUEUED, ResyncState.QUEUED, ResyncState.SUCCEEDED]
 
 
 @pytest.fixture
