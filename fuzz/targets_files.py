@@ -167,9 +167,9 @@ def native(data: bytes) -> None:
 def zfs_record(data: bytes) -> None:
     """A snapshot's property, which whoever may set properties can write."""
     text = data.decode(errors="replace")
-    found = zfs_layout._read_record(text)  # noqa: SLF001 - the parser itself
+    found = zfs_layout.read_record(text)
     if found is not None:
-        again = zfs_layout._read_record(zfs_layout.record_property(*found))  # noqa: SLF001 - as above
+        again = zfs_layout.read_record(zfs_layout.record_property(*found))
         assert again is not None
         assert again[0].id == found[0].id
         snapshot_to_proto(found[0]).SerializeToString()
@@ -185,7 +185,7 @@ def lineage_state(data: bytes) -> None:
         layout = _layout(directory)
         _lay_out(directory, value)
         before = listing(directory)
-        for load in (lambda: image_layout.load_state(layout), lambda: zfs_layout._read_ancestry(_zfs(directory))):  # noqa: SLF001 - as above
+        for load in (lambda: image_layout.load_state(layout), lambda: zfs_layout.read_ancestry(_zfs(directory))):
             with contextlib.suppress(Damaged):
                 load()
         assert listing(directory) == before, "looking has changed something"

@@ -40,11 +40,11 @@ from agent.backends.zfs_layout import (
     RECORD,
     Layout,
     State,
-    append_records,
     load_state,
     record_property,
 )
 from agent.backends.zfs_live import put_back, set_aside, shut, unmodified
+from agent.backends.zfs_log import append_records
 from agent.backends.zfs_send import open_stream
 from agent.backends.zfs_stage import Receiver, ZfsStage, agrees, discard, read_back
 from agent.backends.zfs_stream import Change, Contents
@@ -110,7 +110,7 @@ def commit(tools: Tools, stage: ZfsStage, order: CommitOrder) -> tuple[Preserved
         return tuple(copy for copy in keeping.list_preserved(layout) if copy.resync_id == order.resync_id)
     tools.step("commit.begun")
     natives = {} if plan.target.id in state.where else {plan.target.id: stage.plan.native_target}
-    append_records(layout, (*order.lineage, *plan.leaving), natives)
+    append_records(layout, (*order.lineage, *plan.leaving), natives, state, [gone.id for gone in plan.leaving])
     tools.step("commit.logged")
     mounted = False
     try:

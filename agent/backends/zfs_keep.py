@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from agent.backends.zfs_layout import RECORD, SEND_TAG, TAG, TAKING, Layout, State, append_records
+from agent.backends.zfs_layout import RECORD, SEND_TAG, TAG, TAKING, Layout, State
+from agent.backends.zfs_log import append_records
 from agent.disk import zfs
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
 from agent.stored import typed
@@ -126,7 +127,7 @@ def destroy_kept(dataset: str) -> None:
 
 def drop_snapshot(layout: Layout, state: State, snapshot_id: str, step: Callable[[str], None]) -> int:
     """Lets a snapshot of the lineage go; its record stays in the log."""
-    append_records(layout, [state.known[snapshot_id]], {})
+    append_records(layout, [state.known[snapshot_id]], {}, state, [snapshot_id])
     step("drop.logged")
     freed = destroy_snapshot(state.where[snapshot_id].name)
     step("drop.destroyed")
@@ -241,7 +242,7 @@ def _sweep_files(layout: Layout) -> None:
 def _set_holds(layout: Layout, state: State) -> None:
     """Each CP of ours is held once, and the guid of each is in the log."""
     natives = {key: one.guid for key, one in state.where.items() if state.is_ours(key)}
-    append_records(layout, [state.known[key] for key in natives], natives)
+    append_records(layout, [state.known[key] for key in natives], natives, state)
     for key, one in state.where.items():
         ours = state.is_ours(key)
         if one.holds > int(ours):

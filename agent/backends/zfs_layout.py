@@ -5,7 +5,7 @@ Beside the live copy `tank/vm1` stands `tank/vm1.resilver`, on the same pool and
     tank/vm1@resilver-3-42-1a2b3c4d   a consistency point: its record is a property of the snapshot
     tank/vm1@…                        a snapshot of another tool: adopted below our first CP, only shown after it
     tank/vm1.resilver/records         what stands in files, mounted at the snapshot directory (0700)
-        ancestry.jsonl                records and, of each snapshot that was ever here, the guid
+        ancestry.jsonl                records and, of those whose snapshots were ever here, the guid
         tip.json                      the tip, in case that its snapshot is destroyed by somebody
         commit.json                   the intention of a commit that is under way
         stage/                        what is known of a stream that is being received, its journal and spool
@@ -16,8 +16,9 @@ Beside the live copy `tank/vm1` stands `tank/vm1.resilver`, on the same pool and
 
 **A snapshot is a CP of ours** if it carries a record of its own (not one inherited from the file system) and its guid
 is the one in the log. A snapshot that was destroyed and made again under the same name, with the same properties, has
-another guid and is told as a problem. Between its creation and its record a snapshot carries a mark, `resilver:taking`:
-with that and no record it is debris. `@resilver-incoming` without a record is what a commit is about to verify.
+another guid and is told as a problem, unless its record has long been left out of the log (`ancestry.py`). Between its
+creation and its record a snapshot carries a mark, `resilver:taking`: with that and no record it is debris.
+`@resilver-incoming` without a record is what a commit is about to verify.
 
 **The tip** is the newest CP of the dataset, whose history is a line by nature. Only where the newest one there is an
 ancestor of the tip that `tip.json` names has the tip's snapshot been destroyed by somebody.
@@ -41,7 +42,7 @@ import msgspec
 
 from agent.backends import image_layout
 from agent.disk import zfs
-from agent.disk.durable import DIR_MODE, append_log, disk_errors, read_json, read_log, write_json
+from agent.disk.durable import DIR_MODE, disk_errors, read_json, read_log, write_json
 from agent.lineages import record_from_json, record_to_json
 from agent.stored import checked, typed, understood
 from resilver.errors import Damaged, Invalid, Refused
@@ -223,7 +224,8 @@ def record_property(record: Snapshot, volume_id: str) -> str:
         note = note[: len(note) // 2]
 
 
-def _read_record(text: str) -> tuple[Snapshot, str] | None:
+def read_record(text: str) -> tuple[Snapshot, str] | None:
+    """The record in a property, and its volume_id; None if it is none."""
     try:
         value = json.loads(text)
         return record_from_json(value), msgspec.convert(checked(value["volume_id"], "volume_id"), str)
@@ -250,16 +252,8 @@ def _foreign(one: zfs.Dataset, parent: str) -> Snapshot:
     )
 
 
-def append_records(layout: Layout, records: Iterable[Snapshot], natives: Mapping[str, str]) -> None:
-    """Adds to the log what it does not hold yet."""
-    known, guids = _read_ancestry(layout)
-    missing = [record for record in records if record.id not in known]
-    news = {key: guid for key, guid in natives.items() if guids.get(key) != guid}
-    if missing or news:
-        append_log(layout.files.ancestry, {"records": [record_to_json(one) for one in missing], "natives": news})
-
-
-def _read_ancestry(layout: Layout) -> tuple[dict[str, Snapshot], dict[str, str]]:
+def read_ancestry(layout: Layout) -> tuple[dict[str, Snapshot], dict[str, str]]:
+    """The records of the log, and the guids, by id; `zfs_log.py` adds to it."""
     known: dict[str, Snapshot] = {}
     natives: dict[str, str] = {}
     path = layout.files.ancestry
@@ -289,7 +283,7 @@ class _Pointer:
 def load_state(layout: Layout, *, there: bool | None = None) -> State:
     """Looks at all snapshots and finds the lineage. Changes nothing; `there` if it is known that the records are."""
     there = ready(layout) if there is None else there
-    known, natives = _read_ancestry(layout) if there else ({}, {})
+    known, natives = read_ancestry(layout) if there else ({}, {})
     pointer = typed(layout.pointer, (read_json(layout.pointer) if there else None) or {}, _Pointer)
     found = zfs.family(layout.live, RECORD, TAKING)
     head = found.get(layout.live)
@@ -355,7 +349,7 @@ def _sort_out(every: Iterable[zfs.Dataset], natives: Mapping[str, str]) -> _Sort
     foreign, unfinished, problems = [], [], []
     for one in every:
         text = one.own.get(RECORD)
-        read = _read_record(text) if text is not None else None
+        read = read_record(text) if text is not None else None
         if text is None and (TAKING in one.own or one.snapshot == INCOMING):
             unfinished.append(one)
         elif text is None:

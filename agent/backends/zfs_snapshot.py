@@ -19,10 +19,10 @@ from agent.backends.zfs_layout import (
     TAKING,
     Layout,
     State,
-    append_records,
     record_property,
     save_tip,
 )
+from agent.backends.zfs_log import append_records
 from agent.disk import zfs
 from resilver.errors import Damaged
 from resilver.lineage import Consistency, Snapshot
@@ -48,7 +48,7 @@ def taken_before(layout: Layout, state: State, new: NewSnapshot) -> Snapshot | N
 def take(layout: Layout, state: State, new: NewSnapshot, step: Callable[[str], None]) -> Snapshot:
     """See `ReplicaBackend.take_snapshot`; the caller has checked the space and the tip."""
     assert state.head is not None
-    append_records(layout, state.lineage, {})  # adopted ones are what they are now from the first CP on
+    append_records(layout, state.lineage, {}, state)  # adopted ones are what they are now from the first CP on
     step("snapshot.logged")
     found = zfs_live.uses(layout, state.head)
     zfs_live.flush(found)
@@ -67,7 +67,7 @@ def take(layout: Layout, state: State, new: NewSnapshot, step: Callable[[str], N
     taken = zfs.look(name)
     if taken is None:
         raise Damaged("IO_ERROR", f"{name} was destroyed while it was being taken")
-    append_records(layout, [made], {made.id: taken.guid})
+    append_records(layout, [made], {made.id: taken.guid}, state)
     step("snapshot.noted")
     zfs.hold(TAG, name)
     save_tip(layout, made.id, new.volume_id)

@@ -127,6 +127,19 @@ def test_what_comes_with_a_commit_is_not_left_out(tmp_path):
     assert ids_in(path) == [leaving, *(one.id for one in mine[9:]), *(one.id for one in theirs[-KEPT:])]
 
 
+def test_guids_stay_with_their_records(tmp_path):
+    path = tmp_path / "ancestry.jsonl"
+    mine = chain(LONG)
+    logged = {record.id: record for record in mine}
+    natives = {record.id: f"guid of {record.id}" for record in mine[::2]}
+    lineage = Lineage(tuple(reversed(mine)))
+    assert ancestry.shorten(path, logged, lineage, (), named=(), coming=(), natives=natives)
+    lines = read_log(path)
+    assert all(set(line["natives"]) <= {record["id"] for record in line["records"]} for line in lines)
+    kept = {key: guid for line in lines for key, guid in line["natives"].items()}
+    assert kept == {record.id: natives[record.id] for record in mine[-KEPT:] if record.id in natives}
+
+
 def test_nothing_is_rewritten_for_little(tmp_path):
     path = tmp_path / "ancestry.jsonl"
     mine = chain(LONG)
