@@ -236,7 +236,7 @@ class AgentNode:
     # What the parts call.
 
     def _reported(self, report: ReplicaReport) -> None:
-        metrics.saw(report)
+        metrics.REPLICAS.saw(report)
         self._outbox.put_report(report)
 
     def _progressed(self, progress: Progress) -> None:
@@ -303,20 +303,23 @@ class AgentNode:
 
 async def _compact_all(replicas: Iterable[Replica], few: Few) -> None:
     """Asks each volume now and then whether it has fragments; one that has some is at it until it has none."""
-    busy: dict[str, asyncio.Task[None]] = {}
+    busy: set[str] = set()
     async with asyncio.TaskGroup() as group:
         while True:
             for replica in replicas:
-                if replica.volume not in busy or busy[replica.volume].done():
+                if replica.volume not in busy:
                     begun = await few.begin(replica.worker, partial(replica.worker.submit, replica.compact))
                     if begun is not None:
-                        busy[replica.volume] = group.create_task(_compact(replica, begun))
+                        busy.add(replica.volume)
+                        group.create_task(_compact(replica, begun, busy))
                 await asyncio.sleep(PACE_S)
             await asyncio.sleep(COMPACT_LOOK_S)
 
 
-async def _compact(replica: Replica, first: asyncio.Future[bool]) -> None:
-    """Puts a volume's fragments together, half of the time at most, and only between its other jobs."""
+async def _compact(replica: Replica, first: asyncio.Future[bool], busy: set[str]) -> None:
+    """Puts a volume's fragments together, half of the time at most, and only between its other jobs; then it is no
+    longer among the busy ones.
+    """
     try:
         begun, more = time.monotonic(), await first
         while more:
@@ -327,6 +330,8 @@ async def _compact(replica: Replica, first: asyncio.Future[bool]) -> None:
         return  # its disk is busy: it is asked again
     except Exception:  # noqa: BLE001 - one volume's trouble would end the task of all
         _log.exception("not compacted", volume=replica.volume)
+    finally:
+        busy.discard(replica.volume)
 
 
 class _Renewal:

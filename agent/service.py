@@ -135,7 +135,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     ) -> agent_pb2.TakeSnapshotResponse:
         del context
         order, replica = await self._admitted(request.header)
-        with metrics.SNAPSHOT_SECONDS.labels(replica.volume).time():
+        with metrics.SNAPSHOT_SECONDS.time():
             snapshot, taken = await replica.worker.run(take_job(replica, order, request))
         return agent_pb2.TakeSnapshotResponse(snapshot=snapshot_to_proto(snapshot), taken=taken)
 
@@ -165,7 +165,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             (replica, take_job(replica, order, one, f"requests[{at}].", together))
             for at, ((order, replica), one) in enumerate(zip(admitted, request.requests, strict=True))
         ]
-        with metrics.SNAPSHOT_SECONDS.labels(admitted[0][1].volume).time():
+        with metrics.SNAPSHOT_SECONDS.time():
             ended = await asyncio.shield(on_all_threads(takes, together))
         return agent_pb2.TakeSnapshotsResponse(snapshots=all_or_why([one.volume for _, one in admitted], ended))
 

@@ -36,11 +36,13 @@ _Job = tuple[Callable[[], Any], "Future[Any]", contextvars.Context]
 
 
 class Worker:
-    """A queue and the thread that works it off."""
+    """A queue and the thread that works it off; for a volume's, what its jobs log says which."""
 
-    def __init__(self, name: str, *, jobs_max: int = JOBS_MAX, idle_s: float = IDLE_S, **about: str) -> None:
+    __slots__ = ("_closed", "_idle_s", "_jobs", "_jobs_max", "_name", "_news", "_since", "_thread", "_turn", "_volume")
+
+    def __init__(self, name: str, *, jobs_max: int = JOBS_MAX, idle_s: float = IDLE_S, volume: str = "") -> None:
         self._name = name
-        self._about = about
+        self._volume = volume
         self._jobs_max = jobs_max
         self._idle_s = idle_s
         # A few words for each of thousands: a condition and a deque would be a KiB more.
@@ -66,7 +68,8 @@ class Worker:
         """Puts a job in the queue; `Unavailable("DEADLINE")` if it is full. `later`: until `wake`, or another job."""
         future: Future[T] = Future()
         context = contextvars.copy_context()
-        context.run(bind_contextvars, **self._about)
+        if self._volume:
+            context.run(bind_contextvars, volume=self._volume)
         with self._turn:
             if self._closed:
                 raise Unavailable("DEADLINE", f"{self._name}: the agent is stopping")

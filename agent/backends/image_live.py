@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+from blake3 import blake3
+
 from agent.backends.image_copy import Copier, opened
 from agent.backends.image_kept import FRESH_NS, stamp_of
 from agent.backends.image_layout import Layout, State
@@ -109,8 +111,8 @@ def look(layout: Layout, state: State, copier: Copier, *, compare: bool) -> tupl
     return live, tuple(problems)
 
 
-def glance(layout: Layout, space: object) -> object | None:
-    """A few words that stay the same as long as a look would find the same: of what is renamed into place here, the
+def glance(layout: Layout, space: object) -> bytes | None:
+    """A few bytes that stay the same as long as a look would find the same: of what is renamed into place here, the
     directories tell. None while the live copy is in use, where leases do not work, and within two seconds of a change,
     because the next one may have the same time.
     """
@@ -130,7 +132,8 @@ def glance(layout: Layout, space: object) -> object | None:
     except (OSError, InUseError, Invalid):
         return None
     about = None if stat is None else (stat.st_ino, stat.st_nlink, stat.st_blocks)
-    return *stamps, about, space, loops.mounts_read()
+    # A digest, because it is kept, and a node may have 10,000 volumes.
+    return blake3(repr((stamps, about, space, loops.mounts_read())).encode()).digest()
 
 
 def _differs(state: State, size: int) -> bool:

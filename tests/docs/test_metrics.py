@@ -46,6 +46,15 @@ def defined(*modules: Any) -> Described:
     return found
 
 
+def read_off_a_replica() -> Described:
+    """What an agent counts for each volume."""
+    families = agent.metrics.Replicas().describe()
+    return {
+        (family.name + ("_total" if family.type == "counter" else ""), family.type, tuple(family._labelnames))
+        for family in families
+    }
+
+
 def read_off_an_engine() -> Described:
     """The figures of the cluster, as a leader that knows a volume serves them."""
     from coordinator.core.events import Loaded
@@ -64,7 +73,7 @@ def test_the_page_has_what_a_coordinator_serves() -> None:
 
 
 def test_the_page_has_what_an_agent_serves() -> None:
-    assert described("Agent") == defined(agent.metrics) | defined(telemetry)
+    assert described("Agent") == read_off_a_replica() | defined(agent.metrics) | defined(telemetry)
 
 
 def test_the_page_has_what_both_serve() -> None:
