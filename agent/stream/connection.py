@@ -198,7 +198,7 @@ class Connection:
             self._stream(served, hello)
             return
         with contextlib.closing(Announcer(served.reader, str(self._peer))) as announcer:
-            self._send(frames.encode_welcome(frames.Welcome(served.reader.size_bytes)))
+            self._send(frames.encode_welcome(frames.Welcome(served.reader.size_bytes, packed_requests=True)))
             self._answer(served, announcer)
 
     def _stream(self, served: ServedStream, hello: Hello) -> None:

@@ -5,8 +5,8 @@ A frame is a header of 68 bytes and a payload of at most 1 MiB::
     magic 4 | version 1 | kind 1 | flags 2 | offset 8 | length 8 | stored 4 | digest 32 | check 8
 
 `length` counts the bytes as they read in the volume, `stored` those that follow the header; they differ under the
-`ZSTD` flag alone. `digest` is the BLAKE3 of the bytes as they read in the volume, `check` the BLAKE3 (its first eight
-bytes) of the sixty before it. Numbers are little-endian. The rules:
+`ZSTD` flag alone, which `DATA`, `GROUP` and `REQUEST` may have. `digest` is the BLAKE3 of the bytes as they read in the
+volume, `check` the BLAKE3 (its first eight bytes) of the sixty before it. Numbers are little-endian. The rules:
 
 * A header is believed only after its check, and a payload only after its digest. So whatever is flipped, cut or made
   up is refused with `Damaged("DIGEST_MISMATCH")`, or reads as exactly the bytes that were sent.
@@ -138,10 +138,14 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """What the server will read from; of a stream, its format, and no size."""
+    """What the server will read from; of a stream, its format, and no size.
+
+    `packed_requests`: it takes them under the ZSTD flag. One of an earlier version does not.
+    """
 
     size_bytes: int
     format: str = ""
+    packed_requests: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +202,8 @@ def _sound(header: Header) -> bool:
     if kind in {Kind.DATA, Kind.GROUP}:
         fits = 0 < length <= PAYLOAD_BYTES_MAX and 0 < stored <= PAYLOAD_BYTES_MAX
         return fits and (flags == FLAG_ZSTD or stored == length)
+    if kind is Kind.REQUEST and flags == FLAG_ZSTD:
+        return offset == 0 and 0 < stored <= length <= CONTROL_BYTES_MAX
     return offset == 0 and flags == 0 and stored == length <= CONTROL_BYTES_MAX
 
 
@@ -232,9 +238,12 @@ def encode_end(end: StreamEnd) -> bytes:
     return encode(Kind.END, msgspec.json.encode(end))
 
 
-def encode_request(ranges: Sequence[tuple[int, int]]) -> bytes:
-    """At most REQUEST_RANGES_MAX ranges, each of at most PAYLOAD_BYTES_MAX."""
-    return encode(Kind.REQUEST, np.array(list(ranges), dtype=_RANGE).tobytes())
+def encode_request(ranges: Sequence[tuple[int, int]], *, packed: bool = False) -> bytes:
+    """At most REQUEST_RANGES_MAX ranges, each of at most PAYLOAD_BYTES_MAX.
+
+    Of scattered blocks of 4 KiB a request is 0.4 % of the answer, packed 0.05 %.
+    """
+    return encode(Kind.REQUEST, np.array(list(ranges), dtype=_RANGE).tobytes(), compress=packed)
 
 
 def encode_error(error: ResilverError) -> bytes:

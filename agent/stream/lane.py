@@ -75,7 +75,7 @@ class Lane:
         self._cut = threading.Event()
         self.source: SourceAddress | None = None
         self._link: Link | None = None
-        self._at_disk = False
+        self._at_disk = self._packed = False
         self.good_frames = 0
         # What is logged in the thread carries what the transfer's own logs do.
         run = partial(contextvars.copy_context().run, self._run)
@@ -131,7 +131,9 @@ class Lane:
                 throttle=desk.throttle,
             ) as link:
                 self._link = link
-                _check_size(source, link.greet(desk.hello).size_bytes, desk.capacity_bytes)
+                welcome = link.greet(desk.hello)
+                _check_size(source, welcome.size_bytes, desk.capacity_bytes)
+                self._packed = welcome.packed_requests
                 while self._ask(link):
                     link.wait()
                     self._take_all(link, source)
@@ -160,7 +162,8 @@ class Lane:
             if chunks:
                 self._in_flight.extend(chunks)
                 self._in_flight_bytes += sum(chunk.length for chunk in chunks)
-                link.send(encode_request([(chunk.offset, chunk.length) for chunk in chunks]))
+                ranges = [(chunk.offset, chunk.length) for chunk in chunks]
+                link.send(encode_request(ranges, packed=self._packed))
         return bool(self._in_flight)
 
     def _window(self, link: Link) -> int:

@@ -61,10 +61,15 @@ def value(run: Found, what: str) -> float:
     return float(run[what] if what in run else run["parts"][what])
 
 
-def at_most(what: str, found: list[float], bound: float, unit: str = "") -> Bar:
+def at_most(what: str, found: list[float], bound: float, unit: str = "", *, digits: int = 3) -> Bar:
     middle = median(found) if found else None
     met = middle is not None and middle <= bound
-    return Bar(what, f"at most {bound:g}{unit}", None if middle is None else f"{middle:.3g}{unit}{spread(found)}", met)
+    return Bar(
+        what,
+        f"at most {bound:g}{unit}",
+        None if middle is None else f"{middle:.{digits}g}{unit}{spread(found, digits)}",
+        met,
+    )
 
 
 def at_least(what: str, found: list[float], bound: float, unit: str = "") -> Bar:
@@ -73,8 +78,8 @@ def at_least(what: str, found: list[float], bound: float, unit: str = "") -> Bar
     return Bar(what, f"at least {bound:g}{unit}", None if middle is None else f"{middle:.3g}{unit}{spread(found)}", met)
 
 
-def spread(found: list[float]) -> str:
-    return f" ({min(found):.3g} … {max(found):.3g})" if len(found) > 1 else ""
+def spread(found: list[float], digits: int = 3) -> str:
+    return f" ({min(found):.{digits}g} … {max(found):.{digits}g})" if len(found) > 1 else ""
 
 
 def bars(known: dict[str, Found]) -> list[Bar]:
@@ -108,7 +113,7 @@ def of_delta(case: Found | None) -> list[Bar]:
         at_least("Delta: times faster than the faster rsync", ratios(faster, ours), 30),
         at_least("Delta: times faster than btrfs send and receive", ratios(entry_of(case, BTRFS), ours), 2),
         at_most("Delta: over the limit, read-back and all", ratios(ours, entry_of(case, LIMIT)), 1.5),
-        at_most("Delta: wire over changed", wires(case, ours), 1.01),
+        at_most("Delta: wire over changed", wires(case, ours), 1.01, digits=5),
     ]
 
 
@@ -116,7 +121,7 @@ def of_first_copy(case: Found | None) -> list[Bar]:
     ours = entry_of(case, OURS)
     return [
         at_least("First copy: of the limit's speed, read-back and all", ratios(entry_of(case, LIMIT), ours), 0.6),
-        at_most("First copy: wire over changed", wires(case, ours), 1.01),
+        at_most("First copy: wire over changed", wires(case, ours), 1.01, digits=5),
     ]
 
 

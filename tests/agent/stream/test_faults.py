@@ -10,7 +10,7 @@ import pytest
 
 from agent.delta import DeltaMap, DeltaRange
 from agent.stream import lane, lanes, lifesign
-from agent.stream.frame import HEADER_BYTES, Hello
+from agent.stream.frame import HEADER_BYTES, Hello, Welcome, encode_welcome
 from agent.stream.receiver import Stopped
 from agent.stream.sender import BlockServer
 from agent.stream.sources import Sources
@@ -86,9 +86,8 @@ def test_a_damaged_payload_is_asked_for_again(transfer, source):
 
 
 def test_a_damaged_header_costs_the_connection_and_no_data(transfer, source):
-    position = 0
     with serving(source) as server:
-        position = HEADER_BYTES + len(b'{"size_bytes":8388608}') + HEADER_BYTES + MIB + 13
+        position = len(encode_welcome(Welcome(SIZE, packed_requests=True))) + HEADER_BYTES + MIB + 13
         with Proxy(server.port, flip(position)) as proxy:
             received = transfer.run(at(proxy.port))
             assert proxy.connections == 2

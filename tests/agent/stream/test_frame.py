@@ -51,7 +51,7 @@ def read(data, **bounds):
 
 def only(data):
     [(header, body)] = read(data)
-    return frames.Frame(header, memoryview(body))
+    return frames.Frame(header._replace(flags=0, stored=len(body)), memoryview(body))
 
 
 SAMPLES = [
@@ -78,9 +78,20 @@ def test_hello_comes_out_as_it_went_in(ticket, resync_id, volume, target, node):
     assert frames.decode_hello(only(frames.encode_hello(hello))) == hello
 
 
-@given(st.lists(st.tuples(OFFSETS, st.integers(1, PAYLOAD_BYTES_MAX)), max_size=50))
-def test_requests_come_out_as_they_went_in(ranges):
-    assert frames.decode_request(only(frames.encode_request(ranges))) == [Range(*row) for row in ranges]
+@given(st.lists(st.tuples(OFFSETS, st.integers(1, PAYLOAD_BYTES_MAX)), max_size=50), st.booleans())
+def test_requests_come_out_as_they_went_in(ranges, packed):
+    assert frames.decode_request(only(frames.encode_request(ranges, packed=packed))) == [Range(*row) for row in ranges]
+
+
+def test_a_packed_request_takes_little_room():
+    scattered = [(at * 409_600 // 4096 * 4096, 4096) for at in range(1024)]
+    assert len(frames.encode_request(scattered, packed=True)) * 4 < len(frames.encode_request(scattered))
+
+
+def test_a_packed_request_that_would_unfold_beyond_its_bound_is_refused():
+    body = bytes(CONTROL_BYTES_MAX + 16)
+    with pytest.raises(Damaged):
+        read(frames.encode(Kind.REQUEST, body, compress=True))
 
 
 @given(st.sampled_from(["TARGET_GONE", "TICKET_INVALID", "IO_ERROR", "A_NEWER_REASON"]), TEXTS)

@@ -77,7 +77,7 @@ class Client:
 
     def greeted(self):
         self.say(frames.encode_hello(HELLO))
-        assert frames.decode_welcome(self.hear()).size_bytes == 4 * MIB
+        assert frames.decode_welcome(self.hear()) == frames.Welcome(4 * MIB, packed_requests=True)
         return self
 
 
@@ -88,11 +88,13 @@ def works(port, image):
         return bytes(client.hear().payload()) == image.read_bytes()[4096:4196]
 
 
-def test_ranges_are_answered_in_the_order_of_their_requests(image):
+@pytest.mark.parametrize("packed", [False, True])
+def test_ranges_are_answered_in_the_order_of_their_requests(image, packed):
     data = image.read_bytes()
     wanted = [(MIB, 17), (0, PAYLOAD_BYTES_MAX), (4 * MIB - 16, 16), (5, 4096), (5, 4096)]
+    wanted += [(at * 8192, 4096) for at in range(64)]
     with serving(image) as server, Client(server.port) as client:
-        client.greeted().say(frames.encode_request(wanted[:2])).say(frames.encode_request(wanted[2:]))
+        client.greeted().say(frames.encode_request(wanted[:2])).say(frames.encode_request(wanted[2:], packed=packed))
         assert client.answers(wanted) == [data[offset : offset + length] for offset, length in wanted]
         client.say(frames.encode(Kind.BYE))
         assert client.hear().header.kind is Kind.BYE
