@@ -340,7 +340,7 @@ class Guarantees:
                 message = f"{lost} of {name}, on {sorted(holders)}, is given up for {new.primary} at {new.newest_id}"
                 raise Broken("NOTHING_ACKNOWLEDGED_LOST", f"{message}; accepted was {sorted(accepted)}")
             acknowledged.discard(lost)
-        if new.newest_id:
+        if new.newest_id and new.newest_id not in self._gone:  # as in `_acknowledged`
             acknowledged.add(new.newest_id)
         if (was is None or not was.primary) and election.rule != "chosen by the operator":
             self._first(name, new, election)
