@@ -8,6 +8,7 @@ data has arrived. A killed target is started again at once. What was sent again 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,6 +129,8 @@ class Stage:
             for number in range(count):
                 file.seek(number * apart)
                 file.write(data.noise(piece_bytes))
+            # An examine would have to wait for it, and has ten seconds: to write 65,536 blocks back takes longer here.
+            os.fsync(file.fileno())
 
 
 class Killed(Story):

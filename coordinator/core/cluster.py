@@ -106,7 +106,8 @@ class NodeView:
 class ReplicaView:
     """The last that was heard of one replica, and whether this question may rely on it.
 
-    `duplicate`: two agents call themselves by the node's name, and neither is believed.
+    `duplicate`: two agents call themselves by the node's name, and neither is believed. `late`: its agent is there, and
+    what was heard of the replica is no answer to this question.
     """
 
     node: str
@@ -114,6 +115,7 @@ class ReplicaView:
     report_time_ms: int = 0
     fresh: bool = False
     duplicate: bool = False
+    late: bool = False
 
     @property
     def lineage(self) -> Lineage:

@@ -94,7 +94,7 @@ class Known:
             return kept
         wanted = frozenset(fresh)
         replicas = {
-            name: one if not one.fresh or name in wanted else replace(one, fresh=False)
+            name: one if not one.fresh or name in wanted else replace(one, fresh=False, late=True)
             for name, one in kept.replicas.items()
         }
         return kept if replicas == kept.replicas else VolumeView(volume, kept.entry, replicas)

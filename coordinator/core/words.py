@@ -89,9 +89,12 @@ def counted(count: int, one: str) -> str:
 
 
 def silent(replica: ReplicaView, now_ms: int) -> str:
-    """Why a node's word is not there: it does not answer, or two do."""
+    """Why a node's word is not there: it does not answer, or not in time, or two do."""
     if replica.duplicate:
         return f"two agents call themselves {replica.node}; neither is believed until the other is stopped"
+    if replica.late:
+        late = f"{replica.node} is connected, and has not answered in time: its disk is busy, or hangs"
+        return f"{late}; {last_seen(replica, now_ms)}"
     return f"{replica.node} does not answer; {last_seen(replica, now_ms)}"
 
 
