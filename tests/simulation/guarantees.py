@@ -312,6 +312,11 @@ class Guarantees:
         if new.newest_id not in self._gone:  # its disk may have been restored before this was reported
             acknowledged.add(new.newest_id)
 
+    def _holding(self, volume: str, snapshot_id: str) -> set[str]:
+        """The nodes that have its record or its data."""
+        disks = {node: disk for (node, one), disk in self.disks.items() if one == volume}
+        return {node for node, disk in disks.items() if disk.holds(snapshot_id) or self._keeps(disk, snapshot_id)}
+
     def _first(self, name: str, new: VolumeRecord, election: ElectionRecord) -> None:
         """Before the first epoch nothing is acknowledged, so nobody may have what the first primary has not."""
         self.counts["first elections"] += 1
@@ -331,8 +336,7 @@ class Guarantees:
         acknowledged = self.acknowledged.setdefault(name, set())
         away = {node for node, one in self.disks if one == name} - answered
         for lost in sorted(acknowledged - self.line(new.newest_id)):
-            having = {node: disk for (node, one), disk in self.disks.items() if one == name}
-            holders = {node for node, disk in having.items() if disk.holds(lost) or self._keeps(disk, lost)}
+            holders = self._holding(name, lost)
             showed = {one.node for one in election.candidates if one.reported and lost in self.line(one.snapshot)}
             if self._made[lost].cp == NO_CP:  # another tool's name no parents: only who has it can show it
                 showed &= holders
@@ -340,6 +344,10 @@ class Guarantees:
                 message = f"{lost} of {name}, on {sorted(holders)}, is given up for {new.primary} at {new.newest_id}"
                 raise Broken("NOTHING_ACKNOWLEDGED_LOST", f"{message}; accepted was {sorted(accepted)}")
             acknowledged.discard(lost)
+        # Nobody can see that another tool's snapshot is contained in a newer one of it: whoever has it was named, so it
+        # is given up, and is missed no more when the newer one is.
+        others = [one for one in acknowledged - {new.newest_id} if self._made[one].cp == NO_CP]
+        acknowledged -= {one for one in others if set() < self._holding(name, one) <= accepted}
         if new.newest_id and new.newest_id not in self._gone:  # as in `_acknowledged`
             acknowledged.add(new.newest_id)
         if (was is None or not was.primary) and election.rule != "chosen by the operator":
