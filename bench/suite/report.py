@@ -32,7 +32,7 @@ of the ratios of each round. CPU is that of all processes, without what the kern
 memory is that of the largest process; the wire is the loopback interface of a network namespace of the suite's own,
 headers and all, where nothing else is said; what was read is what the loop devices gave. *The limit* is two processes
 that were told the ranges beforehand and do nothing but copy them: no digests, no journal, nothing read back. It writes
-each range into its place; ours shares small ones into theirs on XFS, which costs less, so that it may be below the limit.
+each range into its place; ours shares small ones into theirs on XFS, which costs less, so it may be below the limit.
 
 ## What is to be reached
 
