@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import sys
@@ -14,8 +15,15 @@ from typing import Any
 
 import grpc
 
+from agent.disk.durable import write_json
+from agent.peers import Peers
+from agent.replica import Replica
+from agent.runfile import SavedRun, run_to_json
+from agent.runs import Runs
+from agent.tickets import Tickets
 from resilver.status_details import to_error
 from resilver.v1 import agent_pb2, agent_pb2_grpc, volume_pb2
+from resilver.volume import Progress
 from tests.cluster import Process, free_port
 
 DEADLINE_S = 20.0
@@ -57,6 +65,29 @@ def scatter(path: Path, count: int, *, seed: int = 2) -> int:
             file.seek(block * 4096)
             file.write(chance.randbytes(4096))
     return 4096 * len(blocks)
+
+
+def resumed_runs(
+    directory: Path,
+    replica: Replica,
+    loop: asyncio.AbstractEventLoop,
+    *left: SavedRun,
+    on_progress: Callable[[Progress], None] = lambda _progress: None,
+) -> Runs:
+    """The runs of `vm1` as an agent has them that reads what was left by an earlier start."""
+    runs = Runs(
+        directory / "runs",
+        {"vm1": replica},
+        Peers(loop),
+        Tickets(directory / "tickets.json"),
+        receive_max_count=1,
+        spool_max_bytes=0,
+        on_progress=on_progress,
+    )
+    for one in left:
+        write_json(directory / "runs" / "vm1.json", run_to_json(one))
+    runs.resume()
+    return runs
 
 
 @dataclass

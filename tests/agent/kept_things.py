@@ -221,16 +221,23 @@ def order(term: int, leader: str = "L") -> Order:
     return Order("test", "S", term, leader, "vm1")
 
 
-class Term(State):
-    """An order of a higher term is not obeyed unless the term is on the disk."""
+class Pinned(State):
+    """A state_dir that has obeyed a term already."""
 
-    old, new = 3, 5
+    obeyed: int
 
     def begin(self) -> None:
         (self.directory / "identity.json").unlink(missing_ok=True)
         self.open()
-        self.state.admit(order(3))
+        self.state.admit(order(self.obeyed))
         self.close()
+
+
+class Term(Pinned):
+    """An order of a higher term is not obeyed unless the term is on the disk."""
+
+    old, new = 3, 5
+    obeyed = 3
 
     def change(self) -> None:
         self.state.admit(order(5))
@@ -247,16 +254,11 @@ class Term(State):
         return state.pin.term
 
 
-class Store(State):
+class Store(Pinned):
     """A store is adopted: its terms count anew."""
 
     old, new = ("S", 7), ("S2", 0)
-
-    def begin(self) -> None:
-        (self.directory / "identity.json").unlink(missing_ok=True)
-        self.open()
-        self.state.admit(order(7))
-        self.close()
+    obeyed = 7
 
     def change(self) -> None:
         self.state.adopt_store("S2")

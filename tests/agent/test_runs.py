@@ -16,18 +16,16 @@ from agent.backends.image import ImageBackend
 from agent.backends.image_layout import save_preserved
 from agent.basecheck import BLOCKS_MAX, check_lineages, pick_blocks
 from agent.delta import DeltaMap, DeltaRange
-from agent.disk.durable import read_json, write_json
+from agent.disk.durable import read_json
 from agent.examiner import ReplicaSettings, now_ms
 from agent.identity import Identity, Remembered
-from agent.peers import Peers, Source
+from agent.peers import Source
 from agent.replica import Replica
 from agent.runfile import RunOrder, SavedRun, StagePlace, run_from_json, run_to_json
-from agent.runs import Runs
-from agent.tickets import Tickets
 from resilver.errors import ResilverError
 from resilver.lineage import ConsistencyPoint, Lineage, Snapshot
 from resilver.volume import LiveState, Order, PreservedCopy, Progress, ResyncState, SourceShare, VolumeRecord
-from tests.agent.agents import until
+from tests.agent.agents import resumed_runs, until
 
 MIB = 1 << 20
 NOW_MS = 1_700_000_000_000
@@ -67,20 +65,7 @@ def kept(replica, tmp_path):
     def make(*left):
         loop = asyncio.new_event_loop()
         loop.close()
-        tickets = Tickets(tmp_path / "tickets.json")
-        runs = Runs(
-            tmp_path / "runs",
-            {"vm1": replica},
-            Peers(loop),
-            tickets,
-            receive_max_count=1,
-            spool_max_bytes=0,
-            on_progress=lambda _progress: None,
-        )
-        for one in left:
-            write_json(tmp_path / "runs" / "vm1.json", run_to_json(one))
-        runs.resume()
-        return runs
+        return resumed_runs(tmp_path, replica, loop, *left)
 
     return make
 

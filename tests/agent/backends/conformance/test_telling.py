@@ -12,13 +12,11 @@ from agent.examiner import ReplicaSettings, now_ms
 from agent.identity import Identity
 from agent.lineages import lineage_to_json
 from agent.outbox import Outbox
-from agent.peers import Peers
 from agent.replica import Replica
-from agent.runfile import RunOrder, SavedRun, StagePlace, run_to_json
-from agent.runs import Runs
-from agent.tickets import Tickets
+from agent.runfile import RunOrder, SavedRun, StagePlace
 from agent.transfer import LINEAGE_FILE
 from resilver.volume import Order, Progress, ResyncState
+from tests.agent.agents import resumed_runs
 from tests.agent.backends.adapter import VOLUME_ID
 from tests.agent.backends.conformance.cases import Case
 from tests.agent.backends.transfer import open_stage, origin_of
@@ -56,18 +54,7 @@ async def test_a_run_that_reads_back_and_commits_is_not_silent(place, kind, tmp_
 
     identity = Identity(tmp_path / "state", "prod", "b")
     replica = Replica("vm1", "b", case.target.again().backend, identity, ReplicaSettings())
-    tickets = Tickets(tmp_path / "tickets.json")
-    runs = Runs(
-        tmp_path / "runs",
-        {"vm1": replica},
-        Peers(loop),
-        tickets,
-        receive_max_count=1,
-        spool_max_bytes=0,
-        on_progress=put,
-    )
-    write_json(tmp_path / "runs" / "vm1.json", run_to_json(saved))
-    runs.resume()
+    resumed_runs(tmp_path, replica, loop, saved, on_progress=put)
     heard: list[Progress] = []
     while not (heard and heard[-1].state.final):
         told = await outbox.next(DEADLINE_S)
