@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from resilver.volume import Progress, ReplicaReport
 
 PROGRESS_PERIOD_S: Final = 0.2
@@ -133,7 +135,7 @@ class Outbox:
             self._answers.popitem(last=False)
         self._news.set()
 
-    def _call(self, job: object, *args: object) -> None:
+    def _call(self, job: Callable[..., object], *args: object) -> None:
         # A loop that is closed has nobody left to tell.
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(job, *args)  # type: ignore[arg-type]  # one of the three above
+            self._loop.call_soon_threadsafe(job, *args)

@@ -8,6 +8,7 @@
 * No message is over 1 MiB: lineages and delta maps travel in pages.
 """
 
+# ruff: noqa: N802 - the protocol gives the methods their names
 from __future__ import annotations
 
 import asyncio
@@ -93,9 +94,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     def __init__(self, node: Node) -> None:
         self._node: Final = node
 
-    async def GetAgent(  # noqa: N802 - the methods' names are the protocol's, here and below
-        self, request: agent_pb2.GetAgentRequest, context: Context
-    ) -> agent_pb2.GetAgentResponse:
+    async def GetAgent(self, request: agent_pb2.GetAgentRequest, context: Context) -> agent_pb2.GetAgentResponse:
         del request, context
         node, pin = self._node, self._node.identity.pin
         return agent_pb2.GetAgentResponse(
@@ -109,7 +108,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             runs=[progress_to_proto(progress) for progress in node.runs.progresses()],
         )
 
-    async def ExamineReplica(  # noqa: N802
+    async def ExamineReplica(
         self, request: agent_pb2.ExamineReplicaRequest, context: Context
     ) -> agent_pb2.ExamineReplicaResponse:
         del context
@@ -120,9 +119,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return agent_pb2.ExamineReplicaResponse(replica=first.replica, records=first.records, truncated=not first.last)
 
     @ordered
-    async def OpenEpoch(  # noqa: N802
-        self, request: agent_pb2.OpenEpochRequest, context: Context
-    ) -> agent_pb2.OpenEpochResponse:
+    async def OpenEpoch(self, request: agent_pb2.OpenEpochRequest, context: Context) -> agent_pb2.OpenEpochResponse:
         del context
         order, replica = await self._admitted(request.header)
         record = record_from_proto(request.record)
@@ -130,7 +127,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return agent_pb2.OpenEpochResponse()
 
     @ordered
-    async def TakeSnapshot(  # noqa: N802
+    async def TakeSnapshot(
         self, request: agent_pb2.TakeSnapshotRequest, context: Context
     ) -> agent_pb2.TakeSnapshotResponse:
         del context
@@ -140,7 +137,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return agent_pb2.TakeSnapshotResponse(snapshot=snapshot_to_proto(snapshot), taken=taken)
 
     @ordered
-    async def TakeSnapshots(  # noqa: N802
+    async def TakeSnapshots(
         self, request: agent_pb2.TakeSnapshotsRequest, context: Context
     ) -> agent_pb2.TakeSnapshotsResponse:
         del context
@@ -170,7 +167,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return agent_pb2.TakeSnapshotsResponse(snapshots=all_or_why([one.volume for _, one in admitted], ended))
 
     @ordered
-    async def PrepareSend(  # noqa: N802
+    async def PrepareSend(
         self, request: agent_pb2.PrepareSendRequest, context: Context
     ) -> agent_pb2.PrepareSendResponse:
         del context
@@ -193,7 +190,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         )
 
     @ordered
-    async def Receive(self, request: agent_pb2.ReceiveRequest, context: Context) -> agent_pb2.ReceiveResponse:  # noqa: N802
+    async def Receive(self, request: agent_pb2.ReceiveRequest, context: Context) -> agent_pb2.ReceiveResponse:
         del context
         order, replica = await self._admitted(request.header)
         wanted = RunOrder(
@@ -213,7 +210,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return agent_pb2.ReceiveResponse(progress=progress_to_proto(progress))
 
     @ordered
-    async def StopTransfer(  # noqa: N802
+    async def StopTransfer(
         self, request: agent_pb2.StopTransferRequest, context: Context
     ) -> agent_pb2.StopTransferResponse:
         del context
@@ -225,7 +222,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return agent_pb2.StopTransferResponse(progress=progress_to_proto(progress))
 
     @ordered
-    async def DropSnapshot(  # noqa: N802
+    async def DropSnapshot(
         self, request: agent_pb2.DropSnapshotRequest, context: Context
     ) -> agent_pb2.DropSnapshotResponse:
         del context
@@ -234,7 +231,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return agent_pb2.DropSnapshotResponse(freed_bytes=freed)
 
     @ordered
-    async def CloneSnapshot(  # noqa: N802
+    async def CloneSnapshot(
         self, request: agent_pb2.CloneSnapshotRequest, context: Context
     ) -> agent_pb2.CloneSnapshotResponse:
         del context
@@ -247,7 +244,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return agent_pb2.CloneSnapshotResponse(path=str(path), size_bytes=size_bytes)
 
     @ordered
-    async def SetLimits(self, request: agent_pb2.SetLimitsRequest, context: Context) -> agent_pb2.SetLimitsResponse:  # noqa: N802
+    async def SetLimits(self, request: agent_pb2.SetLimitsRequest, context: Context) -> agent_pb2.SetLimitsResponse:
         del context
         order = order_from_proto(request.header, of_volume=False)
         change = change_from_proto(request.change, "change")
@@ -267,7 +264,7 @@ class PeerService(agent_pb2_grpc.PeerServicer):
     def __init__(self, node: Node) -> None:
         self._node: Final = node
 
-    async def StreamDelta(  # noqa: N802
+    async def StreamDelta(
         self, request: agent_pb2.StreamDeltaRequest, context: Context
     ) -> AsyncIterator[agent_pb2.StreamDeltaResponse]:
         replica = self._node.replica(request.volume)
@@ -291,7 +288,7 @@ class PeerService(agent_pb2_grpc.PeerServicer):
             ranges = await asyncio.to_thread(_ranges, left, first)
             yield agent_pb2.StreamDeltaResponse(capacity_bytes=delta.capacity_bytes, ranges=ranges)
 
-    async def DigestRanges(  # noqa: N802
+    async def DigestRanges(
         self, request: agent_pb2.DigestRangesRequest, context: Context
     ) -> agent_pb2.DigestRangesResponse:
         replica = self._node.replica(request.volume)

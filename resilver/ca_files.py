@@ -214,7 +214,7 @@ def locked(directory: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise Unavailable("DEADLINE", f"another resilver certs works in {directory}; try again") from None
-                time.sleep(0.05)
+                time.sleep(0.05)  # flock itself has no deadline
         yield
     finally:
         os.close(descriptor)

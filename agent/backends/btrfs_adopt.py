@@ -111,7 +111,7 @@ class Finder:
     def _by_pattern(self, problems: list[str]) -> Iterator[_Seen]:
         count = 0
         for pattern in self._patterns:
-            for name in sorted(glob.glob(str(self._layout.live.parent / pattern))):  # noqa: PTH207  # may be absolute
+            for name in sorted(glob.glob(str(self._layout.live.parent / pattern))):  # noqa: PTH207 - it may be absolute
                 path = Path(name)
                 if self._is_ours(path) or path == self._layout.live or not btrfs.is_subvolume(path):
                     continue

@@ -79,7 +79,8 @@ class Scratch:
     def place(self) -> None:
         """Returns when the target has all that was written before the call; its map is on the disk with its next sync.
 
-        What could not be placed is tried again by the next call.
+        What could not be placed is tried again by the next call. After a sync that failed that proves nothing, and
+        whoever journals does not ask again (`stream/flusher.py`).
         """
         with self._placing:
             with self._lock:

@@ -47,7 +47,6 @@ class ImageStage:
                 raise
 
     def write(self, offset: int, data: memoryview) -> None:
-        """The bytes can be read back after `sync`."""
         with disk_errors(self._path):
             scratch = self._settled(offset, len(data))
             if scratch is not None and scratch.takes(offset, len(data)):

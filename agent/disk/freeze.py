@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         fd = os.open(mount, os.O_RDONLY | os.O_DIRECTORY)
         freeze(fd)
     except OSError as error:
-        print(f"failed {error.errno}", flush=True)  # noqa: T201  # the protocol with the agent
+        print(f"failed {error.errno}", flush=True)  # noqa: T201 - the agent reads it
         return 1
     until = time.monotonic() + deadline_s
     late = True

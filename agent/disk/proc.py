@@ -11,8 +11,7 @@ from pathlib import Path
 
 Process = str | Path
 
-# A machine has many processes with many descriptors: text, not a Path for each; and what a link says need be no path.
-# ruff: noqa: PTH115, PTH208
+# ruff: noqa: PTH115, PTH208 - text, not a Path for each of very many; and what a link says need be no path
 
 
 def processes() -> list[str]:

@@ -117,7 +117,7 @@ def wait_for_port(program: Program, port: int) -> None:
             return
         if time.monotonic() > deadline:
             raise failed(f"{program.name} does not listen after {START_TIMEOUT_S:g} s; its log may say why")
-        time.sleep(POLL_S)
+        time.sleep(POLL_S)  # until a deadline: nothing tells of a port that is listened at
 
 
 class Cluster:

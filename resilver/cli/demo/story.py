@@ -198,7 +198,7 @@ class Story:
                 if program.ended and program.name not in told:
                     told.add(program.name)
                     self._console.print(f"{program.name} has ended; to start it again: {program.line}", soft_wrap=True)
-            time.sleep(1)
+            time.sleep(1)  # until Ctrl-C
 
     def logs(self) -> str:
         """The end of every program's log, for when something failed."""
