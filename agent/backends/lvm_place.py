@@ -220,7 +220,10 @@ class Place:
         status = pool.status()
         free = (status.data_total - status.data_used) * pool.lv.chunk_bytes
         if free < 2 * extents * view.group.extent_bytes:
-            said = f"the records of {self.full_name} need {size:,} bytes, and {free:,} are free in {pool.lv.full_name}"
+            said = (
+                f"the records of {self.full_name} need {size:,} bytes and as many left over, and {free:,} are free in "
+                f"{pool.lv.full_name}"
+            )
             raise Refused("NO_SPACE", said)
         lvm.lvm(
             "lvcreate", "-y", "-V", f"{extents * view.group.extent_bytes}b", "-n", name, "--thinpool", pool.lv.name,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.acceptance import test_trees
 from tests.acceptance.test_trees import Field
-from tests.vm.inside.node import DISK, GROUP, run
+from tests.vm.inside.node import make_bare_group
 from tests.vm.inside.unlike import loopback_up
 
 pytestmark = pytest.mark.timeout(3000)
@@ -18,8 +18,7 @@ pytestmark = pytest.mark.timeout(3000)
 @pytest.fixture(scope="module")
 def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     loopback_up()
-    run("pvcreate", DISK)
-    run("vgcreate", GROUP, DISK)
+    make_bare_group()
     # One slow processor for all: what takes a moment elsewhere takes several seconds here.
     slow = "examine_timeout_s = 120\nnode_timeout_s = 60\n"
     with test_trees.begun("lvm-thin", Path(tmp_path_factory.mktemp("files")), slow) as made:
