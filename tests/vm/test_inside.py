@@ -1,77 +1,110 @@
-"""What only another kernel can show: the tests of tests/vm/inside, run in a machine, each with its own result here.
+"""What only another kernel can show, run in machines of its own, with a result here for each file of tests in there.
 
-One machine runs them, once for a session. A function there that has parameters is one result here. All takes several
-times as long in there: `make test` runs what is QUICK, `make thorough` (`RESILVER_MACHINE=all`) all of it.
+Everything takes several times as long in there: `make test` runs what is QUICK, `make thorough`
+(`RESILVER_MACHINE=all`) all of it, the conformance suite on thin volumes among it.
 """
 
 from __future__ import annotations
 
-import ast
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from tests.vm.machine import Outcome, inside, run, why_not
+from tests.vm.machine import ROOT, Outcome, inside, run, why_not
 
-INSIDE = Path(__file__).parent / "inside"
-ALL = os.environ.get("RESILVER_MACHINE") == "all"
-FILES = ("backend.py", "crash.py", "unlike.py") if ALL else ("backend.py",)
-QUICK = frozenset(
-    {
-        "test_before_anything_is_there",
-        "test_records_stand_in_a_volume_of_their_own",
-        "test_snapshot_delta_and_first_copy",
-    }
-)
-DEADLINE_S = 7200 if ALL else 1800
+INSIDE = "tests/vm/inside"
+OF_OTHERS = {"test_streams", "test_trees", "test_disk_faults"}
+"""What the conformance suite asks of streams and trees, and of file systems whose calls can be made to fail."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The files that share one, or a few tests of theirs by name, and what pytest is told besides."""
+
+    files: tuple[str, ...]
+    names: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    def command(self) -> str:
+        chosen = [f"{file}::{name}" for file in self.files for name in self.names] or self.files
+        return inside(*map(shlex.quote, (*self.options, *chosen)))
+
+
+QUICK: Mapping[str, Machine] = {
+    "thin": Machine(
+        (f"{INSIDE}/backend.py",),
+        (
+            "test_before_anything_is_there",
+            "test_records_stand_in_a_volume_of_their_own",
+            "test_snapshot_delta_and_first_copy",
+            "test_in_use[open]",
+            "test_a_leaked_metadata_snapshot",
+        ),
+    )
+}
+ALL: Mapping[str, Machine] = {
+    "thin": Machine(tuple(f"{INSIDE}/{name}.py" for name in ("backend", "crash", "unlike"))),
+    "files": Machine((f"{INSIDE}/files.py",)),
+    "conformance": Machine(
+        tuple(
+            str(path.relative_to(ROOT))
+            for path in sorted(Path(ROOT, "tests/agent/backends/conformance").glob("test_*.py"))
+            if path.stem not in OF_OTHERS
+        ),
+        options=("-p", "tests.vm.inside.only_lvm"),
+    ),
+}
+THOROUGH = os.environ.get("RESILVER_MACHINE") == "all"
+MACHINES = ALL if THOROUGH else QUICK
+DEADLINE_S = 4 * 3600 if THOROUGH else 1800
 
 pytestmark = pytest.mark.timeout(DEADLINE_S + 120)
 
 
-def names() -> Iterator[tuple[str, str]]:
-    """(file, function) of the tests in there, without running any of it."""
-    for name in FILES:
-        for node in ast.parse((INSIDE / name).read_text()).body:
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and (ALL or node.name in QUICK):
-                yield name, node.name
+@cache
+def outcome(machine: str) -> Outcome:
+    """What a machine ended with, which runs once for all that is asked of it."""
+    return run(MACHINES[machine].command(), DEADLINE_S)
 
 
-@pytest.fixture(scope="session")
-def outcome() -> Outcome:
+def cases(machine: str) -> Iterator[tuple[str, ET.Element]]:
+    """(file, what pytest says of a test of it) of all that ran in a machine."""
+    ended = outcome(machine)
+    report = ended.files.get("junit.xml")
+    if report is None:
+        said = f"the machine has no report, status {ended.status}"
+        pytest.fail(f"{said}\n{ended.output[-8000:]}\n{ended.console[-4000:]}")
+    for case in ET.fromstring(report).iter("testcase"):
+        yield f"{str(case.get('classname')).replace('.', '/')}.py", case
+
+
+@pytest.fixture(autouse=True)
+def can_run() -> None:
     why = why_not()
     if why and os.environ.get("CI") == "true":
         pytest.fail(f"in CI the machine must run: {why}")
     if why:
         pytest.skip(why)
-    return run(inside(*(f"tests/vm/inside/{file}::{name}" for file, name in names())), DEADLINE_S)
 
 
-def cases(outcome: Outcome) -> list[ET.Element]:
-    report = outcome.files.get("junit.xml")
-    if report is None:
-        said = f"the machine has no report, status {outcome.status}"
-        pytest.fail(f"{said}\n{outcome.output[-8000:]}\n{outcome.console[-4000:]}")
-    return list(ET.fromstring(report).iter("testcase"))
-
-
-@pytest.mark.parametrize(("file", "name"), list(names()))
-def test_inside(outcome: Outcome, file: str, name: str) -> None:
-    module = f"tests.vm.inside.{file.removesuffix('.py')}"
-    found = [
-        case
-        for case in cases(outcome)
-        if case.get("classname") == module and str(case.get("name")).split("[")[0] == name
+@pytest.mark.parametrize(("machine", "file"), [(name, file) for name, one in MACHINES.items() for file in one.files])
+def test_inside(machine: str, file: str) -> None:
+    ran = [case for place, case in cases(machine) if place == file]
+    failed = [
+        f"{case.get('name')}: {said.text}" for case in ran for kind in ("failure", "error") for said in case.iter(kind)
     ]
-    assert found, f"{file}: {name} did not run\n{outcome.output[-8000:]}"
-    for case in found:
-        for kind in ("failure", "error"):
-            for said in case.iter(kind):
-                pytest.fail(f"{case.get('name')}: {said.text}")
+    assert not failed, "\n\n".join(failed)
+    passed = {case.get("name") for case in ran if case.find("skipped") is None}
+    assert passed >= set(MACHINES[machine].names)
+    assert passed, f"nothing of it ran\n{outcome(machine).output[-8000:]}"
 
 
-def test_all_of_it_ran(outcome: Outcome) -> None:
-    assert outcome.status == 0, outcome.output[-8000:]
-    assert not [case for case in cases(outcome) if case.find("skipped") is not None]
+@pytest.mark.parametrize("machine", MACHINES)
+def test_all_of_it_ran(machine: str) -> None:
+    assert outcome(machine).status == 0, outcome(machine).output[-8000:]
