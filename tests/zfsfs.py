@@ -134,10 +134,12 @@ def destroy_pool(name: str) -> None:
 @contextlib.contextmanager
 def running(disk: Path | None = None) -> Iterator[Zfs]:
     """The daemon, with memory for its pools, or a directory on a disk."""
-    work = Path(tempfile.mkdtemp(prefix="zfsfs-", dir=disk))
+    # The kernel opens the files of a pool where no test's mount namespace is seen.
+    memory = Path("/dev/shm") if kernel() else None
+    work = Path(tempfile.mkdtemp(prefix="zfsfs-", dir=disk or memory))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, work, ignore_errors=True)
-        for place in (*(() if kernel() else map(Path, _PLACES)), *(() if disk else (work,))):
+        for place in (*(() if kernel() else map(Path, _PLACES)), *(() if disk or memory else (work,))):
             place.mkdir(parents=True, exist_ok=True)
             run("mount", "-t", "tmpfs", "none", place)
             stack.callback(run, "umount", "--lazy", place)
