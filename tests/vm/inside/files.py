@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import cluster as clusters
 from tests.acceptance import test_trees
 from tests.acceptance.test_trees import Field
 from tests.vm.inside.node import make_bare_group
-from tests.vm.inside.unlike import loopback_up
+from tests.vm.inside.unlike import SLOW_S, loopback_up
 
 pytestmark = pytest.mark.timeout(3000)
 
@@ -21,8 +22,10 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     make_bare_group()
     # One slow processor for all: what takes a moment elsewhere takes several seconds here.
     slow = "examine_timeout_s = 120\nnode_timeout_s = 60\n"
-    with test_trees.begun("lvm-thin", Path(tmp_path_factory.mktemp("files")), slow) as made:
-        yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clusters.wait_for, "__defaults__", (SLOW_S, 0.5))
+        with test_trees.begun("lvm-thin", Path(tmp_path_factory.mktemp("files")), slow) as made:
+            yield made
 
 
 test_a_first_copy = test_trees.test_a_first_copy
