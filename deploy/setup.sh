@@ -16,6 +16,7 @@ need etcd etcd-server
 need etcdctl etcd-client
 need mkfs.xfs xfsprogs
 need mkfs.btrfs btrfs-progs
+need btrbk btrbk
 need mkfs.ext4 e2fsprogs
 need setfacl acl
 need losetup mount

@@ -45,6 +45,9 @@ __all__ = [
 EXTENTS_WARN_COUNT: Final = 100_000  # an agent compacts above half as many; these it cannot keep up with
 EXTENTS_PER_SECOND: Final = 50_000
 
+_RECEIVED_IN_PLACE: Final = ("zfs",)
+"""Kinds where what other tools receive changes the live copy; with the others it lies beside."""
+
 _S = ReplicaState
 
 
@@ -172,6 +175,11 @@ def _first_sight(view: VolumeView) -> Problem:
     holders = [one.node for one in sorted_replicas(view) if one.fresh and has_data(one)]
     if not holders:
         return Problem("NO_DATA", f"{view.name} has no primary, and no node that answers has data of it")
+    if all(_live_state(view.replica(node)) is LiveState.ABSENT for node in holders):
+        message = (
+            f"{view.name} has no primary, and nobody who answers has a live copy, only snapshots: {listed(holders)}"
+        )
+        return Problem("NO_DATA", message, "resilver nodes")
     message = f"{view.name} has no primary yet; data is on {listed(holders)}"
     if len(holders) == 1:
         return Problem("UNINITIALIZED", message, f"resilver resync {view.name}")
@@ -257,7 +265,11 @@ def _split(view: VolumeView, replica: ReplicaView, status: Status) -> str:
             f"{where}; another tool has gone on to {replica.lineage.tip_name}, which is on {view.record.primary} too, "
             "but off the volume's lineage. Stop that tool's replication, then resync."
         )
-    return f"{where}; {' and '.join(own)} {verb} only on {replica.node}.{users} Nothing replaces them until you say so."
+    brought = _brought(view, replica, fork)
+    return (
+        f"{where}; {' and '.join(own)} {verb} only on {replica.node}.{users}{brought} "
+        "Nothing replaces them until you say so."
+    )
 
 
 def may_only(replica: ReplicaView) -> bool:
@@ -269,6 +281,23 @@ def may_only(replica: ReplicaView) -> bool:
 def _known_to(view: VolumeView, after: Sequence[Snapshot]) -> bool:
     ids = reference_lineage(view).ids()
     return all(one.id in ids for one in after)
+
+
+def _brought(view: VolumeView, replica: ReplicaView, fork: Snapshot | None) -> str:
+    """What another tool has brought here since, as a sentence, where tools receive into the live copy."""
+    mine, primary = replica.report, view.replica(view.record.primary).report
+    if fork is None or mine is None or primary is None or mine.backend not in _RECEIVED_IN_PLACE:
+        return ""
+    theirs = {one.id for one in primary.others}
+    since = [one for one in mine.others if one.id in theirs and one.create_time_ms > fork.create_time_ms]
+    if not since:
+        return ""
+    newest = max(since, key=lambda one: one.create_time_ms)
+    return f" Another tool has brought {newest.name} here from {view.record.primary}: stop its replication."
+
+
+def _live_state(replica: ReplicaView) -> LiveState:
+    return replica.report.live.state if replica.report is not None else LiveState.ABSENT
 
 
 def _others_have(view: VolumeView, after: Sequence[Snapshot]) -> bool:

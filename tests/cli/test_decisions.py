@@ -9,6 +9,7 @@ from resilver.cli.main import main
 from resilver.cli.session import Session
 from resilver.errors import ResilverError, error_for
 from resilver.v1 import coordinator_pb2 as api
+from resilver.v1 import error_pb2
 from resilver.v1 import volume_pb2 as pb
 from tests.cli import sample
 
@@ -23,6 +24,13 @@ def test_elect_refused(run, coordinator, table):
     assert found["candidates"][0]["live"] == "MODIFIED"
     assert err.startswith("PRIMARY_AWAY")
     assert err.rstrip().endswith("next: resilver elect vm1 --accept-loss a")
+
+
+def test_what_would_be_lost_of_another_tools_is_counted_in_snapshots(run, table):
+    lost = error_pb2.Loss(node="b", from_cp="home.20261120", to_cp="home.20261121", lost_cps=2, unseen_seconds=3)
+    refused = pb.Election(volume="home", refusal=error_pb2.Refusal(reasons=["NEWEST_COPY_MISSING"], losses=[lost]))
+    table["ElectPrimary"] = api.ElectPrimaryResponse(election=refused)
+    assert "b: home.20261120 .. home.20261121 (2 snapshots) and" in run("elect", "home", "--dry-run")[1]
 
 
 def test_elect(run, coordinator, table):

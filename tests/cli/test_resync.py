@@ -122,7 +122,7 @@ def test_resync_asks_for_what_was_said(run, coordinator, table):
     table["StartResync"] = started()
     code, out, _ = run("resync", "vm1", "--to", "c", "--plan", "9f", "--full", "--replace", "b", "--replace", "c")
     assert code == 0
-    assert "Nothing to do" in out
+    assert "Nothing to copy" in out
     request = coordinator.answers.of("StartResync")[0]
     assert list(request.volumes) == ["vm1"]
     assert list(request.nodes) == ["c"]

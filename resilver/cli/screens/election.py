@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Group
 from rich.text import Text
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from resilver.v1 import error_pb2
     from resilver.v1 import volume_pb2 as pb
+
+_CP: Final = re.compile(r"[0-9]+-[0-9]+")
 
 
 def screen(election: pb.Election, *, dry_run: bool) -> Group:
@@ -69,7 +72,9 @@ def loss_text(loss: error_pb2.Loss) -> str:
     parts = []
     if loss.from_cp or loss.to_cp:
         span = loss.from_cp if loss.from_cp == loss.to_cp else f"{loss.from_cp or '?'} .. {loss.to_cp or '?'}"
-        cps = f" ({count(loss.lost_cps, 'CP')})" if loss.HasField("lost_cps") else ""
+        # Another tool's snapshots have no CP, and are called by name.
+        what = "CP" if all(_CP.fullmatch(end) for end in (loss.from_cp, loss.to_cp) if end) else "snapshot"
+        cps = f" ({count(loss.lost_cps, what)})" if loss.HasField("lost_cps") else ""
         parts.append(span + cps)
     if loss.live_modified:
         parts.append("writes to its live copy")

@@ -72,7 +72,9 @@ def _volume(volume: pb.VolumePlan, rows: Sequence[Sequence[Text]], widths: Seque
         head.append(f"   primary {volume.primary}", style="not bold")
     head.append(f"   target {target}", style="not bold")
     if volume.takes_snapshot:
-        head.append(f", taken first ({volume.primary}'s live copy is modified)", style="not bold")
+        first = target == "1-1"  # taken whether or not anything was written since another tool's newest snapshot
+        why = "the volume's first" if first else f"{volume.primary}'s live copy is modified"
+        head.append(f", taken first ({why})", style="not bold")
     parts: list[RenderableType] = [head]
     if volume.HasField("refusal"):
         # Reasons alone: the sentence and the next command go to stderr, as for every refusal of what was asked.
@@ -175,7 +177,9 @@ def _total(plan: pb.Plan) -> Text:
     if bound and not total:
         head = f"{count(len(copying), 'replica')} to bring up to date; how many bytes is not known yet."
     if not copying:
-        idle = f"Nothing to do: {count(len(replicas), 'replica')} in sync."
+        idle = f"Nothing to copy: {count(len(replicas), 'replica')} in sync."
+        if not replicas:
+            idle = "Nothing to copy: no other node with the volume is known."
         head = "Nothing can be copied." if blocked or refused else idle
     return Text(f"{head} Full copies: {_short(full)}. Blocked: {_short([*refused, *blocked])}. Discarded: nothing.")
 

@@ -134,7 +134,7 @@ def _report(session: Session, resyncs: Sequence[pb.Resync], refusals: Sequence[a
 
 def _summary(resyncs: Sequence[pb.Resync], refusals: Sequence[api.VolumeRefusal], whole: int, seconds: float) -> str:
     if not resyncs:
-        return "Nothing was started." if refusals else "Nothing to do: every replica is in sync."
+        return "Nothing was started." if refusals else "Nothing to copy: every replica is in sync."
     good = [one for one in resyncs if word(one, "state") == "SUCCEEDED"]
     head = "DONE" if len(good) == len(resyncs) and not refusals else "ENDED"
     copied = size(sum(one.done_bytes for one in resyncs))

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coordinator.core.claims import next_epoch
-from coordinator.core.cluster import PlanAction, ReplicaPlan, ReplicaState, VolumeEntry, VolumeView
+from coordinator.core.cluster import PlanAction, ReplicaPlan, ReplicaState, ReplicaView, VolumeEntry, VolumeView
 from coordinator.core.planner import plan_volume
 from coordinator.core.status import problems_of_replica, status_of
 from resilver.volume import VolumeRecord
@@ -34,6 +36,13 @@ def row(seen: VolumeView, node: str = "b", **options: object) -> ReplicaPlan:
     found = plan_volume(seen, **asked)  # type: ignore[arg-type]  # options by name
     assert found.refusal is None
     return next(one for one in found.replicas if one.node == node)
+
+
+def _made_after(one: ReplicaView) -> ReplicaView:
+    """What lies beside its lineage was made a second later than all that is in it."""
+    assert one.report is not None
+    others = tuple(replace(other, create_time_ms=other.create_time_ms + 1000) for other in one.report.others)
+    return replace(one, report=replace(one.report, others=others))
 
 
 class TestFirstElection:
@@ -212,6 +221,16 @@ class TestAfterwards:
     def test_its_problem_is_told_with_the_names_that_the_other_tool_gave(self, histories: str, message: str) -> None:
         (found,) = problems_of_replica(view(histories, epoch=1), "b", NOW_MS)
         assert found.message == message
+
+    @pytest.mark.parametrize(("kind", "told"), [("zfs", True), ("btrfs", False)])
+    def test_what_a_tool_that_was_left_on_has_received_into_the_live_copy_is_named(self, kind: str, told: bool) -> None:
+        seen = view(f"a: g1 1 ~g6 * kind={kind} | b: g1 1 ~g6 * kind={kind}")
+        later = {node: _made_after(one) for node, one in seen.replicas.items()}
+        (found,) = problems_of_replica(replace(seen, replicas=later), "b", NOW_MS)
+        named = "Another tool has brought auto-g6 here from a: stop its replication. " if told else ""
+        assert found.message == (
+            f"split at 1-1; live writes are only on b. {named}Nothing replaces them until you say so."
+        )
 
     def test_a_snapshot_beside_the_lineage_decides_nothing(self) -> None:
         plain, beside = "a: g1 g5 1 2 * | b: g1 g5 1", "a: g1 g5 1 2 * ~g6 ~g7 | b: g1 g5 1 ~g2 ~g6"

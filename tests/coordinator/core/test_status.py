@@ -272,6 +272,7 @@ class TestProblems:
             (view("a: 1 2 | b: 1 2", opening=True), ("OPENING",)),
             (view("a: empty | b: empty", primary=""), ("NO_DATA",)),
             (view("a: * | b: empty", primary=""), ("UNINITIALIZED",)),
+            (view("a: g1 g2 raw ! | b: silent", primary=""), ("NO_DATA",)),
         ],
     )
     def test_of_a_volume(self, seen: VolumeView, reasons: tuple[str, ...]) -> None:

@@ -179,14 +179,41 @@ def test_an_older_one_that_was_received_later_is_older(places):
     assert [record.note for record in pair.other.backend.examine().lineage] == ["vm1.3", "vm1.2", "vm1.1"]
 
 
-def test_btrbk(places):
-    """Snapshots in a directory of their own beside the subvolume, backups under the host's name."""
-    pair = Pair(places, "_btrbk_snap", "host/größe 1")
-    base = pair.native(3)
-    assert [record.note for record in pair.node.lineage] == [f"vm1.{turn}" for turn in (5, 4, 3, 2, 1)]
-    pair.node.snapshot()
-    pair.other.receive(pair.node, base)
-    same(pair.node.path, pair.other.path)
+@pytest.mark.skipif(shutil.which("btrbk") is None, reason="btrbk is not installed")
+def test_btrbk(places, tmp_path):
+    """The tool itself takes, sends and prunes; then it goes on without its target, and lets go of what it sent last."""
+    node, other = Node(places[0]), Node(places[1], adopt=("host/größe 1/vm1.*",))
+    snaps, backups, config = places[0] / "_btrbk_snap", places[1] / "host/größe 1", tmp_path / "btrbk.conf"
+    snaps.mkdir()
+    backups.mkdir(parents=True)
+    node.create()
+    node.write("big", os.urandom(4 << 20))
+
+    def btrbk(turn: int, target: str = "") -> None:
+        config.write_text(
+            f"snapshot_preserve_min latest\nsnapshot_dir {snaps}\nsubvolume {node.path}\n{target}\n", encoding="utf-8"
+        )
+        node.write(f"n{turn}", os.urandom(50_000))
+        run("btrbk", "--config", config, "--quiet", "run")
+
+    for turn in range(3):
+        btrbk(turn, f"target {backups}")
+    (sent,) = snaps.iterdir()
+    base, received = btrfs.info(sent).native_id, listed(backups)
+    assert [record.id for record in node.lineage] == [base]
+    assert len(other.lineage) == 3, "here it has pruned nothing"
+    opened = node.snapshot()
+    assert newest_in_common(node.lineage, other.lineage).id == base
+    assert other.receive(node, base) == ()
+    same(node.path, other.path)
+    btrbk(3)
+    assert not sent.exists()
+    node.snapshot()
+    assert other.receive(node, opened.id) == ()
+    same(node.path, other.path)
+    theirs = [[line for line in lines if "/vm1." in line] for lines in (received, listed(backups))]
+    assert theirs[0] == theirs[1]
+    assert len(theirs[0]) == 3
 
 
 def test_snapper(node):
