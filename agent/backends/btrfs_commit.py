@@ -7,17 +7,18 @@ The order, in which a crash after any line leaves the path showing one whole sub
 3. What will be preserved is described beside its data; then the intention is written (`commit.json`).
 4. The stage's tree is renamed to the target's snapshot directory.
 5. `.live` and the live copy change places in one step (or `.live` is renamed, if there was none). This decides.
-6. The old live copy is looked at again: if somebody came to use it, or it is another one, all of it back.
+6. The old live copy is looked at again: if somebody came to use it, or it is another one, all of it back. Also if it
+   is to be removed, and one of its files is open for writing, by whatever: then it is read-only from here on.
 7. Snapshots off the lineage and a live copy with data of its own move among the preserved copies; an unmodified one is
-   compared once more and removed. The intention is removed, then the stage.
+   compared once more and removed, or set aside (`btrfs_keep.py`). The intention is removed, then the stage.
 
 `settle` finishes 7, or undoes 3 to 4, from the intention alone: at start, and before anything else is changed.
 
 **The window that remains.** There is no lease on a subvolume. Somebody who opens a file between 2 and 5 is found by 6,
 and everything goes back, so that he never notices; who changed the old one and has gone again is found by the
-comparison in 7, and it is preserved. What is left is a system call that was under way through the old path when the
-names changed places, and had not got its descriptor when 6 had looked through all processes: it would write into what 7
-removes.
+comparison in 7, and it is preserved. What is left is a system call that opens a file for writing through the old path,
+was let in by the kernel before the subvolume was made read-only, and has not got its descriptor when the file is asked
+in 6: it would write into what 7 removes.
 
 Owner, mode, ACL and attributes of the root directory are the target's: they are data of the volume like any other.
 Properties of the subvolume itself (quota groups, limits) are the old one's, and do not pass over.
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from agent.backends import btrfs_keep as keeping
@@ -51,7 +53,7 @@ from agent.backends.image_layout import (
 from agent.disk import btrfs, ioctl
 from agent.disk.btrfs_use import users_of
 from agent.disk.durable import disk_errors, fsync_dir, remove_file
-from agent.disk.inuse import InUseError
+from agent.disk.inuse import InUseError, User
 from resilver.errors import Damaged, Refused
 from resilver.lineage import Origin, Snapshot
 from resilver.volume import PreservedCopy
@@ -72,6 +74,9 @@ STEPS: Final = (
     "commit.closed",
     "commit.swept",
 )
+
+
+Asked = Callable[[Path], str | None]  # see `btrfs_keep.let_go`
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +157,8 @@ def _commit(tools: Tools, stage: BtrfsStage, plan: _Plan) -> tuple[PreservedCopy
         layout.tree.rename(layout.snapshot(plan.target.id))
     btrfs.sync(layout.root)
     tools.step("commit.snapshot")
-    _exchange(tools, journal, old)
-    _forward(tools, journal)
+    asked = _exchange(tools, journal, old)
+    _forward(tools, journal, asked)
     stage.close()
     discard(layout)
     tools.step("commit.swept")
@@ -228,9 +233,10 @@ def _describe_leaving(plan: _Plan, record: Snapshot) -> PreservedCopy:
     return keeping.describe_snapshot(known.layout.data(record.id), record, against, plan.order.resync_id)
 
 
-def _exchange(tools: Tools, journal: Journal, old: btrfs.Info | None) -> None:
+def _exchange(tools: Tools, journal: Journal, old: btrfs.Info | None) -> Asked:
     """The step that decides; taken back if somebody uses the old live copy, or it was another one by then."""
     layout = tools.layout
+    asked: Asked = keeping.shut
     if old is None:
         try:
             ioctl.rename_new(layout.incoming, layout.live)
@@ -247,19 +253,27 @@ def _exchange(tools: Tools, journal: Journal, old: btrfs.Info | None) -> None:
             _undo(tools, journal)
             raise
         tools.step("commit.swapped")
-        _look_again(tools, journal, old)
+        asked = _look_again(tools, journal, old)
     tools.step("commit.exchanged")
     btrfs.sync(layout.live.parent)
     tools.step("commit.synced")
+    return asked
 
 
-def _look_again(tools: Tools, journal: Journal, old: btrfs.Info) -> None:
+def _look_again(tools: Tools, journal: Journal, old: btrfs.Info) -> Asked:
+    """What is known then of the files of an old live copy that is to be removed: they are not all asked twice."""
     layout = tools.layout
     moved = not btrfs.is_subvolume(layout.incoming) or layout.identity(layout.incoming) != old.tree
     users = [] if moved else users_of(layout.incoming)
     inside = not moved and btrfs.nested(layout.incoming)
     if not (moved or users or inside):
-        return
+        if journal.live_pid:
+            return keeping.shut  # whatever is still written to it is preserved with it
+        written = keeping.shut(layout.incoming)
+        if not written:
+            return lambda _path: written
+        users = [User(f"something other than a process, which has {written} open for writing", writes=True)]
+        btrfs.set_read_only(layout.incoming, read_only=False)
     ioctl.exchange(layout.incoming, layout.live)
     btrfs.sync(layout.live.parent)
     _undo(tools, journal)
@@ -269,7 +283,7 @@ def _look_again(tools: Tools, journal: Journal, old: btrfs.Info) -> None:
     raise Refused("TARGET_CHANGED", f"{layout.live} {what} meanwhile", tip=journal.old_tip)
 
 
-def _forward(tools: Tools, journal: Journal) -> None:
+def _forward(tools: Tools, journal: Journal, asked: Asked = keeping.shut) -> None:
     """What is left once the exchange has happened; each line may be done already."""
     layout = tools.layout
     for gone, pid in journal.keeps:
@@ -281,13 +295,13 @@ def _forward(tools: Tools, journal: Journal) -> None:
     if journal.live_pid:
         keep_file(layout, layout.incoming, journal.live_pid)
     elif layout.incoming.exists():
-        _let_old_go(tools, journal)
+        _let_old_go(tools, journal, asked)
     tools.step("commit.live_kept")
     remove_file(layout.commit)
     tools.step("commit.closed")
 
 
-def _let_old_go(tools: Tools, journal: Journal) -> None:
+def _let_old_go(tools: Tools, journal: Journal, asked: Asked) -> None:
     """An unmodified old live copy goes, if it still is that: compared once more, now that no path leads to it."""
     layout, known = tools.layout, tools.finder.load()
     kept = next(
@@ -296,7 +310,7 @@ def _let_old_go(tools: Tools, journal: Journal) -> None:
     # An old tip that other tools made may be off the lineage by now: it is beside it.
     path = kept or known.path(journal.old_tip) or known.beside.get(journal.old_tip)
     tip = Tip(journal.old_tip, path) if path is not None else None
-    keeping.let_go(layout, layout.incoming, tip, known.state.known.get(journal.old_tip))
+    keeping.let_go(layout, layout.incoming, tip, known.state.known.get(journal.old_tip), asked)
     fsync_dir(layout.root)
 
 
@@ -319,7 +333,12 @@ def _undo(tools: Tools, journal: Journal) -> None:
 
 
 def settle(tools: Tools) -> None:
-    """Finishes or undoes a commit that was interrupted; nothing if there is none."""
+    """Finishes or undoes a commit that was interrupted, and looks at what was set aside; nothing if there is none."""
+    _finish(tools)
+    keeping.look_aside(tools.layout, tools.finder.load)
+
+
+def _finish(tools: Tools) -> None:
     layout = tools.layout
     journal = load_journal(layout)
     if journal is None:

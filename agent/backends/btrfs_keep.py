@@ -4,6 +4,16 @@ As in `image_keep.py`: a preserved copy appears by the rename of its directory, 
 before; a snapshot is let go by a rename, its record in the log of ancestry before; what was once a live copy is only
 removed if nobody uses it and it is what a snapshot is that stays. Otherwise it is preserved.
 
+**For good.** Who uses a subvolume is looked for among processes, and what has it open may be none. So it is made
+read-only first: nothing can be opened for writing any more, while what is open stays so, and writes still. Then each of
+its files is asked whether it is open for writing, and only then it is compared: what is the same now stays the same.
+Where there are too many files for that (`ASKED_MAX_S`), it is *set aside*::
+
+    .aside-<time>-<ctransid>-<tip>    the time in Unix milliseconds, its last change's transaction, what it equals
+
+and compared once more when it has stood there for `ASIDE_S`: before the next thing that is done here, or at a start. If
+it was changed it is preserved then. At most `ASIDE_MAX` stand there; beyond that the oldest is looked at earlier.
+
 Removing a subvolume frees its space later, while the kernel walks through it; the bytes that are told are an estimate.
 """
 
@@ -22,13 +32,17 @@ from agent.backends.btrfs_layout import SubvolumeLayout, remove, unused
 from agent.backends.btrfs_live import Tip, is_tip, own_bytes
 from agent.backends.image_keep import keep_directory, keep_file, now_ms
 from agent.backends.image_layout import append_records, load_preserved, save_preserved
-from agent.disk import btrfs
+from agent.disk import btrfs, leases
 from agent.disk.btrfs_use import users_of
 from agent.disk.durable import DIR_MODE, disk_errors, fsync_dir, make_dir
 from resilver.lineage import NO_CP, Snapshot
 from resilver.volume import PreservedCopy
 
 ESTIMATE_MAX_S: Final = 10.0
+ASKED_MAX_S: Final = 2.0
+ASIDE_S: Final = 600.0
+ASIDE_MAX: Final = 16
+_ASIDE: Final = ".aside-"
 
 
 def describe_live(
@@ -69,16 +83,68 @@ def prepare_keep(layout: SubvolumeLayout, copy: PreservedCopy) -> None:
     fsync_dir(layout.root)
 
 
-def let_go(layout: SubvolumeLayout, path: Path, equal_to: Tip | None, snapshot: Snapshot | None) -> None:
-    """Removes a former live copy if nobody uses it and it is that snapshot, else preserves it."""
+def shut(path: Path) -> str | None:
+    """Lets nobody open anything in a subvolume for writing any more. A file that is open so, by its path in there;
+    empty if there is none, None if not all could be asked.
+    """
+    btrfs.set_read_only(path, read_only=True)
+    return leases.open_for_writing(path, ASKED_MAX_S)
+
+
+def let_go(
+    layout: SubvolumeLayout,
+    path: Path,
+    equal_to: Tip | None,
+    snapshot: Snapshot | None,
+    asked: Callable[[Path], str | None] = shut,
+) -> None:
+    """Removes a former live copy, in the snapshot directory, if it is that snapshot and stays so; else preserves it.
+
+    Set aside if it is that snapshot, and `asked` could not say of all of its files whether they are open for writing.
+    """
     if not path.exists():
         return
-    if not users_of(path) and _is(layout, path, equal_to) and not btrfs.nested(path):
-        remove(path)
-        return
-    copy = describe_live(layout, path, snapshot, equal_to, "")
+    if not users_of(path) and not btrfs.nested(path):
+        written = asked(path)
+        btrfs.sync(path)
+        change = btrfs.info(path).ctransid
+        if not written and _is(layout, path, equal_to):
+            if written is None and equal_to is not None:
+                path.rename(layout.root / f"{_ASIDE}{now_ms()}-{change}-{equal_to.id}")
+                fsync_dir(layout.root)
+            else:
+                remove(path)
+            return
+    _preserve(layout, path, equal_to, snapshot)
+
+
+def _preserve(layout: SubvolumeLayout, path: Path, against: Tip | None, snapshot: Snapshot | None) -> None:
+    btrfs.set_read_only(path, read_only=False)  # else it cannot be moved into another directory
+    copy = describe_live(layout, path, snapshot, against, "")
     prepare_keep(layout, copy)
     keep_file(layout, path, copy.id)
+
+
+def look_aside(layout: SubvolumeLayout, load: Callable[[], Known]) -> None:
+    """Of what was set aside long enough ago: preserves what was changed since, and removes what was not."""
+    found = sorted(layout.root.glob(f"{_ASIDE}*"))
+    for place, entry in enumerate(found):
+        parts = entry.name.removeprefix(_ASIDE).split("-", 2)
+        if len(parts) < 3 or not (parts[0].isdecimal() and parts[1].isdecimal()):
+            continue  # none of ours
+        age_s = (now_ms() - int(parts[0])) / 1000
+        # A clock that was set back says nothing: it counts as long enough.
+        if 0 <= age_s < ASIDE_S and len(found) - place <= ASIDE_MAX:
+            continue
+        if users_of(entry):
+            continue
+        btrfs.sync(entry)
+        if btrfs.info(entry).ctransid == int(parts[1]):
+            remove(entry)
+            continue
+        known = load()
+        tip = known.path(parts[2])
+        _preserve(layout, entry, Tip(parts[2], tip) if tip is not None else None, known.state.known.get(parts[2]))
 
 
 def _is(layout: SubvolumeLayout, path: Path, tip: Tip | None) -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from agent.disk import btrfs
+from agent.backends import btrfs_keep
+from agent.disk import btrfs, leases
 from agent.disk.btrfs_use import users_of
 from resilver.lineage import Consistency
 from resilver.volume import LiveState
@@ -181,3 +186,105 @@ def test_somebody_who_came_and_has_gone_when_the_names_changed(node, other):
     same(node.path, other.path)
     kept = other.backend.examine().preserved
     assert [(Path(copy.path) / "a").read_bytes() for copy in kept] == [b"his"]
+
+
+@contextlib.contextmanager
+def hidden(path: Path, flags: int = os.O_RDWR) -> Iterator[socket.socket]:
+    """A descriptor in no process' table, as those of nfsd and of io_uring: what receives it is yielded."""
+    fd = os.open(path, flags)
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        socket.send_fds(sender, [b"x"], [fd])
+        os.close(fd)
+        yield receiver
+
+
+def written_late(receiver: socket.socket) -> None:
+    [fd] = socket.recv_fds(receiver, 1, 1)[1]
+    os.pwrite(fd, b"late", 0)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def aside(of: Node) -> list[Path]:
+    return sorted(of.root.glob(".aside-*"))
+
+
+def test_a_file_open_for_writing_by_no_process(node, other):
+    base = pair(node, other)
+    stage = other.stage_from(node, base)
+    with hidden(other.path / "d" / "b"):
+        error = refused(lambda: other.backend.commit(stage, other.order(node.lineage)))
+    assert error.reason == "IN_USE"
+    assert "d/b" in error.metadata["in_use_by"]
+    assert other.lineage.tip_id == base
+    assert other.backend.examine().preserved == ()
+    other.write("new", b"it can be written to as before")
+    (other.path / "new").unlink()
+    other.backend.commit(stage, other.order(node.lineage))
+    same(node.path, other.path)
+    assert aside(other) == []
+    assert not [path for path in other.root.iterdir() if path.name.startswith(".")]
+
+
+def test_a_reader_that_is_no_process_hinders_nobody(node, other):
+    base = pair(node, other)
+    with hidden(other.path / "a", os.O_RDONLY):
+        assert other.receive(node, base) == ()
+
+
+def test_what_is_open_for_writing_is_found_in_any_directory(tmp_path):
+    (tmp_path / "link").symlink_to("/")
+    os.mkfifo(tmp_path / "pipe")
+    deep = tmp_path / "one" / "two"
+    deep.mkdir(parents=True)
+    (deep / "file").write_bytes(b"")
+    assert leases.open_for_writing(tmp_path, 60.0) == ""
+    with hidden(deep / "file"):
+        assert leases.open_for_writing(tmp_path, 60.0) == "one/two/file"
+    assert leases.open_for_writing(tmp_path, 0.0) is None
+    assert leases.open_for_writing(tmp_path / "gone", 60.0) is None
+
+
+def test_too_many_files_to_ask_are_set_aside(node, other, monkeypatch):
+    """Not removed at the commit: what is written later through a descriptor that nobody sees is preserved."""
+    monkeypatch.setattr(btrfs_keep, "ASKED_MAX_S", 0.0)
+    base = pair(node, other)
+    with hidden(other.path / "a") as receiver:
+        assert other.receive(node, base) == ()
+        again = Node(other.directory)
+        again.backend.recover()
+        assert len(aside(again)) == 1, "it is not long enough there"
+        assert again.backend.examine().preserved == ()
+        with pytest.raises(OSError, match="Read-only"):
+            (aside(again)[0] / "a").write_bytes(b"through a path")
+        written_late(receiver)
+    monkeypatch.setattr(btrfs_keep, "ASIDE_S", 0.0)
+    again.backend.recover()
+    assert aside(again) == []
+    [kept] = again.backend.examine().preserved
+    assert (kept.live, kept.based_on) == (True, base)
+    assert (Path(kept.path) / "a").read_bytes()[:5] == b"latea"
+    same(node.path, again.path)
+
+
+def test_what_was_set_aside_and_not_changed_goes_with_the_next_commit(node, other, monkeypatch):
+    monkeypatch.setattr(btrfs_keep, "ASKED_MAX_S", 0.0)
+    base = pair(node, other)
+    other.receive(node, base)
+    [first] = aside(other)
+    (first / "a").read_bytes()
+    list((first / "d").iterdir())
+    for count in (2, 3):
+        tip = other.lineage.tip_id
+        node.write("a", b"%d" % count)
+        node.snapshot()
+        monkeypatch.setattr(btrfs_keep, "ASIDE_MAX", count - 1)
+        other.receive(node, tip)
+        assert len(aside(other)) == count
+    assert first in aside(other)
+    monkeypatch.setattr(btrfs_keep, "ASIDE_MAX", 2)
+    other.backend.recover()
+    assert len(aside(other)) == 2
+    assert first not in aside(other), "the oldest one"
+    assert other.backend.examine().preserved == ()
