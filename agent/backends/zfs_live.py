@@ -7,9 +7,9 @@ nothing is enough.
 *Shut* is a live copy while a commit is under way: `readonly=on`, and `canmount=noauto`, so that neither a boot nor
 `zfs mount` lets anybody write. Whoever sets that back on purpose can; so nothing is taken for unmodified by that alone.
 
-*In use* is a live copy that a process has open, mapped or stands in, that is mounted at a second place, exported, or
-under a loop device. Being mounted where it belongs is not use: that can be undone, and whether it can is for the
-kernel to say (`set_aside`).
+*In use* is a live copy that a process has open, mapped or stands in, that is mounted at a second place, exported (by
+ZFS, or as any directory is), a layer of an overlay, or under a loop device. Being mounted where it belongs is not use:
+that can be undone, and whether it can is for the kernel to say (`set_aside`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Final
 from agent.backends.zfs_layout import TAKING, Layout, State
 from agent.backends.zfs_send import open_stream
 from agent.backends.zfs_stream import Reader
-from agent.disk import mounted, zfs
+from agent.disk import exports, mounted, overlays, zfs
 from agent.disk.advance import advanced
 from resilver.errors import Refused, ResilverError
 from resilver.volume import LiveCopy, LiveState
@@ -50,8 +50,11 @@ def uses(layout: Layout, head: zfs.Dataset) -> Uses:
     own = [place for place in found if place.own]
     first = next((place for place in own if place.point == head.mountpoint), own[0] if own else None)
     extra = [f"a mount at {place.point}" for place in own if place is not first]
-    exports = [f"an export ({share})" for share in head.shared] if own else []
-    who = (*mounted.users(found), *extra, *exports)
+    shared = [f"an export ({share})" for share in head.shared] if own else []
+    exported = {f"NFS export {export.path}" for place in own for export in exports.reaching(place.point)}
+    devices = {place.device for place in found}
+    layered = {f"overlay mount at {layer.point}" for layer in overlays.layers() if layer.device in devices}
+    who = (*mounted.users(found), *extra, *shared, *sorted(exported), *sorted(layered))
     return Uses(who, tuple(place.point for place in own), not head.readonly)
 
 

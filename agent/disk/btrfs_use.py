@@ -7,7 +7,9 @@ directory tree: these are looks, and somebody may come right after one. Whoever 
 * Loop devices and active swap files on files in it.
 * Mounts of it or of a directory in it, in every mount namespace, also its own path if something is mounted there. A
   mount does not write by itself: what is written through it is open.
-* Exports of the kernel's NFS server that lie in it: what is written through these is open in no process.
+* Exports of the kernel's NFS server that show it: of it, of a directory in it, or of one above it on the same file
+  system, also through another mount of that. What is written through these is open in no process.
+* Overlay mounts, in every mount namespace, that have a directory in it as a layer.
 
 A descriptor on a mount whose server may be away (anything but the usual local file systems) is not looked at: a dead
 one would hang us.
@@ -20,10 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from agent.disk import btrfs, ioctl, loops, proc
+from agent.disk import btrfs, exports, ioctl, loops, overlays, proc
 from agent.disk.inuse import User
 
-_EXPORTS: Final = (Path("/var/lib/nfs/etab"), Path("/proc/fs/nfsd/exports"))
 _SWAPS: Final = Path("/proc/swaps")
 _NEAR: Final = frozenset(
     (
@@ -34,8 +35,11 @@ _NEAR: Final = frozenset(
 )
 
 
-def users_of(path: Path) -> list[User]:
-    """Everybody who uses the subvolume at a path, as far as this process may see; itself too."""
+def users_of(path: Path, *, from_above: bool = True) -> list[User]:
+    """Everybody who uses the subvolume at a path, as far as this process may see; itself too.
+
+    `from_above`: also exports of a directory above it, which show it and may be meant for what lies beside it.
+    """
     stat = path.lstat()
     place = btrfs.place_of(path.parent)
     device = place[0].device if place is not None else ""
@@ -46,7 +50,8 @@ def users_of(path: Path) -> list[User]:
         *_loops(stat.st_dev),
         *_mounts(stat.st_dev, device, top),
         *_swaps(stat.st_dev),
-        *_exports(path.parent.resolve() / path.name),
+        *_layers(stat.st_dev, device),
+        *_exports(str(path.parent.resolve() / path.name), device, top, from_above=from_above),
     ):
         found[user.name] = found.get(user.name, False) or user.writes
     return [User(name, writes) for name, writes in sorted(found.items())]
@@ -173,14 +178,21 @@ def _swaps(subvolume: int) -> Iterator[User]:
             yield User(f"swap file {name}", writes=True)
 
 
-def _exports(path: Path) -> Iterator[User]:
-    """Exports of the subvolume or of a directory in it; one above it shows it only with `crossmnt`, and is not seen."""
-    for table in _EXPORTS:
-        try:
-            lines = table.read_text(errors="surrogateescape").splitlines()
-        except OSError:
-            continue
-        for line in lines:
-            name = line.split("\t", 1)[0].split(" ", 1)[0].replace("\\040", " ")
-            if not name.startswith("#") and (Path(name) == path or path in Path(name).parents):
-                yield User(f"NFS export {name}", writes=True)
+def _layers(subvolume: int, device: str) -> Iterator[User]:
+    for layer in overlays.layers():
+        if layer.device == device and _is_on(str(layer.reach), subvolume):
+            yield User(f"overlay mount at {layer.point}", layer.writes)
+
+
+def _exports(path: str, device: str, top: str, *, from_above: bool) -> Iterator[User]:
+    """Exports that show the subvolume, by its path or, through any mount of the file system, by that from the top."""
+    mounts = loops.own_mounts()
+    for export in exports.exports():
+        mount = overlays.mount_above(export.path, mounts)
+        shown = exports.is_within(export.path, path)
+        shown = shown or (from_above and export.crosses and exports.is_within(path, export.path))
+        if not shown and top and mount is not None and mount.device == device:
+            there = mount.root.rstrip("/") + export.path[len(mount.point.rstrip("/")) :] or "/"
+            shown = exports.is_within(there, top) or (from_above and exports.is_within(top, there))
+        if shown:
+            yield User(f"NFS export {export.path}", export.writes)

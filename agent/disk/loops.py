@@ -35,13 +35,17 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A line of a mountinfo; `root` is what of the file system is mounted, `reach` a path to it from here."""
+    """A line of a mountinfo; `root` is what of the file system is mounted, `reach` a path to it from here.
+
+    `layers` are the options of an overlay, escaped as they stand there; empty for any other file system.
+    """
 
     device: str
     root: str
     point: str
     source: str
     reach: Path
+    layers: str = ""
 
 
 def devices_on(stat: os.stat_result) -> list[Device]:
@@ -171,13 +175,19 @@ def mounts_read() -> int:
 
 def all_mounts() -> Iterator[Mount]:
     """The mounts of every namespace, ours first."""
+    for _root, mounts in mounts_by_namespace():
+        yield from mounts
+
+
+def mounts_by_namespace() -> Iterator[tuple[Path, list[Mount]]]:
+    """The mounts of every namespace, ours first, each with a path to the root of a process that lives in it."""
     seen = {mount_namespace(Path("/proc/self"))}
-    yield from own_mounts()
+    yield Path("/"), own_mounts()
     for process in Path("/proc").glob("[0-9]*"):
         namespace = mount_namespace(process)
         if namespace and namespace not in seen:
             seen.add(namespace)
-            yield from _parse(process / "mountinfo", process / "root")
+            yield process / "root", _parse(process / "mountinfo", process / "root")
 
 
 def mount_namespace(process: Path) -> str:
@@ -192,7 +202,8 @@ def _parse(mountinfo: Path, root: Path) -> list[Mount]:
     made = []
     for fields, tail in mount_lines(mountinfo):
         point = plain(fields[4])
-        made.append(Mount(fields[2], plain(fields[3]), point, plain(tail[1]), root / point.lstrip("/")))
+        layers = tail[2] if tail[0] == "overlay" and len(tail) > _FIELDS_BEHIND else ""
+        made.append(Mount(fields[2], plain(fields[3]), point, plain(tail[1]), root / point.lstrip("/"), layers))
     return made
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.backends import btrfs_keep
-from agent.disk import btrfs, leases
+from agent.disk import btrfs, exports, leases
 from agent.disk.btrfs_use import users_of
 from resilver.lineage import Consistency
 from resilver.volume import LiveState
@@ -288,3 +288,102 @@ def test_what_was_set_aside_and_not_changed_goes_with_the_next_commit(node, othe
     assert len(aside(other)) == 2
     assert first not in aside(other), "the oldest one"
     assert other.backend.examine().preserved == ()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("{live}", "rw", True),
+        ("{live}/d", "ro,root_squash", False),
+        ("{above}", "rw,no_subtree_check", True),
+        ("{disk}", "ro", False),
+        ("/", "rw", None),
+        ("/", "rw,crossmnt", True),
+        ("{live}2", "rw", None),
+        ("{bound}", "rw", True),
+        ("{bound}/vm1/d", "rw", True),
+        ("{bound}/other", "rw", None),
+    ],
+    ids=lambda case: f"{case[0]} {case[1]}",
+)
+def test_in_use_by_an_export(node, tmp_path, monkeypatch, case):
+    """Of any directory above it on the same file system too, by whichever mount of that: no mount is in between."""
+    where, options, writes = case
+    node.create()
+    bound = tmp_path / "bound here"
+    bound.mkdir()
+    name = where.format(live=node.path, above=node.directory, disk=node.directory.parents[1], bound=bound)
+    table = tmp_path / "etab"
+    table.write_text("# a comment\n{}\t10.0.0.0/8({},sec=sys)\n".format(name.replace(" ", "\\040"), options))
+    monkeypatch.setattr(exports, "TABLES", (tmp_path / "none", table))
+    run("mount", "--bind", node.directory, bound)
+    try:
+        found = [(user.name, user.writes) for user in users_of(node.path)]
+    finally:
+        run("umount", bound)
+    assert found == ([] if writes is None else [(f"NFS export {name}", writes)])
+
+
+@contextlib.contextmanager
+def overlaid(options: str, point: Path, *, private: bool = False) -> Iterator[None]:
+    """An overlay, mounted here or in a mount namespace of its own."""
+    script = 'mount -t overlay overlay -o "$1" "$2" && echo ready && read line && umount "$2"'
+    prefix = ["unshare", "-m"] if private else []
+    process = subprocess.Popen(
+        [*prefix, "sh", "-c", script, "sh", options, point], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"ready\n"
+    try:
+        yield
+    finally:
+        process.communicate(b"\n", timeout=30)
+
+
+@pytest.mark.parametrize("how", ["upper", "lower", "second lower", "another namespace"])
+def test_in_use_by_an_overlay(node, other, how, tmp_path):
+    node.create()
+    for name in ("upper, one", "work/work", "low:er"):
+        (node.path / name).mkdir(parents=True)
+    base = node.snapshot()
+    other.receive(node)
+    node.write("a", b"newer")
+    node.snapshot()
+    stage = other.stage_from(node, base.id)
+    point, low = tmp_path / "merged here", tmp_path / "low"
+    point.mkdir()
+    low.mkdir()
+    live = str(other.path)
+    lower = f"{live}/low\\:er"
+    options = {
+        "lower": f"lowerdir={lower}:{low}",
+        "second lower": f"lowerdir={low}:{lower}",
+    }.get(how, f"lowerdir={low},upperdir={live}/upper\\, one,workdir={live}/work")
+    with overlaid(options, point, private=how == "another namespace"):
+        [user] = [user for user in users_of(other.path) if user.name.startswith("overlay")]
+        assert (user.name, user.writes) == (f"overlay mount at {point}", "lower" not in how)
+        error = refused(lambda: other.backend.commit(stage, other.order(node.lineage)))
+    assert error.reason == "IN_USE"
+    assert f"overlay mount at {point}" in error.metadata["in_use_by"]
+    assert users_of(other.path) == []
+
+
+def test_an_overlay_in_a_namespace_with_paths_of_its_own(node, tmp_path):
+    """As of a container's own containers: nothing is at that path here."""
+    node.create()
+    for name in ("upper", "work"):
+        (node.path / name).mkdir()
+    point = tmp_path / "point"
+    point.mkdir()
+    script = """
+        mount -t tmpfs tmpfs "$2" && cd "$2" && mkdir data low merged && mount --bind "$1" data &&
+        mount -t overlay overlay -o "lowerdir=$2/low,upperdir=$2/data/upper,workdir=$2/data/work" merged &&
+        echo ready && read line
+    """
+    process = subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", script, "sh", node.path, point], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        assert f"overlay mount at {point}/merged" in [user.name for user in users_of(node.path)]
+    finally:
+        process.communicate(b"\n", timeout=30)

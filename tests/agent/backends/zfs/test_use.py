@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from agent.disk import exports
 from resilver.errors import Refused
 from resilver.lineage import Consistency
 from resilver.volume import Grant, LiveState
@@ -74,7 +75,30 @@ def elsewhere(replica):
         process.stdout.close()
 
 
-USES = [opened, mapped, standing, bound, looped]
+@contextlib.contextmanager
+def exported(replica):
+    """As by a line in /etc/exports, which `exportfs` writes into its table; the mount itself stays as it is."""
+    table = replica.work / "etab"
+    name = str(replica.point / "d").replace(" ", "\\040")
+    table.write_text(f"{name}\t*(rw,sync)\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exports, "TABLES", (table,))
+        yield f"NFS export {replica.point}/d"
+
+
+@contextlib.contextmanager
+def layered(replica):
+    point, lower = replica.work / "merged", replica.work / "lower"
+    point.mkdir()
+    lower.mkdir()
+    run("mount", "-t", "overlay", "overlay", "-o", f"lowerdir={lower}:{replica.point}", point)
+    try:
+        yield f"overlay mount at {point}"
+    finally:
+        run("umount", point)
+
+
+USES = [opened, mapped, standing, bound, looped, exported, layered]
 
 
 @pytest.fixture
@@ -121,6 +145,16 @@ def test_a_snapshot_of_a_live_copy_in_use(replica):
         assert replica.state is LiveState.MODIFIED, "somebody may write at any moment"
     assert replica.state is LiveState.UNMODIFIED
     assert replica.snapshot().consistency is Consistency.CLOSED
+
+
+def test_an_export_above_shows_a_mount_only_if_it_crosses(replica, monkeypatch):
+    replica.create()
+    table = replica.work / "etab"
+    monkeypatch.setattr(exports, "TABLES", (table,))
+    table.write_text("/\t10.0.0.1(rw)\n")
+    assert replica.backend.examine().live.in_use_by == ()
+    table.write_text("/\t10.0.0.1(rw,crossmnt)\n")
+    assert replica.backend.examine().live.in_use_by == ("NFS export /",)
 
 
 def test_what_was_written_through_a_mapping_is_in_the_snapshot(replica):
