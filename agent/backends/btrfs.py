@@ -32,6 +32,7 @@ from agent.backends import (
     btrfs_snapshot,
     btrfs_stage,
     image_layout,
+    rules,
 )
 from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SendStream, StreamOrigin, StreamStage
 from agent.backends.btrfs_adopt import Finder, Known
@@ -298,7 +299,7 @@ class BtrfsBackend:
         present = [record.id for record in state.lineage if record.id in state.stored]
         going = [here for here in present[max(1, keep_last) :] if here not in pinned]
         # Oldest first: whatever interrupts it, the newest ones are there.
-        return tuple((here, self.drop(here)) for here in reversed(going))
+        return rules.drop_each(reversed(going), self.drop)
 
     def export(self, snapshot_id: str, path: Path, *, writable: bool) -> int:
         with disk_errors(self._layout.root):

@@ -35,6 +35,8 @@ from agent.backends.image_layout import append_records, load_preserved, save_pre
 from agent.disk import btrfs, leases
 from agent.disk.btrfs_use import users_of
 from agent.disk.durable import DIR_MODE, disk_errors, fsync_dir, make_dir
+from agent.disk.inuse import names
+from resilver.errors import Refused
 from resilver.lineage import NO_CP, Snapshot
 from resilver.volume import PreservedCopy
 
@@ -173,6 +175,7 @@ def drop_preserved(layout: SubvolumeLayout, pid: str, step: Callable[[str], None
     """Lets a preserved copy go; the bytes that it held alone."""
     copy = load_preserved(layout.preserved / pid)
     with disk_errors(layout.preserved):
+        _refuse_used(layout.preserved / pid / "data")
         _refuse_nested(layout.preserved / pid / "data")
         _trash(layout, layout.preserved / pid, pid, step, "drop.renamed")
     return copy.exclusive_bytes or 0
@@ -182,6 +185,7 @@ def drop_snapshot(known: Known, snapshot_id: str, step: Callable[[str], None]) -
     """Lets a snapshot of ours that is not the tip go; about the bytes that no neighbour shares."""
     layout, state = known.layout, known.state
     with disk_errors(layout.snapshot(snapshot_id)):
+        _refuse_used(layout.data(snapshot_id))
         freed = _alone(known, snapshot_id)
         append_records(layout, [state.known[snapshot_id]], state, logged=[snapshot_id])
         step("prune.logged")
@@ -207,6 +211,20 @@ def empty_trash(layout: SubvolumeLayout) -> None:
         except OSError as error:
             if error.errno not in {errno.EPERM, errno.EBUSY}:
                 raise
+
+
+def _refuse_used(path: Path) -> None:
+    """Before anything is renamed: PINNED while somebody has it open or mounted.
+
+    Not what is being sent: the kernel keeps that until it is over (`empty_trash`). Nor by an export of what lies above
+    it: on an NFS server nothing could ever be let go.
+    """
+    if not btrfs.is_subvolume(path):
+        return
+    users = [user for user in users_of(path, from_above=False) if not user.name.startswith("btrfs pid ")]
+    if users:
+        who = ", ".join(names(users))
+        raise Refused("PINNED", f"{path} is in use by {who}; it is kept until that ends", in_use_by=who)
 
 
 def _refuse_nested(path: Path) -> None:

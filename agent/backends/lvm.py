@@ -39,6 +39,7 @@ from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, Sn
 from agent.backends.image_copy import remove_tree
 from agent.backends.lvm_place import Place, View, load_ref
 from agent.backends.lvm_state import Found, Tools
+from agent.backends.rules import drop_each
 from agent.delta import DeltaMap
 from agent.disk import advance, contents, ioctl, lvm, orphans, thin
 from agent.disk.durable import FILE_MODE, disk_errors, fsync_dir, remove_file
@@ -229,7 +230,7 @@ class LvmBackend:
         present = [record.id for record in found.state.lineage if record.id in found.state.stored]
         going = [here for here in present[max(1, keep_last) :] if here not in pinned]
         # Oldest first: whatever interrupts it, the newest ones are there.
-        return tuple((here, self.drop(here)) for here in reversed(going))
+        return drop_each(reversed(going), self.drop)
 
     def export(self, snapshot_id: str, path: Path, *, writable: bool) -> int:
         view = self._place.surely()

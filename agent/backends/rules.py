@@ -5,7 +5,7 @@ Pure: a backend has found out what is there, and does what is decided. Nothing h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from agent.backends.base import CommitOrder, NewSnapshot
@@ -97,3 +97,15 @@ def _named(record: Snapshot | None) -> str:
     if record is None:
         return "none"
     return record.name if record.origin is Origin.ADOPTED else f"{record.cp} ({record.id})"
+
+
+def drop_each(ids: Iterable[str], drop: Callable[[str], int]) -> tuple[tuple[str, int], ...]:
+    """Drops one after the other, and passes over what is PINNED: (id, bytes freed) of each that went."""
+    done = []
+    for one in ids:
+        try:
+            done.append((one, drop(one)))
+        except Refused as error:
+            if error.reason != "PINNED":
+                raise
+    return tuple(done)

@@ -30,6 +30,7 @@ from typing import Final, Literal
 
 from agent.backends import image_layout, zfs_commit, zfs_finish, zfs_keep, zfs_live, zfs_send, zfs_snapshot, zfs_stage
 from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SendStream, StreamOrigin, StreamStage
+from agent.backends.rules import drop_each
 from agent.backends.zfs_layout import (
     OWNER,
     SEND_TAG,
@@ -305,14 +306,8 @@ class ZfsBackend:
             state = self._settled()
             ours = [record.id for record in state.lineage if record.present and state.is_ours(record.id)]
             going = [here for here in ours[max(1, keep_last) :] if here not in pinned]
-            done = []
-            for here in reversed(going):  # oldest first: whatever interrupts it, the newest ones are there
-                try:
-                    done.append((here, self.drop(here)))
-                except Refused as error:
-                    if error.reason != "PINNED":
-                        raise
-            return tuple(done)
+            # Oldest first: whatever interrupts it, the newest ones are there.
+            return drop_each(reversed(going), self.drop)
 
     def export(self, snapshot_id: str, path: Path, *, writable: bool) -> int:
         """Copies to a directory, which is writable in any case: who may write is told by the files' own modes."""

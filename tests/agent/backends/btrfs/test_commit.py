@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent.backends import btrfs_commit
-from agent.disk import btrfs
+from agent.disk import btrfs, exports
 from resilver.errors import ResilverError
 from resilver.volume import LiveState
 from tests.agent.backends.btrfs.nodes import Node, never, pair, refused, same
@@ -156,6 +156,53 @@ def test_prune_and_drop(node):
     assert node.backend.drop(made[0]) == 0
     again = Node(node.directory)
     assert again.lineage == lineage
+
+
+def test_what_somebody_has_open_is_not_dropped(node, other):
+    base = pair(node, other)
+    other.write("own", b"mine")
+    [kept] = other.receive(node, base)
+    first, data, tip = base, other.data(base), other.lineage.tip_id
+    with (Path(kept.path) / "own").open("r+b"):
+        error = refused(lambda: other.backend.drop(kept.id))
+    assert error.reason == "PINNED"
+    assert f"pid {os.getpid()}" in error.metadata["in_use_by"]
+    with (data / "a").open("rb"):
+        assert refused(lambda: other.backend.drop(first)).reason == "PINNED"
+        node.write("a", b"more")
+        node.snapshot()
+        other.receive(node, tip)
+        assert [gone for gone, _freed in other.backend.prune(1, frozenset())] == [tip], "it is passed over"
+        assert data.exists()
+    assert [gone for gone, _freed in other.backend.prune(1, frozenset())] == [first]
+    other.backend.drop(kept.id)
+    assert other.backend.examine().preserved == ()
+
+
+def test_what_is_mounted_is_not_dropped(node, tmp_path):
+    node.create()
+    first = node.snapshot().id
+    node.write("a", b"2")
+    node.snapshot()
+    run("mount", "--bind", node.data(first), tmp_path)
+    try:
+        error = refused(lambda: node.backend.drop(first))
+    finally:
+        run("umount", tmp_path)
+    assert (error.reason, error.metadata["in_use_by"]) == ("PINNED", f"mount at {tmp_path}")
+
+
+def test_an_export_hinders_only_what_it_is_of(node, tmp_path, monkeypatch):
+    node.create()
+    first = node.snapshot().id
+    node.write("a", b"2")
+    node.snapshot()
+    table = tmp_path / "etab"
+    monkeypatch.setattr(exports, "TABLES", (table,))
+    table.write_text("{}\t*(ro)\n".format(str(node.data(first)).replace(" ", "\\040")))
+    assert refused(lambda: node.backend.drop(first)).reason == "PINNED"
+    table.write_text("{}\t*(rw,crossmnt)\n".format(str(node.directory.parent).replace(" ", "\\040")))
+    node.backend.drop(first)
 
 
 def test_what_is_being_sent_is_let_go_when_that_ends(node):
