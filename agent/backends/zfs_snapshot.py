@@ -3,6 +3,7 @@
 A snapshot of ZFS is a point in time under any writer, and holds every write that has returned; what lies in a cache or
 was written through a mapping is brought to the file system just before. The snapshot comes first, marked as one that is
 being taken; its record, which makes it the tip, when the caller has asked for it. Before that it is debris.
+Who uses the live copy is looked for before and after: `closed` is only what nobody used at either time.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def take(layout: Layout, state: State, new: NewSnapshot, step: Callable[[str], N
     zfs.run("zfs", "snapshot", "-o", f"{TAKING}={new.id}", name)
     try:
         step("snapshot.taken")
-        closed = not (found.who and found.writable)
+        after = zfs_live.uses(layout, state.head)
+        closed = not ((found.who or after.who) and found.writable)
         made = new.record(0, Consistency.CLOSED if closed else Consistency.SYNCED)
         zfs.run("zfs", "set", f"{RECORD}={record_property(made, new.volume_id)}", name)
     except BaseException:

@@ -147,6 +147,23 @@ def test_a_snapshot_of_a_live_copy_in_use(replica):
     assert replica.snapshot().consistency is Consistency.CLOSED
 
 
+def test_somebody_who_comes_while_a_snapshot_is_taken(replica):
+    """He may have been writing: it is not said of it that nobody had anything open."""
+    replica.create()
+    file = None
+
+    def step(name):
+        nonlocal file
+        if name == "snapshot.taken":
+            file = (replica.point / "zeros").open("r+b")
+
+    taken = replica.again(step=step).snapshot()
+    assert file is not None
+    file.close()
+    assert taken.consistency is Consistency.SYNCED
+    assert replica.tip.consistency is Consistency.SYNCED
+
+
 def test_an_export_above_shows_a_mount_only_if_it_crosses(replica, monkeypatch):
     replica.create()
     table = replica.work / "etab"
