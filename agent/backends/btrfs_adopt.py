@@ -15,6 +15,7 @@ left out, and told.
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from resilver.errors import Damaged
 from resilver.lineage import Lineage, Origin, Snapshot
 
 MATCHES_MAX: Final = 100_000
+_TIME_BEHIND: Final = re.compile(r"[\W_]*\d[\dTZ\W_]*\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class Finder:
         every = btrfs.subvolumes(layout.live.parent)
         found = list(self._found(every, problems))
         if not state.lineage.records:
-            return _only_adopted(layout, state, found, tuple(problems))
+            return _only_adopted(layout, state, found, (*problems, *_mixed(found)))
         wanted = {record.id for record in state.lineage if record.origin is Origin.ADOPTED}
         there = dict(self._among(every, wanted))
         there.update({seen.info.native_id: seen.path for seen in found if seen.info.native_id in wanted})
@@ -169,6 +171,29 @@ def _age(seen: Iterable[_Seen]) -> Callable[[_Seen], tuple[int, int]]:
     if all(one.info.received_uuid for one in seen):
         return lambda one: (one.info.stransid, one.info.otransid)
     return lambda one: (one.info.otransid, one.info.tree)
+
+
+def _mixed(found: list[_Seen]) -> Iterator[str]:
+    """A hint if they may be of several subvolumes: names that differ before the time in them, and nothing in common."""
+    groups: dict[str, list[btrfs.Info]] = {}
+    for one in found:
+        groups.setdefault(_TIME_BEHIND.sub("", one.path.name), []).append(one.info)
+    apart = [
+        name
+        for name, infos in groups.items()
+        if not any(_are_kin(mine, other) for mine in infos for one in groups if one != name for other in groups[one])
+    ]
+    if len(groups) > 1 and apart:
+        every, strange = (", ".join(f"{name}…" for name in sorted(names)) for names in (groups, apart))
+        yield (
+            f"`adopt` finds snapshots called {every}, and none of {strange} was made from one of the others: if they "
+            "are of another subvolume, narrow the pattern (`home.2*` for `home.*`), or the copies will be AMBIGUOUS"
+        )
+
+
+def _are_kin(one: btrfs.Info, other: btrfs.Info) -> bool:
+    """Whether one was made from the other, or both from a third."""
+    return bool({one.uuid, one.parent_uuid} & ({other.uuid, other.parent_uuid} - {""}))
 
 
 def _only_adopted(layout: SubvolumeLayout, state: State, found: list[_Seen], problems: tuple[str, ...]) -> Known:

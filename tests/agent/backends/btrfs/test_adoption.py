@@ -98,6 +98,20 @@ def test_a_pair_made_by_scripts(places):
     assert pair.theirs() == before
 
 
+def test_a_pattern_that_finds_another_subvolumes_too_is_told(places):
+    pair = Pair(places)
+    btrfs.create(places[0] / "vm1.logs")
+    assert pair.other.backend.examine().problems == ()
+    for name, source in (("vm1.logs.1", places[0] / "vm1.logs"), ("vm1.daily.1", pair.node.path)):
+        run("btrfs", "subvolume", "snapshot", "-r", source, pair.snaps / name)
+    send(pair.snaps / "vm1.daily.1", pair.backups, pair.snaps / "vm1.3")
+    wide = Node(places[1], adopt=("backup/*",))
+    assert wide.backend.examine().problems == (), "of another name, and made from one of the others"
+    send(pair.snaps / "vm1.logs.1", pair.backups)
+    [problem] = wide.backend.examine().problems
+    assert "none of vm1.logs… was made from one of the others" in problem
+
+
 def test_later_ones_are_shown_and_nothing_more(places):
     pair = Pair(places)
     node, other = pair.node, pair.other
