@@ -3,9 +3,11 @@
 `thin_delta` and `thin_dump` read a live pool only through a *metadata snapshot*, of which a pool has one at a time:
 
 * One lock for each pool of this machine, so that our own volumes wait for each other. It is taken with a deadline.
+* A process of its own reserves and releases it (`pool_hold.py`), also when the agent is killed meanwhile.
 * Before it is reserved, a marker is written beside the volume's records, and the block it stands in after; released,
-  the marker goes. So one that an agent left behind when it was killed is known, and released at the next use or start.
-* One that is not ours is waited for, then told with the command that releases it: another tool may be at work.
+  the marker goes. So one that is left behind when both are killed is known, and released at the next use or start.
+* Nothing else is ever released. One that is not ours is waited for, then told with the command that releases it:
+  another tool may be at work. So is one that may be ours, because both were killed before the block was written down.
 
 What the tools print is read as it comes, strictly: an element that is not known is an error, a new attribute is not.
 Two snapshots have equal chunks where the pool maps both to the same place. Numbers are in chunks of the pool.
@@ -17,7 +19,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import subprocess
+import sys
 import tempfile
 import time
 from array import array
@@ -29,14 +33,16 @@ from xml.parsers import expat
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
-from agent.disk import dm, lvm
-from agent.disk.durable import disk_errors, make_dir, read_json, remove_file, write_json
+from agent.disk import dm, lvm, pool_hold
+from agent.disk.durable import disk_error, disk_errors, make_dir, read_json, remove_file, write_json
 from resilver.errors import Damaged, Exhausted, Refused
 
 LOCKS: Final = Path("/run/lock/resilver")
 LOCK_MAX_S: Final = 120.0
 FOREIGN_MAX_S: Final = 10.0
+HOLDER_MAX_S: Final = 60.0
 TOOL_MAX_S: Final = 600.0
 RANGES_MAX: Final = 8_000_000
 CHUNKS_MAX: Final = 1 << 48
@@ -51,6 +57,9 @@ _AROUND: Final = frozenset({"superblock", "diff", "device"})
 _MAPPED: Final = {"single_mapping": "origin_block", "range_mapping": "origin_begin"}
 _POLL_S: Final = 0.1
 _READ_BYTES: Final = 1 << 16
+_ANSWER_BYTES_MAX: Final = 64
+
+_log = structlog.get_logger(__name__)
 
 Step = Callable[[str], None]
 
@@ -143,75 +152,123 @@ def parse_status(kind: str, words: str, name: str) -> PoolStatus:
 # The metadata snapshot.
 
 
+class _Holder:
+    """The process that has reserved it. `root` is the block that it stands in."""
+
+    def __init__(self, process: subprocess.Popen[bytes], root: int) -> None:
+        self._process = process
+        self.root: Final = root
+
+    @classmethod
+    def start(cls, pool: Pool, lock: int) -> _Holder | None:
+        """Reserves it; None if another was quicker. The process keeps the lock open as long as it holds anything."""
+        command = [sys.executable, "-I", "-S", pool_hold.__file__, pool.lv.dm_uuid, str(pool.marker)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, pass_fds=(lock,), start_new_session=True
+        )
+        made = cls(process, 0)
+        word, _, number = made._answer().partition(" ")
+        if word == "reserved" and number.isdecimal():
+            return cls(process, int(number))
+        made.release(pool)
+        if word != "failed":
+            raise Damaged("IO_ERROR", f"the metadata of thin pool {pool.lv.full_name} could not be reserved")
+        if int(number) == errno.EBUSY:
+            return None
+        raise disk_error(OSError(int(number), os.strerror(int(number))), pool.lv.path)
+
+    def release(self, pool: Pool) -> None:
+        """Ends it; the marker goes with it. A process that does not end releases when it can."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(HOLDER_MAX_S)
+        except subprocess.TimeoutExpired:
+            said = f"the metadata of thin pool {pool.lv.full_name} was not released within {HOLDER_MAX_S:g} s"
+            raise Damaged("IO_ERROR", said) from None
+        finally:
+            self._process.stdout.close()
+
+    def _answer(self) -> str:
+        """Its line, which comes at once; empty at its end or if none comes in time."""
+        assert self._process.stdout is not None
+        ready = select.poll()
+        ready.register(self._process.stdout, select.POLLIN)
+        line = self._process.stdout.read(_ANSWER_BYTES_MAX) if ready.poll(HOLDER_MAX_S * 1000) else b""
+        return (line or b"").decode().strip()
+
+
 @contextlib.contextmanager
 def metadata_snapshot(pool: Pool, step: Step) -> Iterator[None]:
-    """Holds the pool's metadata snapshot for the block; released whatever happens in it."""
-    with _reservable(pool):
-        write_json(pool.marker, {"pool": pool.lv.uuid, "root": 0})
-        step("metadata.marked")
-        try:
-            with disk_errors(pool.lv.path):
-                dm.message(pool.lv.dm_uuid, "reserve_metadata_snap")
-            step("metadata.reserved")
-            write_json(pool.marker, {"pool": pool.lv.uuid, "root": pool.status().held_root})
-            step("metadata.known")
-            yield
-        finally:
-            _release(pool)
-            remove_file(pool.marker)
+    """Holds the pool's metadata snapshot for the block; released whatever happens in it. The lock is free while one of
+    others is waited for.
+    """
+    until = time.monotonic() + LOCK_MAX_S
+    foreign_until = time.monotonic() + FOREIGN_MAX_S
+    while True:
+        with _locked(pool, until) as lock:
+            holder = _reserved(pool, lock, step) if _release_ours(pool) else None
+            if holder is not None:
+                try:
+                    step("metadata.reserved")
+                    write_json(pool.marker, {"pool": pool.lv.uuid, "root": holder.root})
+                    step("metadata.known")
+                    yield
+                    return
+                finally:
+                    holder.release(pool)
+        if time.monotonic() > foreign_until:
+            raise _foreign(pool)
+        time.sleep(_POLL_S)  # until a deadline: the kernel tells nobody
+
+
+def _reserved(pool: Pool, lock: int, step: Step) -> _Holder | None:
+    write_json(pool.marker, {"pool": pool.lv.uuid, "root": 0})
+    step("metadata.marked")
+    return _Holder.start(pool, lock)
 
 
 def release_left(pool: Pool) -> None:
-    """At start: releases the metadata snapshot of a run before this one, if its marker is there."""
+    """At start: releases the metadata snapshot of a run before this one, if it is certain to be that one's."""
     if read_json(pool.marker) is None:
         return
     with _locked(pool, time.monotonic() + LOCK_MAX_S):
-        _release_ours(pool)
+        if not _release_ours(pool):
+            _log.warning("a metadata snapshot was not released", why=_foreign(pool).message)
 
 
 def _release_ours(pool: Pool) -> bool:
     """Releases what the marker names, and answers whether none is held now. The lock is held."""
     held = pool.status().held_root
     marked = read_json(pool.marker)
-    if marked is not None:
-        if held and marked.get("pool") == pool.lv.uuid and marked.get("root") in (0, held):
-            _release(pool)
-            held = 0
+    if marked is None:
+        return not held
+    ours = marked.get("pool") == pool.lv.uuid
+    if held and ours and marked.get("root") == held:
+        with disk_errors(pool.lv.path):
+            pool_hold.release(pool.lv.dm_uuid)
+        held = 0
+    if not (held and ours and marked.get("root") == 0):  # of which it is not known whose it is: the marker says so
         remove_file(pool.marker)
     return not held
 
 
-def _release(pool: Pool) -> None:
-    with disk_errors(pool.lv.path):
-        try:
-            dm.message(pool.lv.dm_uuid, "release_metadata_snap")
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # none is held
-                raise
+def _foreign(pool: Pool) -> Refused:
+    whose = "that this agent has not made"
+    if read_json(pool.marker) is not None:
+        whose = "of which it is not known whether this agent, killed just as it made one, or another tool has made it"
+    return Refused(
+        "IN_USE",
+        f"thin pool {pool.lv.full_name} has a metadata snapshot {whose}, and there can be one only. If no other tool "
+        f"is at work with it, release it: {pool.release_command}",
+        next_command=pool.release_command,
+    )
 
 
 @contextlib.contextmanager
-def _reservable(pool: Pool) -> Iterator[None]:
-    """Holds the lock while no metadata snapshot is reserved; the lock is free while one of others is waited for."""
-    until = time.monotonic() + LOCK_MAX_S
-    foreign_until = time.monotonic() + FOREIGN_MAX_S
-    while True:
-        with _locked(pool, until):
-            if _release_ours(pool):
-                yield
-                return
-        if time.monotonic() > foreign_until:
-            raise Refused(
-                "IN_USE",
-                f"thin pool {pool.lv.full_name} has a metadata snapshot that this agent has not made, and there can be "
-                f"one only. If no other tool is at work with it, release it: {pool.release_command}",
-                next_command=pool.release_command,
-            )
-        time.sleep(_POLL_S)  # until a deadline: the kernel tells nobody
-
-
-@contextlib.contextmanager
-def _locked(pool: Pool, until: float) -> Iterator[None]:
+def _locked(pool: Pool, until: float) -> Iterator[int]:
+    """Holds the lock of the pool; its descriptor."""
     with disk_errors(LOCKS):
         make_dir(LOCKS)
         fd = os.open(LOCKS / f"pool-{pool.lv.uuid}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -220,7 +277,7 @@ def _locked(pool: Pool, until: float) -> Iterator[None]:
             if time.monotonic() > until:
                 raise Refused("IN_USE", f"the metadata of thin pool {pool.lv.full_name} is being read for too long")
             time.sleep(_POLL_S)  # until a deadline: the kernel tells nobody
-        yield
+        yield fd
     finally:
         os.close(fd)
 

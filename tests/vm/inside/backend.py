@@ -269,3 +269,37 @@ def test_a_leaked_metadata_snapshot(node):
         thin.FOREIGN_MAX_S = waited
     subprocess.run(refused.value.next_command.split(), check=True)
     assert node.backend.examine().live.state is LiveState.MODIFIED
+    assert held_root() == "-"
+    # Another tool is quicker, just before our own: it is waited for like any other, and keeps what it has.
+    comes = iter(["metadata.marked"])
+
+    def step(name):
+        if name == next(comes, ""):
+            run("dmsetup", "message", "vg-pool-tpool", "0", "reserve_metadata_snap")
+
+    thin.FOREIGN_MAX_S = 0.5
+    try:
+        with pytest.raises(Refused, match="not made") as refused:
+            Node(node.name, step=step).backend.delta_map("", tip)
+        assert held_root() != "-"
+        # Ours is released by hand meanwhile, and another's held: that one is left alone, too.
+        run(*refused.value.next_command.split())
+        theirs = {}
+
+        def swapped(name):
+            if name == "metadata.known":
+                run(*refused.value.next_command.split())
+                node.write(CHUNK, b"another place of the metadata")
+                run("lvcreate", "-s", "-n", f"{node.name}-x", f"{GROUP}/{node.name}")
+                run("dmsetup", "message", "vg-pool-tpool", "0", "reserve_metadata_snap")
+                theirs["root"] = held_root()
+
+        assert len(Node(node.name, step=swapped).backend.delta_map("", tip))
+        assert held_root() == theirs["root"]
+    finally:
+        thin.FOREIGN_MAX_S = waited
+    run(*refused.value.next_command.split())
+
+
+def held_root() -> str:
+    return run("dmsetup", "status", f"{GROUP}-pool-tpool").split()[6]

@@ -6,13 +6,15 @@ pair of replicas goes through all of it, each kill from the state that the one b
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from agent.backends import lvm_commit, lvm_snapshot
 from agent.backends.lvm import STEPS
-from agent.disk import dm, lvm
+from agent.disk import dm, lvm, thin
 from resilver.errors import Refused, ResilverError
 from resilver.volume import LiveState, VolumeRecord
 from tests.vm.inside.node import CHUNK, GROUP, SIZE, VOLUME_ID, Node, killed, make_pool, noise, run
@@ -70,19 +72,51 @@ def test_killed_in_a_snapshot(node):
     assert node.read(node.lineage.tip_id) == live
 
 
-def test_killed_with_a_metadata_snapshot(node):
-    """It is released by whoever needs one next, or at the next start; never held for good."""
+def test_killed_with_a_metadata_snapshot(node, monkeypatch):
+    """It is released by the process that holds it; if that is killed too, by whoever needs one next, or at the next
+    start. One of which nobody knows whose it is stays, and is told.
+    """
     node.create()
-    tip = node.snapshot().id
-    for step in ("metadata.marked", "metadata.reserved", "metadata.known"):
-        assert killed(lambda at, name=node.name: Node(name, step=at).backend.delta_map("", tip), step)
+    name, tip = node.name, node.snapshot().id
+    steps = ("metadata.marked", "metadata.reserved", "metadata.known")
+    for step in steps:
+        assert killed(lambda at: Node(name, step=at).backend.delta_map("", tip), step)
+        node = fresh(node)
+        assert held_root(node) == "-"
+        whole(node)
+    for step in steps:
+        assert killed(lambda at, last=step: Node(name, step=with_children(at, last)).backend.delta_map("", tip), step)
         assert (held_root(node) == "-") is (step == "metadata.marked")
-        if step == "metadata.known":
-            assert len(node.backend.delta_map("", tip)), "the next one that needs it"
-        else:
-            node = fresh(node)
+        node = fresh(node)
+        if step == "metadata.reserved":
+            monkeypatch.setattr(thin, "FOREIGN_MAX_S", 0.1)
+            with pytest.raises(Refused, match="not known whether") as refused:
+                node.backend.delta_map("", tip)
+            run(*refused.value.next_command.split())
+        assert len(node.backend.delta_map("", tip))
         assert held_root(node) == "-"
     whole(node)
+    # Another tool's, long after one of ours that was never made.
+    assert killed(lambda at: Node(name, step=at).backend.delta_map("", tip), "metadata.marked")
+    run("dmsetup", "message", f"{GROUP}-{node.pool}-tpool", "0", "reserve_metadata_snap")
+    node = fresh(node)
+    assert held_root(node) != "-"
+    run(*refused.value.next_command.split())
+    whole(node)
+
+
+def with_children(at, last):
+    """Kills what this process has started before it kills itself."""
+
+    def step(name):
+        parent = f"PPid:\t{os.getpid()}\n"
+        for process in Path("/proc").glob("[0-9]*/status") if name == last else ():
+            if parent in process.read_text():
+                os.kill(int(process.parent.name), signal.SIGKILL)
+                os.waitpid(int(process.parent.name), 0)
+        at(name)
+
+    return step
 
 
 class Pair:
