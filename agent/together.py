@@ -132,7 +132,8 @@ class Together:
         if hooked:
             self._watch = self._hooks_begun(hooked)
         if len(members) > 1 and self._directory is not None:
-            self._freeze(members, self._directory)
+            until = self._since + min(each.hooks.timeout_s for each in hooked) if hooked else None
+            self._freeze(members, self._directory, until)
 
     def _hooks_begun(self, hooked: list[Hooked]) -> HookWatch:
         if self._directory is None:
@@ -140,9 +141,10 @@ class Together:
         for each in hooked:
             for volume, why in recover(self._directory, each.volume).items():
                 _log.error("an `after` that is still due failed again", volume=volume, why=why)
+        self._since = time.monotonic()
         return HookWatch.begin(self._directory, self._node, self._group, hooked)
 
-    def _freeze(self, members: list[Member], directory: Path) -> None:
+    def _freeze(self, members: list[Member], directory: Path, until: float | None) -> None:
         stats = []
         for member in members:
             with contextlib.suppress(OSError):
@@ -151,7 +153,8 @@ class Together:
         make_dir(directory)
         stack = contextlib.ExitStack()
         record = directory / f"{self.group_id}.frozen"
-        self._frozen = stack, stack.enter_context(quiesce.quiesced_together(stats, record, others_write=True))
+        held = quiesce.quiesced_together(stats, record, others_write=True, until=until)
+        self._frozen = stack, stack.enter_context(held)
 
     def _let_go(self) -> None:
         """Thaws first: an `after` may want to write to what was frozen."""

@@ -126,13 +126,15 @@ def quiesced_together(
     *,
     others_write: bool,
     deadline_s: float = FREEZE_MAX_S,
+    until: float | None = None,
     may_freeze: bool = True,
 ) -> Iterator[Quiesced]:
     """Brings the mounts upon files and block devices to rest around the block.
 
     `record` is where the frozen mounts are written down (one for each caller, on none of them; `thaw_recorded` at
-    start); `others_write`: somebody besides mounts and loop devices may write, so that the best that can be had is
-    what a power cut would leave. FROZEN: each of them was, by its mounts, until the block had ended.
+    start). They thaw `deadline_s` after they were frozen at the latest, or at `until`, by the monotonic clock.
+    `others_write`: somebody besides mounts and loop devices may write, so that the best that can be had is what a power
+    cut would leave. FROZEN: each of them was, by its mounts, until the block had ended.
     """
     result = Quiesced()
     devices = [loops.devices_on(stat) for stat in stats]
@@ -151,7 +153,7 @@ def quiesced_together(
             with _lock:
                 _live[record.absolute()] = frozenset(reaches)
             write_json(record, {"mounts": reaches})
-            _freeze(own, deadline_s, started)
+            _freeze(own, time.monotonic() + deadline_s if until is None else until, started)
         for device in (device for each in devices for device in each):
             at_rest = _flushed(device.path, os.fsync) and at_rest
         yield result
@@ -181,9 +183,8 @@ def _joined(mounts: dict[str, loops.Mount]) -> dict[str, _Helper]:
     return {device: helper for device, helper in found.items() if helper.held()}
 
 
-def _freeze(mounts: dict[str, loops.Mount], deadline_s: float, started: dict[str, _Helper]) -> None:
+def _freeze(mounts: dict[str, loops.Mount], until: float, started: dict[str, _Helper]) -> None:
     """Freezes as many as can be; all of them thaw by one deadline."""
-    until = time.monotonic() + deadline_s
     for device, mount in mounts.items():
         helper = _Helper.start(mount.reach, max(0.0, until - time.monotonic()))
         if helper is not None:

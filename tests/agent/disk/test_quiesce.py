@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.backends.image_copy import opened
-from agent.disk import freeze, loops
+from agent.disk import freeze, loops, quiesce
 from agent.disk.durable import write_json
 from agent.disk.quiesce import _Helper, quiesced, quiesced_together
 from agent.hooks import Hooked, recover
@@ -280,3 +280,33 @@ def test_a_group_that_was_not_held_is_refused_whatever_each_one_claims(guests, p
         thread.join(60)
     assert found == dict.fromkeys(volumes, "HOOK_FAILED" if disturbed else Consistency.CRASH)
     assert all(guest.thawed for guest in guests)
+
+
+@pytest.mark.parametrize(
+    ("limits", "least_s", "most_s"),
+    [((60.0, 50.0), quiesce.FREEZE_MAX_S, 50.0), ((4.0, 60.0), 0.0, 4.0), ((), 9.0, quiesce.FREEZE_MAX_S)],
+)
+def test_a_group_is_frozen_for_what_its_hooks_have_left(guests, place, limits, least_s, most_s):
+    """One deadline: of several the shortest, less what has passed. What each helper is told of it is looked at."""
+    hooks = [Hooks(after=("/bin/true",), timeout_s=limit) for limit in limits] or [Hooks(freezes=True, timeout_s=1)]
+    volumes = ("vm1", "vm2")
+    group = Together(volumes, "a", place / "hooks", group="g", group_id=str(uuid.uuid4()))
+    told: list[float] = []
+
+    def take(volume: str, guest: Guest, own: Hooks) -> None:
+        group.arrive(Member(Hooked(volume, own), str(guest.image)))
+        if volume == "vm1":
+            told.extend(float(helper._process.args[-1]) for helper in quiesce._helpers.values())
+        group.settle(volume, Consistency.CRASH)
+        group.leave(volume)
+
+    threads = [
+        threading.Thread(target=take, args=each)
+        for each in zip(volumes, guests, [*hooks, Hooks(freezes=True)][:2], strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(told) == 2
+    assert all(least_s < each < most_s for each in told)
