@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from agent.identity import Identity
 
 KEEPS_BEING_WRITTEN_MS: Final = 3_600_000
+Problems = tuple[str, ...] | None
 _NOTHING_SEEN: Final = (None, None)
 
 
@@ -55,7 +56,8 @@ class Examiner:
     def __init__(self, volume: str, node: str, backend: Backend, identity: Identity, settings: ReplicaSettings) -> None:
         self.settings = settings
         self.last: ReplicaReport | None = None
-        self.hook_problems: tuple[str, ...] = ()
+        self._after_problems: tuple[str, ...] = ()
+        self._unread_problems: tuple[str, ...] = ()
         self._volume: Final = volume
         self._node: Final = node
         self._backend: Final = backend
@@ -77,6 +79,19 @@ class Examiner:
     def recover_first(self, error: ResilverError) -> None:
         """The disk has failed in the middle of something: before the next look all is set right, as at a start."""
         self._broken = f"{error.reason}: {error.message}"
+
+    def hooks_told(self, after: str | None, unread: Problems, *, again: bool) -> bool:
+        """Takes on why an `after` of the volume failed, empty once it has succeeded, and why records of hooks cannot be
+        read, which any volume with hooks might be concerned with; whether that is news. `again`: of one that fails
+        again and again, in whatever words, the first stay.
+        """
+        before = (self._after_problems, self._unread_problems)
+        if after is not None and not (after and again and self._after_problems):
+            self._after_problems = (f"HOOK_FAILED: `after`: {after}",) if after else ()
+        if unread is not None:
+            told = tuple(f"HOOK_FAILED: {why}; see docs/hooks.md" for why in unread)
+            self._unread_problems = told if self.settings.hooks.any else ()
+        return before != (self._after_problems, self._unread_problems)
 
     def examine(self, *, compare_live: bool) -> ReplicaReport:
         """What there is; raises what the disk says if it cannot be looked at."""
@@ -148,7 +163,7 @@ class Examiner:
             reflink=examined.reflink,
             preserved=examined.preserved,
             others=examined.others,
-            problems=(*examined.problems, *self.hook_problems, *forgotten),
+            problems=(*examined.problems, *self._after_problems, *self._unread_problems, *forgotten),
             examine_time_ms=now_ms(),
             group=self.settings.group,
             resync_priority=self.settings.resync_priority,

@@ -1,8 +1,8 @@
 """Hooks around a consistency point: programs of the operator's that bring whatever writes to rest, and let it go again.
 
 * They are run by a process of their own (`hookwatch.py`), so that `after` runs also when the agent is killed. If that
-  process is killed too, what was begun stands in state_dir, and `recover` runs `after` at the agent's next start and
-  before the volume's next consistency point. So an `after` may run twice, and without a `before`.
+  process is killed too, what was begun stands in state_dir, and `leftovers.py` runs `after` until it has succeeded. So
+  an `after` may run twice, and without a `before`.
 * What was held until the deadline was not held: `release` says so, and no snapshot of that order may count.
 * Programs are lists of words, never for a shell. They get a small environment, and nothing of the agent's own.
 """
@@ -28,9 +28,7 @@ from typing import Any, Final
 import structlog
 
 from agent import hookwatch
-from agent.disk import quiesce
-from agent.disk.durable import Json, disk_errors, make_own_dir, read_json, write_json
-from agent.stored import typed
+from agent.disk.durable import Json, disk_errors, make_own_dir, write_json
 from resilver.config import Hooks
 from resilver.errors import Refused, ResilverError
 
@@ -41,7 +39,8 @@ _LINE_BYTES_MAX: Final = 1 << 16
 _OTHERS_MAY_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 _log = structlog.get_logger(__name__)
-_recovering: Final = threading.Lock()
+_under_way: Final[set[Path]] = set()
+_lock: Final = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +55,9 @@ class Hooked:
 class HookWatch:
     """The hooks of one order while they are under way. Not for several threads at once."""
 
-    def __init__(self, process: subprocess.Popen[bytes], last_s: float) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], record: Path, last_s: float) -> None:
         self._process = process
+        self._record = record
         self._last_s = last_s
         self._left = bytearray()
         self._done: Json | None = None
@@ -69,8 +69,15 @@ class HookWatch:
         spec = _spec(directory / f"{uuid.uuid4()}.json", node, group, those)
         with disk_errors(directory):
             make_own_dir(directory)
-        write_json(Path(spec["record"]), spec)
-        watch = cls._started({**spec, "deadline_s": deadline_s, "recover": False})
+        record = Path(spec["record"])
+        with _lock:
+            _under_way.add(record)
+        try:
+            write_json(record, spec)
+            watch = cls._started({**spec, "deadline_s": deadline_s, "recover": False})
+        except BaseException:
+            _ended(record)
+            raise
         answer = watch.next(deadline_s + ANSWER_MAX_S)
         if answer is not None and answer["said"] == "rest":
             return watch
@@ -97,7 +104,7 @@ class HookWatch:
             )
         except OSError as error:
             raise _refused(f"the process that runs the hooks could not be started: {error}") from error
-        watch = cls(process, last_s + lock_max_s)
+        watch = cls(process, Path(spec["record"]), last_s + lock_max_s)
         watch._tell(json.dumps(spec).encode() + b"\n")
         return watch
 
@@ -125,6 +132,7 @@ class HookWatch:
             # One that has not ended by now goes on by itself; it is reaped at the next start of a process.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(ANSWER_MAX_S if answer is not None else 0)
+            _ended(self._record)
         failed: dict[str, str] = self._done["failed"]
         return failed
 
@@ -157,30 +165,15 @@ class HookWatch:
         return bytes(line)
 
 
-def recover(directory: Path, volume: str) -> dict[str, str]:
-    """Thaws what an order left frozen, and runs each `after` of the orders that concern the volume and did not end.
+def _ended(record: Path) -> None:
+    with _lock:
+        _under_way.discard(record)
 
-    Other orders may be under way meanwhile: what they hold frozen is theirs.
 
-    Answers those that failed, by volume: they are tried again before the volume's next CP.
-    """
-    failed: dict[str, str] = {}
-    with _recovering:
-        for record in sorted(directory.glob("*.frozen")):
-            quiesce.thaw_recorded(record)
-        for record in sorted(directory.glob("*.json")):
-            spec = read_json(record)
-            if spec is None:
-                continue
-            hooks = typed(record, spec, _Record).hooks
-            if all(hook.volume != volume for hook in hooks):
-                continue
-            if faults := _faults(hooks):
-                failed |= faults
-                continue
-            _log.warning("hooks that were not ended are ended now", volume=volume, record=str(record))
-            failed |= HookWatch.recover({**spec, "record": str(record)}).end()
-    return failed
+def under_way(record: Path) -> bool:
+    """Whether it is of an order of this process that has not ended."""
+    with _lock:
+        return record in _under_way
 
 
 def program_fault(words: Sequence[str]) -> str:
@@ -217,26 +210,6 @@ def user_fault(name: str) -> str:
     if os.geteuid() not in (0, found.pw_uid):
         return f"only root may run programs as {name}"
     return ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Recorded:
-    """What of a hook is looked at before a record is acted on."""
-
-    volume: str
-    after: tuple[str, ...]
-    timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    hooks: tuple[_Recorded, ...]
-
-
-def _faults(hooks: Sequence[_Recorded]) -> dict[str, str]:
-    """Why what a record would run may not be run, by volume: since it was written the programs may have changed."""
-    faults = {hook.volume: program_fault(hook.after) for hook in hooks if hook.after}
-    return {volume: fault for volume, fault in faults.items() if fault}
 
 
 def _spec(record: Path, node: str, group: str, those: Sequence[Hooked]) -> Json:

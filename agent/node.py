@@ -24,6 +24,7 @@ from agent.disk.ioprio import io_priority
 from agent.examiner import ReplicaSettings
 from agent.few import PACE_S, Few
 from agent.identity import Identity
+from agent.leftovers import Leftovers
 from agent.limits import Caps
 from agent.outbox import Outbox
 from agent.peers import Peers
@@ -120,6 +121,7 @@ class AgentNode:
         )
         self._set_io_priority(config)
         self._server: Final = make_server(tls=tls)
+        self._leftovers: Final = Leftovers(config.state_dir / HOOKS_DIR, self._replicas)
         self._health: Any = None
         self._port = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -175,6 +177,7 @@ class AgentNode:
             reporter.look(),
             self._sweep(),
             self._end_limits(),
+            self._leftovers.run(),
             _compact_all(self._replicas.values(), self._few),
         )
         self._tasks = [asyncio.create_task(job) for job in jobs]
@@ -211,6 +214,7 @@ class AgentNode:
         )
         for replica in self._replicas.values():
             replica.close()
+        self._leftovers.close()
         self._control.close()
         self._identity.close()
 

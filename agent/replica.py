@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 import structlog
 
 from agent.backends.base import Compacting, Glancing, NewSnapshot
-from agent.examiner import Examiner, ReplicaSettings, keeps_being_written, now_ms
+from agent.examiner import Examiner, Problems, ReplicaSettings, keeps_being_written, now_ms
 from agent.hooks import Hooked
-from agent.hooks import recover as recover_hooks
+from agent.leftovers import recover as recover_hooks
 from agent.rights import (
     check_epoch,
     check_grant,
@@ -128,7 +128,10 @@ class Replica:
         """At start. A volume that cannot be recovered is reported with its problem and tried again."""
         try:
             if self._hooks_dir is not None:
-                self._hooks_ended(recover_hooks(self._hooks_dir, self.volume).get(self.volume, ""))
+                self.hooks_told(recover_hooks(self._hooks_dir, self.volume).get(self.volume, ""))
+        except ResilverError as error:
+            _log.error("hooks not ended", volume=self.volume, reason=error.reason, message=error.message)
+        try:
             self._examiner.recover()
         except ResilverError as error:
             _log.error("volume not recovered", volume=self.volume, reason=error.reason, message=error.message)
@@ -243,9 +246,9 @@ class Replica:
                 )
                 self._answer(request_id, asked, *answer)
         except BaseException as error:
-            self._hooks_ended(those.leave(self.volume, error))
+            self.hooks_told(those.leave(self.volume, error))
             raise
-        self._hooks_ended(those.leave(self.volume))
+        self.hooks_told(those.leave(self.volume))
         return answer
 
     def _take_together(
@@ -348,16 +351,14 @@ class Replica:
         self._examiner.remember(tip, volume_id)
         return self._looked(compare_live=True)
 
+    def hooks_told(self, after: str | None, unread: Problems = None, *, again: bool = False) -> None:
+        """What became of each `after` that was due, see `Examiner.hooks_told`; told if that is news."""
+        if self._examiner.hooks_told(after, unread, again=again):
+            self._tell()
+
     # Inside.
 
-    def _hooks_ended(self, failed: str | None) -> None:
-        """An `after` that failed stands among the replica's problems until one has succeeded."""
-        if failed is None:
-            return
-        said = (f"HOOK_FAILED: `after`: {failed}",) if failed else ()
-        if said != self._examiner.hook_problems:
-            self._examiner.hook_problems = said
-            self._tell()
+    # Inside.
 
     def _new(self, order: Order, tip: Snapshot | None, note: str) -> NewSnapshot:
         if tip is not None and tip.cp.epoch > order.epoch:

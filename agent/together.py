@@ -24,7 +24,8 @@ import structlog
 
 from agent.disk import quiesce
 from agent.disk.durable import make_dir
-from agent.hooks import Hooked, HookWatch, recover
+from agent.hooks import Hooked, HookWatch
+from agent.leftovers import holding, recover
 from resilver.errors import Refused, ResilverError, Unavailable, error_for
 from resilver.lineage import Consistency
 
@@ -66,6 +67,7 @@ class Together:
         self._since = 0.0
         self._frozen: tuple[contextlib.ExitStack, quiesce.Quiesced] | None = None
         self._watch: HookWatch | None = None
+        self._holding: Final = contextlib.ExitStack()
         self._failed: dict[str, str] = {}
 
     # Each from the thread of a volume.
@@ -138,8 +140,9 @@ class Together:
     def _hooks_begun(self, hooked: list[Hooked]) -> HookWatch:
         if self._directory is None:
             raise Refused("HOOK_FAILED", "this agent has nowhere to record what its hooks hold")
+        self._holding.enter_context(holding(self._volumes))
         for each in hooked:
-            for volume, why in recover(self._directory, each.volume).items():
+            for volume, why in recover(self._directory, each.volume, held=self._volumes).items():
                 _log.error("an `after` that is still due failed again", volume=volume, why=why)
         self._since = time.monotonic()
         return HookWatch.begin(self._directory, self._node, self._group, hooked)
@@ -181,6 +184,7 @@ class Together:
         self._thaw()
         if self._watch is not None:
             self._failed = self._watch.end()
+        self._holding.close()
         self._ended = True
         self._turn.notify_all()
 

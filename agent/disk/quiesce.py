@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
@@ -37,9 +38,10 @@ _ANSWER_BYTES_MAX: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class _Frozen:
-    """What is written down of mounts that are frozen."""
+    """What is written down of mounts that are frozen: how each is reached, and the number of its device."""
 
     mounts: tuple[str, ...]
+    devices: tuple[str, ...] = ()
 
 
 class _Helper:
@@ -98,7 +100,8 @@ class _Helper:
         return line
 
 
-# The helpers of all blocks under way, by the mount's device; and by their records the mounts that they may freeze.
+# The helpers of all blocks under way, by the mount's device; and by their records what they may freeze: how a mount is
+# reached, and its device.
 _helpers: Final[dict[str, _Helper]] = {}
 _live: Final[dict[Path, frozenset[str]]] = {}
 _lock: Final = threading.Lock()
@@ -151,8 +154,8 @@ def quiesced_together(
         if may_freeze and own:
             reaches = [str(mount.reach) for mount in own.values()]
             with _lock:
-                _live[record.absolute()] = frozenset(reaches)
-            write_json(record, {"mounts": reaches})
+                _live[record.absolute()] = frozenset((*reaches, *own))
+            write_json(record, {"mounts": reaches, "devices": list(own)})
             _freeze(own, time.monotonic() + deadline_s if until is None else until, started)
         for device in (device for each in devices for device in each):
             at_rest = _flushed(device.path, os.fsync) and at_rest
@@ -229,18 +232,35 @@ def thaw_recorded(record: Path) -> None:
     left = read_json(record)
     if left is None:
         return
-    for mount in typed(record, left, _Frozen).mounts:
+    frozen = typed(record, left, _Frozen)
+    for mount, device in zip_longest(frozen.mounts, frozen.devices, fillvalue=""):
         with _lock:
-            held = any(mount in mounts for mounts in _live.values())
-        if held:
-            continue
-        with contextlib.suppress(OSError):
-            fd = os.open(mount, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                freeze.thaw(fd)
-            finally:
-                os.close(fd)
+            held = any(mount in those or device in those for those in _live.values())
+        if not held:
+            _thaw_left(Path(mount), device)
     remove_file(record)
+
+
+def _thaw_left(mount: Path, device: str) -> None:
+    """By its path, or by any other mount of that device: one of another namespace was reached by a process of it, which
+    may have ended while others go on.
+    """
+    others = (other.reach for other in loops.all_mounts() if other.device == device) if device else ()
+    for path in (mount, *others):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            number = os.fstat(fd).st_dev
+            # Of Btrfs the number is another one on each subvolume.
+            if device in {"", f"{os.major(number)}:{os.minor(number)}"} or device.startswith("0:"):
+                freeze.thaw(fd)
+                return
+        except OSError:  # it is not frozen, or not this one
+            continue
+        finally:
+            os.close(fd)
 
 
 def _is_live(record: Path) -> bool:

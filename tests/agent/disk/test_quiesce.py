@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from agent.backends.image_copy import opened
 from agent.disk import freeze, loops, quiesce
 from agent.disk.durable import write_json
 from agent.disk.quiesce import _Helper, quiesced, quiesced_together
-from agent.hooks import Hooked, recover
+from agent.hooks import Hooked
+from agent.leftovers import look, recover
 from agent.together import Member, Together
 from resilver.config import Hooks
 from resilver.errors import ResilverError
@@ -310,3 +312,67 @@ def test_a_group_is_frozen_for_what_its_hooks_have_left(guests, place, limits, l
         thread.join(60)
     assert len(told) == 2
     assert all(least_s < each < most_s for each in told)
+
+
+def test_what_was_frozen_in_a_namespace_whose_first_process_has_ended(place):
+    """Its path went by way of that process; another one has the same mount."""
+    image, point = place / "disk.img", place / "point"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    point.mkdir()
+    run("mkfs.ext4", "-q", "-F", image)
+    others: list[subprocess.Popen[bytes]] = []
+    try:
+        with attached(image) as device:
+            script = f"mount --make-rprivate / && mount {device} {point} && echo mounted && exec sleep infinity"
+            others.append(subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.PIPE))
+            assert others[0].stdout is not None
+            assert others[0].stdout.readline() == b"mounted\n"
+            enter = [
+                "nsenter",
+                f"--mount=/proc/{others[0].pid}/ns/mnt",
+                "sh",
+                "-c",
+                "echo entered; exec sleep infinity",
+            ]
+            others.append(subprocess.Popen(enter, stdout=subprocess.PIPE))
+            assert others[1].stdout is not None
+            assert others[1].stdout.readline() == b"entered\n"
+            with quiesced(image.stat(), place / "G.frozen", others_write=False) as rest:
+                left = (place / "G.frozen").read_bytes()
+            assert rest.consistency is Consistency.FROZEN
+            one, two = sorted(others, key=lambda other: f"/proc/{other.pid}/".encode() not in left)
+            guest = Guest(image, Path(f"/proc/{two.pid}/root{point}"), device)
+            with opened(guest.point, os.O_DIRECTORY) as fd:
+                freeze.freeze(fd)
+            (place / "G.frozen").write_bytes(left)
+            one.kill()
+            one.wait()
+            try:
+                assert look(place) == []
+                assert guest.thawed
+            finally:
+                with contextlib.suppress(OSError):
+                    thawed_by_somebody(guest)
+            for other in others:
+                other.kill()
+                other.wait()
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
+
+
+def test_a_record_that_cannot_be_read_keeps_no_other_from_being_thawed(guests, place):
+    one, _ = guests
+    damaged = place / "F.frozen"
+    damaged.write_bytes(b"{")
+    left_behind(one, place / "G.frozen")
+    try:
+        (left,) = look(place)
+        assert str(damaged) in left.damage
+        assert one.thawed
+    finally:
+        with contextlib.suppress(OSError):
+            thawed_by_somebody(one)
+    assert damaged.exists()
