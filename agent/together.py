@@ -22,7 +22,7 @@ from typing import Final
 
 import structlog
 
-from agent.disk import quiesce
+from agent.disk import loops, quiesce
 from agent.disk.durable import make_dir
 from agent.hooks import Hooked, HookWatch
 from agent.leftovers import holding, recover
@@ -130,6 +130,8 @@ class Together:
         if not self._needed:
             return
         self._since = time.monotonic()
+        if len(members) > 1:
+            self._to_freeze(members)  # what cannot be held is refused before anything is
         hooked = [member.hooked for member in members if member.hooked.hooks.any]
         if hooked:
             self._watch = self._hooks_begun(hooked)
@@ -148,16 +150,37 @@ class Together:
         return HookWatch.begin(self._directory, self._node, self._group, hooked)
 
     def _freeze(self, members: list[Member], directory: Path, until: float | None) -> None:
-        stats = []
-        for member in members:
-            with contextlib.suppress(OSError):
-                stats.append(os.stat(member.live))  # noqa: PTH116 - the text may name something that is no path
-                self._covered.add(member.hooked.volume)
+        stats = self._to_freeze(members)
         make_dir(directory)
         stack = contextlib.ExitStack()
         record = directory / f"{self.group_id}.frozen"
         held = quiesce.quiesced_together(stats, record, others_write=True, until=until)
         self._frozen = stack, stack.enter_context(held)
+
+    def _to_freeze(self, members: list[Member]) -> list[os.stat_result]:
+        """The live copies whose mounts are to be frozen here. What is mounted from an LV itself is none of them: LVM
+        freezes it for the moment of its snapshot, and cannot suspend a device whose file system is frozen already
+        (seen on Linux 6.1). Nor may the device be suspended beforehand: then `lvcreate` leaves a snapshot out that its
+        metadata has. So what writes to it must be stopped otherwise, and be said to be.
+        """
+        stats = []
+        for member in members:
+            try:
+                found = os.stat(member.live)  # noqa: PTH116 - the text may name something that is no path
+            except OSError:
+                continue
+            volume, mount = member.hooked.volume, loops.mount_upon(found)
+            if mount is None:
+                stats.append(found)
+                self._covered.add(volume)
+            elif not member.hooked.hooks.freezes:
+                said = (
+                    f"no consistency point was taken: {volume} is mounted at {mount.point} from a logical volume, "
+                    "which cannot be held frozen with a group. Stop what writes to it by hooks and say "
+                    "`freezes = true` under its [volumes.hooks], unmount it, or take it out of its group"
+                )
+                raise Refused("NOT_SUPPORTED", said, volume=volume, field="volumes.hooks.freezes")
+        return stats
 
     def _let_go(self) -> None:
         """Thaws first: an `after` may want to write to what was frozen."""

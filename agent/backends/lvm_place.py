@@ -21,6 +21,7 @@ keeps nobody from writing down what happened.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable
@@ -44,6 +45,7 @@ _RECORDS_MIN_BYTES: Final = 32 << 20
 _RECORDS_MAX_BYTES: Final = 512 << 20
 _RECORDS_SHARE: Final = 64
 _MKFS: Final = ("mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard,lazy_itable_init=0", "-L", "resilver")
+_FROZEN: Final = re.compile("suspend ioctl .*[Bb]usy")
 _MOUNT: Final = "noatime,nodev,nosuid,noexec"
 
 
@@ -249,7 +251,12 @@ class Place:
         """A thin snapshot, marked to be left out when the group is activated."""
         words = [word for tag in (view.tag, *tags) for word in ("--addtag", tag)]
         rights = "r" if read_only else "rw"
-        lvm.lvm("lvcreate", "-y", "-s", "-k", "y", "-p", rights, "-n", name, *words, origin.full_name)
+        try:
+            lvm.lvm("lvcreate", "-y", "-s", "-k", "y", "-p", rights, "-n", name, *words, origin.full_name)
+        except Damaged as error:
+            if _FROZEN.search(error.message):
+                raise _frozen(origin) from error
+            raise
         return self.again(view, name)
 
     def make_empty(self, view: View, size_bytes: int, name: str, tags: tuple[str, ...]) -> Lv:
@@ -282,6 +289,17 @@ class Place:
 
 def _is_ready(records: Lv | None) -> bool:
     return records is not None and TAG_RECORDS in records.tags
+
+
+def _frozen(origin: Lv) -> Refused:
+    device = origin.device
+    points = blockdev.mounts_of(device.number) if device is not None else []
+    thaw = f"fsfreeze -u {points[0]}" if points else ""
+    said = (
+        f"LVM cannot suspend {origin.full_name}, because what is mounted from it is frozen already, by a hook or by "
+        "somebody else: LVM freezes it by itself, and nothing else may"
+    )
+    return Refused("IN_USE", f"{said}. To thaw it: {thaw}" if thaw else said, next_command=thaw)
 
 
 def identity_tags(record: Snapshot) -> tuple[str, ...]:

@@ -100,6 +100,15 @@ def mounts_of(device: Device) -> list[Mount]:
     return list(seen.values())
 
 
+def mount_upon(stat: os.stat_result) -> Mount | None:
+    """The mount of a device of the device mapper itself, such as an LV; None of others, and of what stands upon it."""
+    number = f"{os.major(stat.st_rdev)}:{os.minor(stat.st_rdev)}"
+    if not modes.S_ISBLK(stat.st_mode) or not Path(f"/sys/dev/block/{number}/dm").is_dir():
+        return None
+    found = (mount for device in devices_on(stat) for mount in mounts_of(device))
+    return next((mount for mount in found if number in {mount.device, _number_of(mount)}), None)
+
+
 def _number_of(mount: Mount) -> str:
     """The device that a mount names as its source, where its own number tells nothing (Btrfs); empty if it has none."""
     if not (mount.device.startswith("0:") and mount.source.startswith("/dev/")):

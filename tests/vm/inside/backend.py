@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
+import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from resilver.errors import Damaged, Invalid, NotFound, Refused
+from agent.hooks import Hooked
+from agent.together import Member, Together
+from resilver.config import Hooks
+from resilver.errors import Damaged, Invalid, NotFound, Refused, ResilverError
 from resilver.lineage import Consistency, ConsistencyPoint
 from resilver.volume import Grant, LiveState, Presence, VolumeRecord
 from tests.vm.inside.node import CHUNK, GROUP, SIZE, VOLUME_ID, Node, noise, run
@@ -204,6 +211,78 @@ def test_frozen_while_mounted_and_never_replaced(node, other):
     assert (point / "unsynced").read_bytes() == b"in memory only"
     run("umount", point)
     assert set(before) < set(other.lvs())
+
+
+def test_what_is_frozen_already(node):
+    """As by a hook that freezes what LVM freezes: refused by name, with what undoes it."""
+    node.create()
+    node.snapshot()
+    with mounted(node) as point:
+        run("fsfreeze", "-f", point)
+        try:
+            with pytest.raises(Refused, match="is frozen already") as refused:
+                node.snapshot()
+        finally:
+            run("fsfreeze", "-u", point)
+        assert refused.value.reason == "IN_USE"
+        assert refused.value.next_command == f"fsfreeze -u {point}"
+        assert node.snapshot().consistency is Consistency.FROZEN
+    assert len(node.lvs()) == 2 + 2, "nothing is left of the one that failed"
+
+
+def test_a_group_of_mounted_volumes(node, other, tmp_path):
+    """LVM cannot suspend what is frozen as part of a group: refused before anything is held, unless hooks stop those
+    who write to it. One that nobody has open needs none.
+    """
+    for each in (node, other):
+        each.create()
+        each.snapshot()
+    with mounted(node) as point:
+        for how in (Hooks(), Hooks(before=(str(tmp_path / "no-such-program"),))):
+            said = taken_together(tmp_path, {node: how, other: Hooks()})
+            assert {error.reason for error in said} == {"NOT_SUPPORTED"}
+            assert any(str(point) in error.message for error in said)
+            assert {error.metadata["field"] for error in said} == {"volumes.hooks.freezes"}
+        (point / "unsynced").write_bytes(b"in memory only")
+        taken = taken_together(tmp_path, {node: Hooks(freezes=True), other: Hooks()})
+        assert [one.consistency for one in taken] == [Consistency.FROZEN, Consistency.CLOSED]
+        assert len({one.group_id for one in taken}) == 1
+    assert b"in memory only" in node.read(node.lineage.tip_id)
+
+
+@contextlib.contextmanager
+def mounted(node: Node) -> Iterator[Path]:
+    run("mkfs.ext4", "-q", node.device)
+    point = Path(f"/mnt/point-{node.name}")
+    point.mkdir()
+    run("mount", node.device, point)
+    try:
+        yield point
+    finally:
+        run("umount", point)
+
+
+def taken_together(directory: Path, nodes: dict[Node, Hooks]) -> list:
+    """The snapshots of one order, or what each was refused with."""
+    group = Together([node.name for node in nodes], "a", directory / "hooks", group="g", group_id="G1")
+    ended = {}
+
+    def take(node: Node, hooks: Hooks) -> None:
+        try:
+            group.arrive(Member(Hooked(node.name, hooks), str(node.device)))
+            settle = partial(group.settle, node.name)
+            ended[node] = node.snapshot(group_id=group.group_id, settle=settle)
+            group.leave(node.name)
+        except ResilverError as error:
+            ended[node] = error
+            group.leave(node.name, error)
+
+    threads = [threading.Thread(target=take, args=each) for each in nodes.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    return [ended[node] for node in nodes]
 
 
 @pytest.mark.parametrize("how", ["open", "swap", "loop", "device"])

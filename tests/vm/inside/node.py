@@ -118,7 +118,7 @@ class Node:
     def lineage(self) -> Lineage:
         return self.backend.examine(compare_live=False).lineage
 
-    def snapshot(self, note: str = "", epoch: int = 1) -> Snapshot:
+    def snapshot(self, note: str = "", epoch: int = 1, **options) -> Snapshot:
         tip = self.lineage.tip
         return self.backend.take_snapshot(
             NewSnapshot(
@@ -129,6 +129,7 @@ class Node:
                 epoch_id="e",
                 create_time_ms=1,
                 note=note,
+                **options,
             )
         )
 
