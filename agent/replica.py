@@ -358,8 +358,6 @@ class Replica:
 
     # Inside.
 
-    # Inside.
-
     def _new(self, order: Order, tip: Snapshot | None, note: str) -> NewSnapshot:
         if tip is not None and tip.cp.epoch > order.epoch:
             raise Superseded("STALE_EPOCH", f"the tip of {self.volume} is {tip.cp}: epoch {order.epoch} is over")

@@ -328,16 +328,9 @@ def nested(path: Path) -> list[Found]:
 
 def place_of(path: Path) -> tuple[loops.Mount, str] | None:
     """The mount that a directory is reached through, and its path from the topmost subvolume."""
-    real = path.resolve()
-    best: loops.Mount | None = None
-    for mount in loops.own_mounts():
-        point = Path(mount.point)
-        if (real == point or point in real.parents) and (best is None or len(mount.point) >= len(best.point)):
-            best = mount
-    if best is None:
-        return None
-    below = str(real)[len(best.point.rstrip("/")) :]
-    return best, (best.root.rstrip("/") + below) or "/"
+    real = str(path.resolve())
+    mount = loops.mount_above(real, loops.own_mounts())
+    return None if mount is None else (mount, loops.from_top(real, mount))
 
 
 def mounts_of(path: Path) -> list[loops.Mount]:

@@ -188,11 +188,11 @@ def _exports(path: str, device: str, top: str, *, from_above: bool) -> Iterator[
     """Exports that show the subvolume, by its path or, through any mount of the file system, by that from the top."""
     mounts = loops.own_mounts()
     for export in exports.exports():
-        mount = overlays.mount_above(export.path, mounts)
-        shown = exports.is_within(export.path, path)
-        shown = shown or (from_above and export.crosses and exports.is_within(path, export.path))
+        mount = loops.mount_above(export.path, mounts)
+        shown = loops.is_within(export.path, path)
+        shown = shown or (from_above and export.crosses and loops.is_within(path, export.path))
         if not shown and top and mount is not None and mount.device == device:
-            there = mount.root.rstrip("/") + export.path[len(mount.point.rstrip("/")) :] or "/"
-            shown = exports.is_within(there, top) or (from_above and exports.is_within(top, there))
+            there = loops.from_top(export.path, mount)
+            shown = loops.is_within(there, top) or (from_above and loops.is_within(top, there))
         if shown:
             yield User(f"NFS export {export.path}", export.writes)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from agent.disk.loops import plain
+from agent.disk.loops import is_within, plain
 
 TABLES: Final = (Path("/var/lib/nfs/etab"), Path("/proc/fs/nfsd/exports"))
 
@@ -46,8 +46,3 @@ def reaching(point: str) -> Iterator[Export]:
     for export in exports():
         if is_within(export.path, point) or (export.crosses and is_within(point, export.path)):
             yield export
-
-
-def is_within(path: str, directory: str) -> bool:
-    """Whether a path is a directory's own or below it."""
-    return path == directory or path.startswith(f"{directory.rstrip('/')}/")

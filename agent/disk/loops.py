@@ -182,6 +182,25 @@ def mounts_read() -> int:
     return _own_mounts.read_count
 
 
+def mount_above(name: str, mounts: list[Mount]) -> Mount | None:
+    """The mount that a path without symbolic links is reached through: of those at one place, the last."""
+    best: Mount | None = None
+    for mount in mounts:
+        if is_within(name, mount.point) and (best is None or len(mount.point) >= len(best.point)):
+            best = mount
+    return best
+
+
+def from_top(name: str, mount: Mount) -> str:
+    """A path that is reached through a mount, from the top of its file system."""
+    return (mount.root.rstrip("/") + name[len(mount.point.rstrip("/")) :]) or "/"
+
+
+def is_within(path: str, directory: str) -> bool:
+    """Whether a path is a directory's own or below it."""
+    return path == directory or path.startswith(f"{directory.rstrip('/')}/")
+
+
 def all_mounts() -> Iterator[Mount]:
     """The mounts of every namespace, ours first."""
     for _root, mounts in mounts_by_namespace():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.disk import proc
-from agent.disk.loops import mount_lines, mount_namespace, plain
+from agent.disk.loops import is_within, mount_lines, mount_namespace, plain
 
 _HEX: Final = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) [1-9]", re.MULTILINE)
 
@@ -77,7 +77,7 @@ def _uses(process: Path, where: list[Place], own: str) -> bool:
 
 
 def _below(path: str, where: list[Place]) -> bool:
-    return any(path == place.point or path.startswith(f"{place.point.rstrip('/')}/") for place in where)
+    return any(is_within(path, place.point) for place in where)
 
 
 def _stands_in(process: Path, where: list[Place]) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from agent.disk.loops import Mount, mounts_by_namespace, own_mounts, plain
+from agent.disk.loops import Mount, mount_above, mounts_by_namespace, own_mounts, plain
 
 _WRITTEN: Final = frozenset({"upperdir", "workdir"})
 _ONE: Final = frozenset({"lowerdir+", "datadir+"})
@@ -61,13 +61,3 @@ def _found(overlay: Mount, name: str, writes: bool, root: Path, mounts: list[Mou
     mount = mount_above(name, mounts)
     if mount is not None:
         yield Layer(overlay.point, root / name.lstrip("/"), mount.device, writes)
-
-
-def mount_above(name: str, mounts: list[Mount]) -> Mount | None:
-    """The mount that a path without symbolic links is reached through: of those at one place, the last."""
-    best: Mount | None = None
-    for mount in mounts:
-        point = mount.point.rstrip("/")
-        if (name == point or name.startswith(f"{point}/")) and (best is None or len(mount.point) >= len(best.point)):
-            best = mount
-    return best

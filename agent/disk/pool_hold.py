@@ -64,6 +64,7 @@ def held(uuid: str) -> bytes:
 
 
 def forget(marker: str) -> None:
+    """As `hookwatch.py` does: with `-I` neither of the two can load a module of ours."""
     with suppress(OSError):
         os.unlink(marker)  # noqa: PTH108 - pathlib takes longer to load than all this takes to run
         fd = os.open(os.path.dirname(marker), os.O_RDONLY | os.O_DIRECTORY)  # noqa: PTH120 - as above
