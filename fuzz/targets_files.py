@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from agent import hooks
+from agent import leftovers as hook_records
 from agent.backends import (
     btrfs_layout,
     image_layout,
@@ -296,7 +296,7 @@ def leftovers(data: bytes) -> None:
     """What a crash leaves to be mended: frozen mounts, hooks that were not ended, a spool's beginning."""
 
     def hooked(directory: Path) -> Any:
-        return typed("x.json", read_json(directory / "x.json"), hooks._Record)  # noqa: SLF001 - the parser itself
+        return typed("x.json", read_json(directory / "x.json"), hook_records._Record)  # noqa: SLF001 - the parser itself
 
     def frozen(directory: Path) -> Any:
         return typed("x.json", read_json(directory / "x.json"), quiesce._Frozen)  # noqa: SLF001 - as above
