@@ -146,6 +146,7 @@ def stopped_and_continued(two: Cluster, store: etcd.Etcd, old: str, chance: rand
         wait_for(lambda: two.leader() == other(old), f"{other(old)} leads")
         for volume in VOLUMES:  # tells every agent the new term
             point(two, volume)
+            two.wait_reachable(volume, *NODES)
         two.ok("resync", "--all")
         wait_for(lambda: not any(run["end_time"] is None for run in two.resyncs("")), "no resync runs")
         data, records = on_disk(two), stored(store)

@@ -14,6 +14,7 @@ from agent.backends.image_layout import Layout as Files
 from agent.backends.zfs_layout import Layout
 from agent.disk import orphans
 from resilver.errors import Damaged
+from tests.cluster import wait_for
 
 NAME = f"renamer-{os.getpid()}"
 COMMAND = ["bash", "-c", f"exec -a /usr/sbin/{NAME} sleep 600"]
@@ -23,7 +24,10 @@ def left_behind() -> int:
     """A command whose starter has ended; its pid."""
     script = f"exec -a /usr/sbin/{NAME} sleep 600 >/dev/null 2>&1 & echo $!"
     done = subprocess.run(["bash", "-c", f"({script})"], capture_output=True, text=True, check=True, timeout=30)
-    return int(done.stdout)
+    pid = int(done.stdout)
+    command = Path(f"/proc/{pid}/cmdline")
+    wait_for(lambda: command.read_bytes().startswith(f"/usr/sbin/{NAME}\0".encode()), "it has its name")
+    return pid
 
 
 def mine(arguments: list[str]) -> bool:
