@@ -38,6 +38,7 @@ from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, Se
 from agent.backends.btrfs_adopt import Finder, Known
 from agent.backends.btrfs_layout import SubvolumeLayout, check_untouched
 from agent.disk import advance, btrfs, btrfs_space, ioctl
+from agent.disk.claim import Claim
 from agent.disk.durable import disk_errors, remove_file
 from resilver.errors import Damaged, Invalid, NotFound, Refused, Unauthenticated
 from resilver.lineage import Lineage, Snapshot
@@ -77,11 +78,13 @@ class BtrfsBackend:
         reserve_min_bytes: int = 1 << 30,
         preserved_max_count: int = 64,
         preserved_max_bytes: int = 0,
+        state_dir: Path | None = None,
         step: Callable[[str], None] = advance.step,
     ) -> None:
         self.keep_last: Final = keep_last
         self._reserve = (reserve_ratio, reserve_min_bytes)
         self._layout: Final = SubvolumeLayout(volume, path.absolute(), snapshot_dir.absolute())
+        self._claim: Final = Claim(self._layout.root, state_dir)
         self._finder: Final = Finder(self._layout, adopt)
         self._step: Final = step
         self._tools: Final = btrfs_commit.Tools(
@@ -95,7 +98,7 @@ class BtrfsBackend:
 
     def recover(self) -> None:
         layout = self._layout
-        with disk_errors(layout.root):
+        with disk_errors(layout.root), self._claim.held():
             if not self._on_btrfs():
                 return
             btrfs_live.sweep(layout)
@@ -160,18 +163,21 @@ class BtrfsBackend:
     def save_record(self, record: VolumeRecord) -> None:
         with disk_errors(self._layout.root):
             self._layout.make_root()
-            image_layout.save_record(self._layout, record)
+            with self._claim.held():
+                image_layout.save_record(self._layout, record)
 
     def save_grant(self, grant: Grant | None) -> None:
-        if grant is None:
-            remove_file(self._layout.root / "grant.json")
-            return
         with disk_errors(self._layout.root):
-            self._layout.make_root()
-            image_layout.save_grant(self._layout, grant)
+            if grant is not None:
+                self._layout.make_root()
+            with self._claim.held():
+                if grant is None:
+                    remove_file(self._layout.root / "grant.json")
+                else:
+                    image_layout.save_grant(self._layout, grant)
 
     def take_snapshot(self, new: NewSnapshot) -> Snapshot:
-        with disk_errors(self._layout.root):
+        with disk_errors(self._layout.root), self._claim.held():
             known = self._settled()
             self._check_free(0, "a consistency point")
             return btrfs_snapshot.take(known, new, self._step)
@@ -260,28 +266,29 @@ class BtrfsBackend:
         return need
 
     def open_stream_stage(self, base: str, target: str, origin: StreamOrigin) -> StreamStage:
-        with disk_errors(self._layout.root):
-            for snapshot_id in filter(None, (base, target)):
-                image_layout.check_id(snapshot_id)
+        for snapshot_id in filter(None, (base, target)):
+            image_layout.check_id(snapshot_id)
+        with disk_errors(self._layout.root), self._claim.held():
             self._settled()
             self._check_free(0, "a stage")
             self._layout.make_root()
             return btrfs_stage.open_stage(self._layout, base, target, origin)
 
     def discard_stage(self) -> None:
-        with disk_errors(self._layout.root):
+        with disk_errors(self._layout.root), self._claim.held():
             btrfs_commit.settle(self._tools)  # a commit that was given up in the middle puts its tree back first
-        btrfs_stage.discard(self._layout)
+            btrfs_stage.discard(self._layout)
 
     def commit(self, stage: AnyStage, order: CommitOrder) -> tuple[PreservedCopy, ...]:
         if not isinstance(stage, btrfs_stage.BtrfsStage):
             raise TypeError("a stage of another backend")
-        return btrfs_commit.commit(self._tools, stage, order)
+        with disk_errors(self._layout.root), self._claim.held():
+            return btrfs_commit.commit(self._tools, stage, order)
 
     # Keeping and letting go.
 
     def drop(self, snapshot_id: str) -> int:
-        with disk_errors(self._layout.root):
+        with disk_errors(self._layout.root), self._claim.held():
             known = self._settled()
             if snapshot_id in {copy.id for copy in image_layout.list_preserved(self._layout)}:
                 return btrfs_keep.drop_preserved(self._layout, snapshot_id, self._step)
@@ -295,11 +302,12 @@ class BtrfsBackend:
             return btrfs_keep.drop_snapshot(known, snapshot_id, self._step)
 
     def prune(self, keep_last: int, pinned: frozenset[str]) -> tuple[tuple[str, int], ...]:
-        state = self._settled().state
-        present = [record.id for record in state.lineage if record.id in state.stored]
-        going = [here for here in present[max(1, keep_last) :] if here not in pinned]
-        # Oldest first: whatever interrupts it, the newest ones are there.
-        return rules.drop_each(reversed(going), self.drop)
+        with disk_errors(self._layout.root), self._claim.held():
+            state = self._settled().state
+            present = [record.id for record in state.lineage if record.id in state.stored]
+            going = [here for here in present[max(1, keep_last) :] if here not in pinned]
+            # Oldest first: whatever interrupts it, the newest ones are there.
+            return rules.drop_each(reversed(going), self.drop)
 
     def export(self, snapshot_id: str, path: Path, *, writable: bool) -> int:
         with disk_errors(self._layout.root):

@@ -50,6 +50,7 @@ def _btrfs(volume: VolumeConfig, config: AgentConfig) -> Backend:
         keep_last=volume.keep_last,
         reserve_ratio=config.space.reserve_ratio,
         reserve_min_bytes=config.space.reserve_min_bytes,
+        state_dir=config.state_dir,
     )
 
 
@@ -60,6 +61,7 @@ def _zfs(volume: VolumeConfig, config: AgentConfig) -> Backend:
         volume.snapshot_dir,
         reserve_ratio=config.space.reserve_ratio,
         reserve_min_bytes=config.space.reserve_min_bytes,
+        state_dir=config.state_dir,
     )
 
 
@@ -71,6 +73,7 @@ def _lvm_thin(volume: VolumeConfig, config: AgentConfig) -> Backend:
         keep_last=volume.keep_last,
         reserve_ratio=config.space.reserve_ratio,
         reserve_min_bytes=config.space.reserve_min_bytes,
+        state_dir=config.state_dir,
     )
 
 

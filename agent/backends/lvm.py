@@ -17,8 +17,9 @@ This file is the door: it looks, checks space, and calls what does the work.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Literal
 
@@ -42,6 +43,7 @@ from agent.backends.lvm_state import Found, Tools
 from agent.backends.rules import drop_each
 from agent.delta import DeltaMap
 from agent.disk import advance, contents, ioctl, lvm, orphans, thin
+from agent.disk.claim import Claim
 from agent.disk.durable import FILE_MODE, disk_errors, fsync_dir, remove_file
 from agent.disk.inuse import InUseError
 from agent.disk.lvm import Lv
@@ -84,12 +86,14 @@ class LvmBackend:
         reserve_min_bytes: int = 1 << 30,
         preserved_max_count: int = 64,
         preserved_max_bytes: int = 0,
+        state_dir: Path | None = None,
         step: Callable[[str], None] = advance.step,
     ) -> None:
         self.keep_last: Final = keep_last
         self._reserve = (reserve_ratio, reserve_min_bytes)
         self._place: Final = Place(volume, path, snapshot_dir, step)
         self._layout: Final = self._place.layout
+        self._claim: Final = Claim(self._layout.root, state_dir)
         self._tools: Final = Tools(self._place, step, preserved_max_count, preserved_max_bytes)
 
     def set_reserve(self, ratio: float, min_bytes: int) -> None:
@@ -97,12 +101,12 @@ class LvmBackend:
         self._reserve = (ratio, min_bytes)
 
     def recover(self) -> None:
-        orphans.wait("lvm", self._place.concerns)
         view = self._place.look()
         if view is None or view.records is None:
             return
-        with disk_errors(self._layout.root):
-            thin.release_left(self._place.pool(view))
+        with disk_errors(self._layout.root), self._claim.held():
+            orphans.wait("lvm", self._place.concerns)
+            thin.release_left(self._place.pool(self._place.surely()))
             lvm_commit.settle(self._tools)
             lvm_live.bring_back(self._tools)
             lvm_keep.sweep(self._tools)
@@ -162,20 +166,24 @@ class LvmBackend:
 
     def save_record(self, record: VolumeRecord) -> None:
         self._place.ready()
-        image_layout.save_record(self._layout, record)
+        with self._claim.held():
+            image_layout.save_record(self._layout, record)
 
     def save_grant(self, grant: Grant | None) -> None:
-        if grant is None:
-            if self._place.surely().records is not None:
-                remove_file(self._layout.root / "grant.json")
+        if grant is not None:
+            self._place.ready()
+        elif self._place.surely().records is None:
             return
-        self._place.ready()
-        image_layout.save_grant(self._layout, grant)
+        with self._claim.held():
+            if grant is None:
+                remove_file(self._layout.root / "grant.json")
+            else:
+                image_layout.save_grant(self._layout, grant)
 
     def take_snapshot(self, new: NewSnapshot) -> Snapshot:
-        found = self._settled()
-        self._check_free(found.view, 0, _SNAPSHOT_METADATA_BLOCKS, "a consistency point")
-        return lvm_snapshot.take(self._tools, found, new)
+        with self._settled() as found:
+            self._check_free(found.view, 0, _SNAPSHOT_METADATA_BLOCKS, "a consistency point")
+            return lvm_snapshot.take(self._tools, found, new)
 
     def delta_map(self, base: str, target: str) -> DeltaMap:
         for snapshot_id in filter(None, (base, target)):
@@ -198,39 +206,41 @@ class LvmBackend:
     def open_stage(self, base: str, target: str, size_bytes: int) -> Stage:
         for snapshot_id in filter(None, (base, target)):
             image_layout.check_id(snapshot_id)
-        found = self._settled()
-        self._check_free(found.view, 0, _SNAPSHOT_METADATA_BLOCKS, "a stage")
-        return lvm_stage.open_stage(self._tools, found, base, target, size_bytes)
+        with self._settled() as found:
+            self._check_free(found.view, 0, _SNAPSHOT_METADATA_BLOCKS, "a stage")
+            return lvm_stage.open_stage(self._tools, found, base, target, size_bytes)
 
     def discard_stage(self) -> None:
         if self._place.surely().records is None:
             return
-        with disk_errors(self._layout.root):
+        with disk_errors(self._layout.root), self._claim.held():
             lvm_commit.settle(self._tools)  # a commit that was given up in the middle puts its tree back first
-        lvm_stage.discard(self._tools)
+            lvm_stage.discard(self._tools)
 
     def commit(self, stage: AnyStage, order: CommitOrder) -> tuple[PreservedCopy, ...]:
         if not isinstance(stage, lvm_stage.LvmStage):
             raise TypeError("a stage of another backend")
-        return lvm_commit.commit(self._tools, stage, order)
+        self._place.surely()
+        with disk_errors(self._layout.root), self._claim.held():
+            return lvm_commit.commit(self._tools, stage, order)
 
     def drop(self, snapshot_id: str) -> int:
-        found = self._settled()
-        if snapshot_id in {copy.id for copy in lvm_state.preserved(self._place, found.view)}:
-            return lvm_keep.drop_preserved(self._tools, found, snapshot_id)
-        self._known(found, snapshot_id)
-        if snapshot_id == found.state.tip:
-            raise Refused("PINNED", f"{snapshot_id} is the newest snapshot here, which the live copy stands on")
-        if snapshot_id not in found.state.stored:
-            return 0
-        return lvm_keep.drop_snapshot(self._tools, found, snapshot_id)
+        with self._settled() as found:
+            if snapshot_id in {copy.id for copy in lvm_state.preserved(self._place, found.view)}:
+                return lvm_keep.drop_preserved(self._tools, found, snapshot_id)
+            self._known(found, snapshot_id)
+            if snapshot_id == found.state.tip:
+                raise Refused("PINNED", f"{snapshot_id} is the newest snapshot here, which the live copy stands on")
+            if snapshot_id not in found.state.stored:
+                return 0
+            return lvm_keep.drop_snapshot(self._tools, found, snapshot_id)
 
     def prune(self, keep_last: int, pinned: frozenset[str]) -> tuple[tuple[str, int], ...]:
-        found = self._settled()
-        present = [record.id for record in found.state.lineage if record.id in found.state.stored]
-        going = [here for here in present[max(1, keep_last) :] if here not in pinned]
-        # Oldest first: whatever interrupts it, the newest ones are there.
-        return drop_each(reversed(going), self.drop)
+        with self._settled() as found:
+            present = [record.id for record in found.state.lineage if record.id in found.state.stored]
+            going = [here for here in present[max(1, keep_last) :] if here not in pinned]
+            # Oldest first: whatever interrupts it, the newest ones are there.
+            return drop_each(reversed(going), self.drop)
 
     def export(self, snapshot_id: str, path: Path, *, writable: bool) -> int:
         view = self._place.surely()
@@ -260,14 +270,14 @@ class LvmBackend:
             said = f"no snapshot or preserved copy {snapshot_id} of {self._layout.volume}"
             raise NotFound("SNAPSHOT_NOT_FOUND", said, snapshot=snapshot_id)
 
-    def _settled(self) -> Found:
-        """The state, once a commit that was interrupted in this very process is finished or undone."""
-        with disk_errors(self._layout.root):
-            view = self._place.ready()
-            if lvm_state.load_journal(self._layout) is not None:
-                lvm_commit.settle(self._tools)
-                view = self._place.surely()
-            return lvm_state.load(self._place, view)
+    @contextlib.contextmanager
+    def _settled(self) -> Iterator[Found]:
+        """Alone, what is there once a commit that was interrupted in this very process is finished or undone."""
+        self._place.ready()
+        with disk_errors(self._layout.root), self._claim.held():
+            lvm_commit.settle(self._tools)
+            # Another agent may have changed the group until it was this one's.
+            yield lvm_state.load(self._place, self._place.surely())
 
     def _check_free(self, view: View, need: int, need_metadata: int, what: str) -> None:
         lvm_space.check(self._place.pool(view), self._reserve, need, need_metadata, what)

@@ -45,6 +45,7 @@ from agent.backends.zfs_layout import (
     ready,
 )
 from agent.disk import advance, orphans, zfs
+from agent.disk.claim import Claim
 from agent.disk.durable import disk_errors, remove_file
 from resilver.errors import Invalid, NotFound, Refused
 from resilver.lineage import Lineage, Origin, Snapshot
@@ -76,9 +77,11 @@ class ZfsBackend:
         reserve_min_bytes: int = 1 << 30,
         preserved_max_count: int = 64,
         preserved_max_bytes: int = 0,
+        state_dir: Path | None = None,
         step: Callable[[str], None] = advance.step,
     ) -> None:
-        self._layout: Final = make_layout(volume, path, snapshot_dir.absolute())
+        self._layout: Final = make_layout(volume, path, snapshot_dir.absolute(), state_dir)
+        self._claim: Final = Claim(self._layout.root, state_dir)
         self._reserve = (reserve_ratio, reserve_min_bytes)
         self._step: Final = step
         self._tools: Final = zfs_commit.Tools(self._layout, step, preserved_max_count, preserved_max_bytes)
@@ -91,10 +94,10 @@ class ZfsBackend:
 
     def recover(self) -> None:
         layout = self._layout
-        with self._errors():
-            orphans.wait("zfs", layout.concerns)
-            if not ready(layout):
+        with self._alone() as there:
+            if not there:
                 return
+            orphans.wait("zfs", layout.concerns)
             zfs_finish.settle_unless_used(layout, self._step)
             state = load_state(layout)
             zfs_keep.sweep(layout, state)
@@ -105,15 +108,16 @@ class ZfsBackend:
 
     def examine(self, *, compare_live: bool = True) -> Examined:
         layout = self._layout
-        with self._errors():
+        with self._errors(), contextlib.ExitStack() as stack:
             around = zfs.looks(layout.pool, layout.parent, layout.records, properties=(OWNER,))
             pool, parent = around.get(layout.pool), around.get(layout.parent)
             if pool is None or parent is None:
                 return self._nowhere(pool.guid if pool is not None else "")
             there = mounted(layout, around.get(layout.records))
-            waiting = zfs_finish.settle_unless_used(layout, self._step) if there else ()
+            another = self._another(stack) if there else ()
+            waiting = zfs_finish.settle_unless_used(layout, self._step) if there and not another else ()
             state = load_state(layout, there=there)
-            live, problems = zfs_live.look(layout, state, compare=compare_live)
+            live, problems = zfs_live.look(layout, state, compare=compare_live and not another)
             free, reserve = self._space(pool, parent)
             return Examined(
                 presence=Presence.PRESENT if state.head is not None else Presence.EMPTY,
@@ -127,9 +131,19 @@ class ZfsBackend:
                 reserve_bytes=reserve,
                 reflink=True,
                 file_system_id=pool.guid,
-                problems=(*waiting, *state.problems, *problems),
+                problems=(*another, *waiting, *state.problems, *problems),
                 others=state.others,
             )
+
+    def _another(self, stack: contextlib.ExitStack) -> tuple[str, ...]:
+        """Which other agent works here, as a problem: then a look neither finishes what that one has begun, nor takes a
+        snapshot to compare by. Otherwise no other one does until the end of the stack.
+        """
+        try:
+            stack.enter_context(self._claim.held())
+        except Refused as error:
+            return (f"{error.reason}: {error.message}",)
+        return ()
 
     def _nowhere(self, pool: str) -> Examined:
         """What the live copy would stand under is not there, and the caller knows if it was."""
@@ -151,20 +165,16 @@ class ZfsBackend:
         )
 
     def save_record(self, record: VolumeRecord) -> None:
-        with self._errors():
-            make_root(self._layout)
+        with self._alone(make=True):
             image_layout.save_record(self._layout.files, record)
 
     def save_grant(self, grant: Grant | None) -> None:
-        layout = self._layout
-        with self._errors():
-            if grant is None:
-                if ready(layout):
-                    remove_file(layout.root / "grant.json")
-                return
-            make_root(layout)
-            self._give_back()
-            image_layout.save_grant(layout.files, grant)
+        with self._alone(make=grant is not None) as there:
+            if grant is not None:
+                self._give_back()
+                image_layout.save_grant(self._layout.files, grant)
+            elif there:
+                remove_file(self._layout.root / "grant.json")
 
     def _give_back(self) -> None:
         """A primary's dataset is as its operator had it, but for being mounted: that is for him to do."""
@@ -185,14 +195,13 @@ class ZfsBackend:
     def take_snapshot(self, new: NewSnapshot) -> Snapshot:
         layout = self._layout
         image_layout.check_id(new.id)
-        with self._errors():
-            state = self._settled()
+        with self._settled() as state:
             held = zfs_snapshot.taken_before(layout, state, new)
             if held is not None:
                 return held
             self._check_free(0, "a consistency point")
-            make_root(layout)
-            return zfs_snapshot.take(layout, state, new, self._step)
+            with self._alone(make=True):
+                return zfs_snapshot.take(layout, state, new, self._step)
 
     def formats(self) -> tuple[str, ...]:
         with self._errors():
@@ -262,27 +271,24 @@ class ZfsBackend:
         for field, value in (("native_base", origin.native_base), ("native_target", origin.native_target)):
             if re.fullmatch(r"[0-9]{0,20}", value) is None:
                 raise Invalid("INVALID_FIELD", f"{value!r} is no guid of ZFS", field=field)
-        with self._errors():
-            make_root(self._layout)
-            state = self._settled()
+        with self._settled(make=True) as state:
             return zfs_stage.open_stage(self._layout, state, base, target, origin)
 
     def discard_stage(self) -> None:
-        with self._errors():
-            if ready(self._layout):
+        with self._alone() as there:
+            if there:
                 zfs_finish.settle(self._layout, self._step)
                 zfs_stage.discard(self._layout)
 
     def commit(self, stage: AnyStage, order: CommitOrder) -> tuple[PreservedCopy, ...]:
         if not isinstance(stage, zfs_stage.ZfsStage):
             raise TypeError("a stage of another backend")
-        with self._errors():
+        with self._alone():
             return zfs_commit.commit(self._tools, stage, order)
 
     def drop(self, snapshot_id: str) -> int:
         layout = self._layout
-        with self._errors():
-            state = self._settled()
+        with self._settled() as state:
             copy = next((copy for copy in self._preserved() if copy.id == snapshot_id), None)
             if copy is not None:
                 return zfs_keep.drop_preserved(layout, copy, self._step)
@@ -302,8 +308,7 @@ class ZfsBackend:
 
     def prune(self, keep_last: int, pinned: frozenset[str]) -> tuple[tuple[str, int], ...]:
         """Passes over what other tools have made, and what a preserved copy stands on."""
-        with self._errors():
-            state = self._settled()
+        with self._settled() as state:
             ours = [record.id for record in state.lineage if record.present and state.is_ours(record.id)]
             going = [here for here in ours[max(1, keep_last) :] if here not in pinned]
             # Oldest first: whatever interrupts it, the newest ones are there.
@@ -312,13 +317,11 @@ class ZfsBackend:
     def export(self, snapshot_id: str, path: Path, *, writable: bool) -> int:
         """Copies to a directory, which is writable in any case: who may write is told by the files' own modes."""
         del writable
-        with self._errors():
-            state = self._settled()
+        with self._settled(make=True) as state:
             copy = next((copy for copy in self._preserved() if copy.id == snapshot_id), None)
             if copy is None and snapshot_id not in state.known:
                 raise self._unknown(snapshot_id)
             name = copy.path if copy is not None else find(self._layout, state, snapshot_id, "TARGET_GONE").name
-            make_root(self._layout)
             return zfs_keep.export_tree(self._layout, name, path)
 
     def _preserved(self) -> tuple[PreservedCopy, ...]:
@@ -328,12 +331,24 @@ class ZfsBackend:
         said = f"no snapshot or preserved copy {snapshot_id} of {self._layout.volume}"
         return NotFound("SNAPSHOT_NOT_FOUND", said, snapshot=snapshot_id)
 
-    def _settled(self) -> State:
-        """The state, once a commit that was interrupted in this very process is finished or undone."""
-        there = ready(self._layout)
-        if there:
-            zfs_finish.settle(self._layout, self._step)
-        return load_state(self._layout, there=there)
+    @contextlib.contextmanager
+    def _settled(self, *, make: bool = False) -> Iterator[State]:
+        """Alone, the state once a commit that was interrupted in this very process is finished or undone."""
+        with self._alone(make=make) as there:
+            if there:
+                zfs_finish.settle(self._layout, self._step)
+            yield load_state(self._layout, there=there)
+
+    @contextlib.contextmanager
+    def _alone(self, *, make: bool = False) -> Iterator[bool]:
+        """No other agent works here meanwhile, which is known where the records are; whether they are, or are made."""
+        with self._errors(), contextlib.ExitStack() as stack:
+            if make:
+                make_root(self._layout)
+            there = make or ready(self._layout)
+            if there:
+                stack.enter_context(self._claim.held())
+            yield there
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

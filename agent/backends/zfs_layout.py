@@ -5,6 +5,7 @@ Beside the live copy `tank/vm1` stands `tank/vm1.resilver`, on the same pool and
     tank/vm1@resilver-3-42-1a2b3c4d   a consistency point: its record is a property of the snapshot
     tank/vm1@…                        a snapshot of another tool: adopted below our first CP, only shown after it
     tank/vm1.resilver/records         what stands in files, mounted at the snapshot directory (0700)
+        agent.json                    which agent it is that works here (`agent/disk/claim.py`)
         ancestry.jsonl                records and, of those whose snapshots were ever here, the guid
         tip.json                      the tip, in case that its snapshot is destroyed by somebody
         commit.json                   the intention of a commit that is under way
@@ -42,6 +43,7 @@ import msgspec
 
 from agent.backends import image_layout
 from agent.disk import zfs
+from agent.disk.claim import Claim
 from agent.disk.durable import DIR_MODE, disk_errors, read_json, read_log, write_json
 from agent.lineages import record_from_json, record_to_json
 from agent.stored import checked, typed, understood
@@ -66,11 +68,14 @@ READING: Final = frozenset({"get", "list", "holds", "send", "diff"})
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The names and paths of one replica. `live` is the dataset, `files` the paths that image volumes have too."""
+    """The names and paths of one replica. `live` is the dataset, `files` the paths that image volumes have too,
+    `state_dir` that of the agent that works here.
+    """
 
     volume: str
     live: str
     files: image_layout.Layout
+    state_dir: Path | None = None
 
     @property
     def root(self) -> Path:
@@ -141,8 +146,8 @@ class State:
         return record is not None and record.origin is not Origin.ADOPTED
 
 
-def make_layout(volume: str, path: Path, root: Path) -> Layout:
-    return Layout(volume, str(path), image_layout.Layout(volume, root / "live", root))
+def make_layout(volume: str, path: Path, root: Path, state_dir: Path | None = None) -> Layout:
+    return Layout(volume, str(path), image_layout.Layout(volume, root / "live", root), state_dir)
 
 
 # The datasets beside the live copy.
@@ -164,6 +169,9 @@ def mounted(layout: Layout, records: zfs.Dataset | None) -> bool:
             field="path",
         )
     if records.mountpoint != str(layout.root):
+        if records.mounted:  # another agent's, that has another snapshot_dir for the same dataset
+            with disk_errors(records.mountpoint):
+                Claim(Path(records.mountpoint), layout.state_dir).check()
         zfs.run("zfs", "set", f"mountpoint={layout.root}", layout.records)
     if not (records.mounted and os.path.ismount(layout.root)):
         zfs.mount(layout.records)

@@ -63,7 +63,7 @@ class Claim:
                 if error.errno not in _NO_LOCKS:
                     raise
             try:
-                self._take(os.fstat(fd))
+                self._take(_place(fd))
                 yield
             finally:
                 # Not left to the closing: a process that is just being started has a copy of the descriptor.
@@ -72,26 +72,39 @@ class Claim:
         finally:
             os.close(fd)
 
-    def _take(self, place: os.stat_result) -> None:
-        mine = self._mine(place)
-        if mine is None:
-            return
-        path = self._directory / "agent.json"
+    def check(self) -> None:
+        """As `held` refuses, but takes nothing over. OSError of the disk, also if the directory is not there."""
+        fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            found = read_json(path)
+            mine = self._mine(_place(fd))
+        finally:
+            os.close(fd)
+        if mine is not None:
+            self._is_mine(mine)
+
+    def _take(self, place: str) -> None:
+        mine = self._mine(place)
+        if mine is None or self._is_mine(mine):
+            return
+        # On a full disk the agent goes on without: it is tried again with the next change.
+        with contextlib.suppress(ResilverError):
+            write_json(self._directory / "agent.json", mine)
+
+    def _is_mine(self, mine: Json) -> bool:
+        """Whether the directory says so already; IN_USE if it is another living agent's."""
+        try:
+            found = read_json(self._directory / "agent.json")
         except Damaged:
             found = None
         if found == mine:
-            return
+            return True
         if found is not None and found.get("place") == mine["place"]:
             other = _alive(found)
             if other:
                 raise self._refused(other)
-        # On a full disk the agent goes on without: it is tried again with the next change.
-        with contextlib.suppress(ResilverError):
-            write_json(path, mine)
+        return False
 
-    def _mine(self, place: os.stat_result) -> Json | None:
+    def _mine(self, place: str) -> Json | None:
         """Which agent this is, and of which directory it says so: a copy of the directory is another one."""
         if self._state_dir is None:
             return None
@@ -102,12 +115,21 @@ class Claim:
         return {
             "state_dir": str(self._state_dir.absolute()),
             "lock": f"{lock.st_dev}-{lock.st_ino}",
-            "place": f"{place.st_dev}-{place.st_ino}",
+            "place": place,
         }
 
     def _refused(self, who: str) -> Refused:
-        said = f"{self._directory} is in use by {who}: give each agent a snapshot_dir of its own, or stop one of them"
+        said = (
+            f"{self._directory} is in use by {who}: give each a path and a snapshot_dir of its own, or stop one of them"
+        )
         return Refused("IN_USE", said, in_use_by=who)
+
+
+def _place(fd: int) -> str:
+    """Which directory it is, also after the file system was unmounted and mounted again: on Btrfs, ZFS and logical
+    volumes the number of the device is another one then.
+    """
+    return f"{os.fstatvfs(fd).f_fsid}-{os.fstat(fd).st_ino}"
 
 
 def _alive(found: Json) -> str:
