@@ -198,7 +198,10 @@ class Runs:
         if run is not None and not run.ended.is_set():
             return
         if saved is None or now_ms() - saved.time_ms > STAGE_LIFE_MS:
-            self._replicas[volume].backend.discard_stage()
+            try:
+                self._replicas[volume].backend.discard_stage()
+            except ResilverError as error:  # tried again; what is wrong with the volume is told with every look
+                _log.warning("stage not discarded", volume=volume, reason=error.reason, message=error.message)
 
     def close(self, deadline_s: float) -> None:
         """Asks every run to pause where it is: they go on at the next start."""

@@ -30,7 +30,7 @@ from coordinator.core.cluster import (
 from coordinator.core.election import elect
 from coordinator.core.planner import plan_volume
 from coordinator.core.prepare import imagined
-from coordinator.core.status import may_only, reference_lineage, status_of
+from coordinator.core.status import may_only, reference_lineage, status_of, unseen
 from coordinator.core.words import name_of, size, span
 from coordinator.office import Engine
 from resilver.lineage import NO_CP, ConsistencyPoint
@@ -183,7 +183,8 @@ def _why_state(view: VolumeView, node: str) -> str:
         case ReplicaState.EMPTY:
             said = "it has no data yet"
         case ReplicaState.LOST:
-            said = "it had data, and its disk is not there"
+            why = unseen(replica)
+            said = f"it cannot be looked at: {why}" if why else "it had data, and its disk is not there"
         case ReplicaState.FOREIGN:
             said = f"its data is of another volume ({replica.report.volume_id}) of the same name"
         case ReplicaState.UNRELATED:

@@ -32,7 +32,7 @@ from coordinator.core.cluster import (
     VolumePlan,
     VolumeView,
 )
-from coordinator.core.status import reference_lineage, status_of
+from coordinator.core.status import reference_lineage, status_of, unseen
 from coordinator.core.words import listed, name_of, silent, span
 from resilver.lineage import (
     NO_CP,
@@ -192,6 +192,10 @@ def _row(goal: _Goal, replica: ReplicaView) -> ReplicaPlan:
 def _to_be_named(goal: _Goal, row: ReplicaPlan, replica: ReplicaView) -> ReplicaPlan:
     reason, why = _MUST_BE_NAMED[row.state]
     node = replica.node
+    unlooked = unseen(replica) if row.state is _S.LOST else ""
+    if unlooked and node not in goal.replaced:
+        message = f"{node} cannot look at its copy ({unlooked}); nothing replaces it until {node} is named"
+        return _blocked(row, reason, message, f"resilver explain {goal.view.name} {node}")
     if node not in goal.replaced:
         message = f"{why}; nothing replaces it until {node} is named"
         return _blocked(row, reason, message, f"resilver resync {goal.view.name} --replace {node}")

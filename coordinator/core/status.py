@@ -39,6 +39,7 @@ __all__ = [
     "reference_lineage",
     "role_of",
     "status_of",
+    "unseen",
     "volume_state",
 ]
 
@@ -215,8 +216,7 @@ def _of_state(view: VolumeView, replica: ReplicaView, status: Status, now_ms: in
             reason = "DUPLICATE_NODE" if replica.duplicate else "UNKNOWN"
             found.append(Problem(reason, silent(replica, now_ms), "resilver nodes"))
         case ReplicaState.LOST:
-            message = f"{node} had data of {name}, and its disk is not there: mount it, or begin anew"
-            found.append(Problem("LOST", message, replacing))
+            found.append(_lost(view, replica, replacing))
         case ReplicaState.FOREIGN:
             other = replica.report.volume_id if replica.report is not None else ""
             message = f"the data on {node} is another volume's ({other}); nothing replaces it until you name it"
@@ -235,6 +235,19 @@ def _of_state(view: VolumeView, replica: ReplicaView, status: Status, now_ms: in
         case ReplicaState.IN_SYNC:
             pass
     return found
+
+
+def unseen(replica: ReplicaView) -> str:
+    """Why a LOST replica could not be looked at, as its agent tells; empty if it has looked, and the data is gone."""
+    told = replica.report.problems if replica.report is not None else ()
+    return "" if any(problem.startswith("REPLICA_LOST:") for problem in told) else next(iter(told), "")
+
+
+def _lost(view: VolumeView, replica: ReplicaView, replacing: str) -> Problem:
+    node, name = replica.node, view.name
+    if unseen(replica):  # which is told besides: to begin anew is no way out of it
+        return Problem("LOST", f"{node} cannot look at its copy of {name}, whatever it holds: see what it tells of it")
+    return Problem("LOST", f"{node} had data of {name}, and its disk is not there: mount it, or begin anew", replacing)
 
 
 def _split(view: VolumeView, replica: ReplicaView, status: Status) -> str:

@@ -156,8 +156,11 @@ def test_each_state_is_explained():
     known.hear("d", report("db1", "", LiveState.ABSENT, presence=Presence.LOST))
     known.hear("e", report("db1", "", LiveState.MODIFIED, volume_id="other"))
     known.hear("f", report("db1", "1-1 1-2", volume_id="vid"))
+    unread = report("db1", "", LiveState.ABSENT, presence=Presence.LOST)
+    known.hear("g", replace(unread, problems=("IO_ERROR: of its disk",)))
     known.disconnect("c")
     text = said(known).text
+    assert "WHY g IS LOST   it cannot be looked at: IO_ERROR: of its disk" in text
     assert "WHY c IS UNKNOWN   its newest CP was 5-18" in text
     assert "it is not connected" in text
     assert "WHY d IS LOST   it had data, and its disk is not there" in text

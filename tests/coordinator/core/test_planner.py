@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from coordinator.core.claims import is_here
 from coordinator.core.cluster import PlanAction, ReplicaPlan, ReplicaState, Size, VolumePlan, VolumeView
 from coordinator.core.planner import plan_etag, plan_volume
+from coordinator.core.status import problems_of_replica
 from resilver.lineage import Lineage
 from resilver.volume import Grant, LiveState
 from tests.coordinator.core.histories import NOW_MS, snapshot, view
@@ -90,6 +91,24 @@ class TestRows:
         assert found.why == found.refusal.message
         assert (found.replace_own_data, found.replace_unrelated) == (False, False)
         assert (found.preserve, found.sources) == ((), ())
+
+    def test_a_copy_that_could_not_be_looked_at_is_not_called_gone(self) -> None:
+        seen = view("a: 1 2 | b: lost")
+        report = seen.replicas["b"].report
+        assert report is not None
+        told = replace(report, problems=("IN_USE: /r is in use by another agent",))
+        seen = replace(seen, replicas={**seen.replicas, "b": replace(seen.replicas["b"], report=told)})
+        found = row(seen)
+        assert found.refusal is not None
+        assert (found.refusal.reasons, found.refusal.next_command) == (("REPLICA_LOST",), "resilver explain vm1 b")
+        assert "cannot look at its copy (IN_USE: /r is in use by another agent)" in found.why
+        assert row(seen, replace=frozenset({"b"})).action is PlanAction.FULL
+        (lost, *_) = problems_of_replica(seen, "b", NOW_MS)
+        assert (lost.reason, lost.next_command) == ("LOST", "")
+        assert "cannot look at its copy of vm1" in lost.message
+        gone = replace(told, problems=("REPLICA_LOST: there was data", "IO_ERROR: x"))
+        seen = replace(seen, replicas={**seen.replicas, "b": replace(seen.replicas["b"], report=gone)})
+        assert row(seen).refusal.next_command == "resilver resync vm1 --replace b"
 
     def test_a_base_that_is_gone_names_both_lists(self) -> None:
         found = row(view("a: (1) (2) 3 4 | b: 1 2"))
