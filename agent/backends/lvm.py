@@ -93,6 +93,7 @@ class LvmBackend:
         self._reserve = (reserve_ratio, reserve_min_bytes)
         self._place: Final = Place(volume, path, snapshot_dir, step)
         self._layout: Final = self._place.layout
+        self._begun = False
         self._claim: Final = Claim(self._layout.root, state_dir)
         self._tools: Final = Tools(self._place, step, preserved_max_count, preserved_max_bytes)
 
@@ -104,8 +105,7 @@ class LvmBackend:
         view = self._place.look()
         if view is None or view.records is None:
             return
-        with disk_errors(self._layout.root), self._claim.held():
-            orphans.wait("lvm", self._place.concerns)
+        with self._alone():
             thin.release_left(self._place.pool(self._place.surely()))
             lvm_commit.settle(self._tools)
             lvm_live.bring_back(self._tools)
@@ -166,7 +166,7 @@ class LvmBackend:
 
     def save_record(self, record: VolumeRecord) -> None:
         self._place.ready()
-        with self._claim.held():
+        with self._alone():
             image_layout.save_record(self._layout, record)
 
     def save_grant(self, grant: Grant | None) -> None:
@@ -174,7 +174,7 @@ class LvmBackend:
             self._place.ready()
         elif self._place.surely().records is None:
             return
-        with self._claim.held():
+        with self._alone():
             if grant is None:
                 remove_file(self._layout.root / "grant.json")
             else:
@@ -213,7 +213,7 @@ class LvmBackend:
     def discard_stage(self) -> None:
         if self._place.surely().records is None:
             return
-        with disk_errors(self._layout.root), self._claim.held():
+        with self._alone():
             lvm_commit.settle(self._tools)  # a commit that was given up in the middle puts its tree back first
             lvm_stage.discard(self._tools)
 
@@ -221,7 +221,7 @@ class LvmBackend:
         if not isinstance(stage, lvm_stage.LvmStage):
             raise TypeError("a stage of another backend")
         self._place.surely()
-        with disk_errors(self._layout.root), self._claim.held():
+        with self._alone():
             return lvm_commit.commit(self._tools, stage, order)
 
     def drop(self, snapshot_id: str) -> int:
@@ -274,10 +274,19 @@ class LvmBackend:
     def _settled(self) -> Iterator[Found]:
         """Alone, what is there once a commit that was interrupted in this very process is finished or undone."""
         self._place.ready()
-        with disk_errors(self._layout.root), self._claim.held():
+        with self._alone():
             lvm_commit.settle(self._tools)
             # Another agent may have changed the group until it was this one's.
             yield lvm_state.load(self._place, self._place.surely())
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other agent works in the records, which are mounted, nor does a command that one has left."""
+        with disk_errors(self._layout.root), self._claim.held():
+            if not self._begun:
+                orphans.wait("lvm", self._place.concerns)
+                self._begun = True
+            yield
 
     def _check_free(self, view: View, need: int, need_metadata: int, what: str) -> None:
         lvm_space.check(self._place.pool(view), self._reserve, need, need_metadata, what)

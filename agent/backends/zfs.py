@@ -85,6 +85,7 @@ class ZfsBackend:
         self._reserve = (reserve_ratio, reserve_min_bytes)
         self._step: Final = step
         self._tools: Final = zfs_commit.Tools(self._layout, step, preserved_max_count, preserved_max_bytes)
+        self._begun = False
         self._sending: Counter[str] = Counter()
         self._held: Final = threading.Lock()
 
@@ -97,7 +98,6 @@ class ZfsBackend:
         with self._alone() as there:
             if not there:
                 return
-            orphans.wait("zfs", layout.concerns)
             zfs_finish.settle_unless_used(layout, self._step)
             state = load_state(layout)
             zfs_keep.sweep(layout, state)
@@ -115,7 +115,7 @@ class ZfsBackend:
                 return self._nowhere(pool.guid if pool is not None else "")
             there = mounted(layout, around.get(layout.records))
             another = self._another(stack) if there else ()
-            waiting = zfs_finish.settle_unless_used(layout, self._step) if there and not another else ()
+            waiting = self._cut_off() if there and not another else ()
             state = load_state(layout, there=there)
             live, problems = zfs_live.look(layout, state, compare=compare_live and not another)
             free, reserve = self._space(pool, parent)
@@ -134,6 +134,12 @@ class ZfsBackend:
                 problems=(*another, *waiting, *state.problems, *problems),
                 others=state.others,
             )
+
+    def _cut_off(self) -> tuple[str, ...]:
+        """Why a commit that was cut off is not finished or undone yet: who only looks at an agent's disks does not."""
+        if self._begun:
+            return zfs_finish.settle_unless_used(self._layout, self._step)
+        return zfs_finish.waiting(self._layout)
 
     def _another(self, stack: contextlib.ExitStack) -> tuple[str, ...]:
         """Which other agent works here, as a problem: then a look neither finishes what that one has begun, nor takes a
@@ -341,13 +347,18 @@ class ZfsBackend:
 
     @contextlib.contextmanager
     def _alone(self, *, make: bool = False) -> Iterator[bool]:
-        """No other agent works here meanwhile, which is known where the records are; whether they are, or are made."""
+        """No other agent works here meanwhile, nor does a command that one has left; whether the records, by which
+        another agent is known, are there.
+        """
         with self._errors(), contextlib.ExitStack() as stack:
             if make:
                 make_root(self._layout)
             there = make or ready(self._layout)
             if there:
                 stack.enter_context(self._claim.held())
+            if not self._begun:
+                orphans.wait("zfs", self._layout.concerns)
+                self._begun = True
             yield there
 
     @contextlib.contextmanager

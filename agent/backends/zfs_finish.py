@@ -120,6 +120,13 @@ def settle_unless_used(layout: Layout, step: Callable[[str], None]) -> tuple[str
     return ()
 
 
+def waiting(layout: Layout) -> tuple[str, ...]:
+    """That a commit was cut off, if one was. Changes nothing."""
+    if load_journal(layout) is None:
+        return ()
+    return ("a commit was cut off: the agent finishes it or takes it back when it starts",)
+
+
 def _decided(layout: Layout, journal: Journal) -> bool:
     head = zfs.look(layout.live)
     guid = head.guid if head is not None else ""

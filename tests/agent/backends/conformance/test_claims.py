@@ -86,6 +86,7 @@ def test_what_one_has_begun_another_neither_finishes_nor_undoes(place, kind, age
         before = case.target.traces()
         theirs = case.target.again(state_dir=second.state_dir)
         theirs.backend.examine()
+        case.target.again(state_dir=first.state_dir).backend.examine()  # who looks at an agent's disks
         refused(theirs.backend.recover, first)
         refused(theirs.backend.discard_stage, first)
         assert case.target.traces() == before, moment

@@ -5,18 +5,24 @@ What was written since is in the live copy, or in a preserved one; where nothing
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agent.backends.base import StreamOrigin
 from agent.backends.zfs import ZfsBackend
+from agent.disk import orphans
 from agent.disk.durable import read_json, write_json
-from resilver.errors import Refused
+from resilver.errors import Damaged, Refused
 from resilver.volume import LiveState
 from tests.agent.backends.crash import Step, killed
 from tests.agent.backends.zfs.replica import Replica, equal
+from tests.cluster import wait_for
 from tests.zfsfs import zfs
 
 WORDS = b"written before the agent was there again"
@@ -116,6 +122,41 @@ def test_what_was_written_to_a_follow_that_was_cut_off_is_kept(pair):
     (copy,) = again.receive(source, base)
     assert again.has("after", copy.path)
     assert equal(source, again)
+
+
+@contextlib.contextmanager
+def still_running(target: Replica) -> Iterator[None]:
+    """A command of the agent that was killed."""
+    script = f"exec -a zfs bash -c 'read -t 600 <> <(:); :' rename {target.dataset} >/dev/null 2>&1 & echo $!"
+    done = subprocess.run(["bash", "-c", f"({script})"], capture_output=True, text=True, check=True, timeout=30)
+    pid = int(done.stdout)
+    wait_for(lambda: Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"zfs\0"), "it has its name")
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_nothing_is_decided_while_a_command_of_the_agent_that_was_killed_runs(pair, monkeypatch):
+    """Nor by a look, at whatever time; and whoever only looks decides nothing at all."""
+    source, target = pair
+    base = target.tip.id
+    stage_of(source, target, base)
+    cut_off(source, target, base, "commit.shut")
+    monkeypatch.setattr(orphans, "WAIT_MAX_S", 0.1)
+    before = (target.traces(), target.settings())
+    again = target.again()
+    with still_running(target):
+        for work in (again.backend.recover, again.backend.discard_stage, again.snapshot):
+            with pytest.raises(Damaged, match="still runs"):
+                work()
+            assert any("a commit was cut off" in problem for problem in again.backend.examine().problems)
+            assert (target.traces(), target.settings()) == before
+    assert any("a commit was cut off" in problem for problem in again.backend.examine().problems)
+    assert (target.traces(), target.settings()) == before
+    again.backend.recover()
+    assert again.backend.examine().problems == ()
+    assert target.settings() == ["off", "on"]
 
 
 def half_back(target: Replica) -> None:
