@@ -18,6 +18,7 @@ from agent.backends import (
     image_layout,
     lvm_place,
     lvm_state,
+    mandate,
     zfs_finish,
     zfs_keep,
     zfs_layout,
@@ -109,10 +110,10 @@ def volume(data: bytes) -> None:
     """`volume.json`, what the agent was told of a volume."""
 
     def load(directory: Path) -> Any:
-        return image_layout.load_record(_layout(directory))
+        return mandate.load_record(_layout(directory))
 
     def save(directory: Path, found: Any) -> None:
-        image_layout.save_record(_layout(directory), found)
+        mandate.save_record(_layout(directory), found)
 
     _both(data, "volume.json", load, save, lambda found: record_to_proto(found).SerializeToString())
 
@@ -120,9 +121,9 @@ def volume(data: bytes) -> None:
 @target("grant", form="json")
 def grant(data: bytes) -> None:
     def save(directory: Path, found: Any) -> None:
-        image_layout.save_grant(_layout(directory), found)
+        mandate.save_grant(_layout(directory), found)
 
-    _both(data, "grant.json", lambda directory: image_layout.load_grant(_layout(directory)), save)
+    _both(data, "grant.json", lambda directory: mandate.load_grant(_layout(directory)), save)
 
 
 @target("commit", form="json")

@@ -32,6 +32,7 @@ from agent.backends import (
     btrfs_snapshot,
     btrfs_stage,
     image_layout,
+    mandate,
     rules,
 )
 from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SendStream, StreamOrigin, StreamStage
@@ -39,7 +40,7 @@ from agent.backends.btrfs_adopt import Finder, Known
 from agent.backends.btrfs_layout import SubvolumeLayout, check_untouched
 from agent.disk import advance, btrfs, btrfs_space, ioctl
 from agent.disk.claim import Claim
-from agent.disk.durable import disk_errors, remove_file
+from agent.disk.durable import disk_errors
 from resilver.errors import Damaged, Invalid, NotFound, Refused, Unauthenticated
 from resilver.lineage import Lineage, Snapshot
 from resilver.volume import Grant, LiveCopy, LiveState, Presence, PreservedCopy, VolumeRecord
@@ -129,8 +130,8 @@ class BtrfsBackend:
                 volume_id=known.state.volume_id,
                 lineage=lineage,
                 live=live,
-                record=image_layout.load_record(layout, known.state.volume_id),
-                grant=image_layout.load_grant(layout),
+                record=mandate.load_record(layout, known.state.volume_id),
+                grant=mandate.load_grant(layout),
                 preserved=image_layout.list_preserved(layout),
                 free_bytes=space.free,
                 reserve_bytes=reserve,
@@ -164,17 +165,14 @@ class BtrfsBackend:
         with disk_errors(self._layout.root):
             self._layout.make_root()
             with self._claim.held():
-                image_layout.save_record(self._layout, record)
+                mandate.save_record(self._layout, record)
 
     def save_grant(self, grant: Grant | None) -> None:
         with disk_errors(self._layout.root):
             if grant is not None:
                 self._layout.make_root()
             with self._claim.held():
-                if grant is None:
-                    remove_file(self._layout.root / "grant.json")
-                else:
-                    image_layout.save_grant(self._layout, grant)
+                mandate.save_grant(self._layout, grant)
 
     def take_snapshot(self, new: NewSnapshot) -> Snapshot:
         with disk_errors(self._layout.root), self._claim.held():

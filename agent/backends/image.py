@@ -34,6 +34,7 @@ from agent.backends import (
     image_live,
     image_snapshot,
     image_stage,
+    mandate,
 )
 from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SnapshotReader, Stage
 from agent.backends.image_copy import Copier, export_file, opened
@@ -42,7 +43,7 @@ from agent.backends.image_untouched import check_untouched
 from agent.delta import DeltaMap
 from agent.disk import advance, ioctl, quiesce
 from agent.disk.claim import Claim
-from agent.disk.durable import disk_errors, remove_file
+from agent.disk.durable import disk_errors
 from agent.disk.reader import FileReader
 from resilver.errors import Invalid, NotFound, Refused
 from resilver.lineage import Lineage, Snapshot
@@ -124,8 +125,8 @@ class ImageBackend:
                 volume_id=state.volume_id,
                 lineage=state.lineage,
                 live=live,
-                record=image_layout.load_record(layout, state.volume_id),
-                grant=image_layout.load_grant(layout),
+                record=mandate.load_record(layout, state.volume_id),
+                grant=mandate.load_grant(layout),
                 preserved=image_layout.list_preserved(layout),
                 free_bytes=free,
                 reserve_bytes=reserve,
@@ -164,17 +165,14 @@ class ImageBackend:
         with disk_errors(self._layout.root):
             self._layout.make_root()
             with self._claim.held():
-                image_layout.save_record(self._layout, record)
+                mandate.save_record(self._layout, record)
 
     def save_grant(self, grant: Grant | None) -> None:
         with disk_errors(self._layout.root):
             if grant is not None:
                 self._layout.make_root()
             with self._claim.held():
-                if grant is None:
-                    remove_file(self._layout.root / "grant.json")
-                else:
-                    image_layout.save_grant(self._layout, grant)
+                mandate.save_grant(self._layout, grant)
 
     def take_snapshot(self, new: NewSnapshot) -> Snapshot:
         with disk_errors(self._layout.live), self._claim.held():

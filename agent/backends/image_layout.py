@@ -43,7 +43,7 @@ from agent.lineages import record_from_json, record_to_json
 from agent.stored import checked, typed, understood
 from resilver.errors import Damaged, Invalid
 from resilver.lineage import Lineage, Snapshot
-from resilver.volume import Grant, PreservedCopy, VolumeRecord
+from resilver.volume import PreservedCopy
 
 T = TypeVar("T")
 
@@ -379,41 +379,3 @@ def list_preserved(layout: Layout) -> tuple[PreservedCopy, ...]:
         except (FileNotFoundError, NotADirectoryError):
             return ()
     return tuple(sorted(map(load_preserved, entries), key=lambda copy: (copy.create_time_ms, copy.id)))
-
-
-def save_record(layout: Layout, record: VolumeRecord) -> None:
-    value = {name: getattr(record, name) for name in VolumeRecord.__slots__}
-    write_json(layout.root / RECORD_FILE, {**value, "newest_cp": str(record.newest_cp)})
-
-
-def load_record(layout: Layout, volume_id: str = "") -> VolumeRecord | None:
-    """The record of the volume, `volume_id` being that of the data. Of another volume together with its data it is a
-    whole replica of that, which counts as foreign; beside other data it is damaged.
-    """
-    path = layout.root / RECORD_FILE
-    record = _kept(layout, RECORD_FILE, VolumeRecord)
-    if record is not None and record.volume != layout.volume and record.volume_id != volume_id:
-        said = f"{path} is damaged: it is of volume {record.volume}, and does not belong to {layout.volume}"
-        raise Damaged("IO_ERROR", said, path=str(path))
-    return record
-
-
-def save_grant(layout: Layout, grant: Grant) -> None:
-    write_json(layout.root / GRANT_FILE, {name: getattr(grant, name) for name in Grant.__slots__})
-
-
-def load_grant(layout: Layout) -> Grant | None:
-    return _kept(layout, GRANT_FILE, Grant)
-
-
-def _kept(layout: Layout, name: str, kind: type[T]) -> T | None:
-    """The value in a file, read again whenever it is another file; None if it is not there."""
-    path = layout.root / name
-
-    def read(_: str) -> T | None:
-        value = read_json(path)
-        return None if value is None else typed(path, value, kind)
-
-    with disk_errors(path):
-        stamp = stamp_of(str(path))
-    return layout.kept.read(name, stamp, read)

@@ -35,6 +35,7 @@ from agent.backends import (
     lvm_space,
     lvm_stage,
     lvm_state,
+    mandate,
 )
 from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SnapshotReader, Stage
 from agent.backends.image_copy import remove_tree
@@ -44,7 +45,7 @@ from agent.backends.rules import drop_each
 from agent.delta import DeltaMap
 from agent.disk import advance, contents, ioctl, lvm, orphans, thin
 from agent.disk.claim import Claim
-from agent.disk.durable import FILE_MODE, disk_errors, fsync_dir, remove_file
+from agent.disk.durable import FILE_MODE, disk_errors, fsync_dir
 from agent.disk.inuse import InUseError
 from agent.disk.lvm import Lv
 from agent.disk.reader import FileReader
@@ -127,10 +128,8 @@ class LvmBackend:
                 volume_id=found.state.volume_id,
                 lineage=found.state.lineage,
                 live=live,
-                record=image_layout.load_record(self._layout, found.state.volume_id)
-                if view.records is not None
-                else None,
-                grant=image_layout.load_grant(self._layout) if view.records is not None else None,
+                record=mandate.load_record(self._layout, found.state.volume_id) if view.records is not None else None,
+                grant=mandate.load_grant(self._layout) if view.records is not None else None,
                 preserved=lvm_state.preserved(self._place, view),
                 free_bytes=free,
                 reserve_bytes=reserve,
@@ -167,7 +166,7 @@ class LvmBackend:
     def save_record(self, record: VolumeRecord) -> None:
         self._place.ready()
         with self._alone():
-            image_layout.save_record(self._layout, record)
+            mandate.save_record(self._layout, record)
 
     def save_grant(self, grant: Grant | None) -> None:
         if grant is not None:
@@ -175,10 +174,7 @@ class LvmBackend:
         elif self._place.surely().records is None:
             return
         with self._alone():
-            if grant is None:
-                remove_file(self._layout.root / "grant.json")
-            else:
-                image_layout.save_grant(self._layout, grant)
+            mandate.save_grant(self._layout, grant)
 
     def take_snapshot(self, new: NewSnapshot) -> Snapshot:
         with self._settled() as found:

@@ -28,7 +28,17 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
-from agent.backends import image_layout, zfs_commit, zfs_finish, zfs_keep, zfs_live, zfs_send, zfs_snapshot, zfs_stage
+from agent.backends import (
+    image_layout,
+    mandate,
+    zfs_commit,
+    zfs_finish,
+    zfs_keep,
+    zfs_live,
+    zfs_send,
+    zfs_snapshot,
+    zfs_stage,
+)
 from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SendStream, StreamOrigin, StreamStage
 from agent.backends.rules import drop_each
 from agent.backends.zfs_layout import (
@@ -46,7 +56,7 @@ from agent.backends.zfs_layout import (
 )
 from agent.disk import advance, orphans, zfs
 from agent.disk.claim import Claim
-from agent.disk.durable import disk_errors, remove_file
+from agent.disk.durable import disk_errors
 from resilver.errors import Invalid, NotFound, Refused
 from resilver.lineage import Lineage, Origin, Snapshot
 from resilver.volume import Grant, LiveCopy, Presence, PreservedCopy, VolumeRecord
@@ -124,8 +134,8 @@ class ZfsBackend:
                 volume_id=state.volume_id,
                 lineage=state.lineage,
                 live=live,
-                record=image_layout.load_record(layout.files, state.volume_id) if there else None,
-                grant=image_layout.load_grant(layout.files) if there else None,
+                record=mandate.load_record(layout.files, state.volume_id) if there else None,
+                grant=mandate.load_grant(layout.files) if there else None,
                 preserved=zfs_keep.list_preserved(layout) if there else (),
                 free_bytes=free,
                 reserve_bytes=reserve,
@@ -172,15 +182,14 @@ class ZfsBackend:
 
     def save_record(self, record: VolumeRecord) -> None:
         with self._alone(make=True):
-            image_layout.save_record(self._layout.files, record)
+            mandate.save_record(self._layout.files, record)
 
     def save_grant(self, grant: Grant | None) -> None:
         with self._alone(make=grant is not None) as there:
             if grant is not None:
                 self._give_back()
-                image_layout.save_grant(self._layout.files, grant)
-            elif there:
-                remove_file(self._layout.root / "grant.json")
+            if there:
+                mandate.save_grant(self._layout.files, grant)
 
     def _give_back(self) -> None:
         """A primary's dataset is as its operator had it, but for being mounted: that is for him to do."""

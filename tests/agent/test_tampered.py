@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 
-from agent.backends import image_layout
+from agent.backends import image_layout, mandate
 from agent.backends.image_layout import Layout, Stored
 from agent.delta import DeltaMap, DeltaRange
 from agent.disk import durable
@@ -46,8 +46,8 @@ def make(directory, volume="vm1"):
     snapshot.mkdir()
     (snapshot / "data").write_bytes(bytes(4096))
     image_layout.save_stored(snapshot, Stored(SNAPSHOT, f"id-of-{volume}"))
-    image_layout.save_record(layout, VolumeRecord(volume, f"id-of-{volume}", 3, "e3", "a", ("a", "b"), CP, "s1"))
-    image_layout.save_grant(layout, Grant(f"id-of-{volume}", 3, "e3"))
+    mandate.save_record(layout, VolumeRecord(volume, f"id-of-{volume}", 3, "e3", "a", ("a", "b"), CP, "s1"))
+    mandate.save_grant(layout, Grant(f"id-of-{volume}", 3, "e3"))
     (layout.preserved / "p1").mkdir(parents=True)
     copy = PreservedCopy("p1", "", "s0", CP, True, 1, 4096)
     image_layout.save_preserved(layout.preserved / "p1", copy)
@@ -77,8 +77,8 @@ def remembered_in(directory):
 READERS = {
     "vm1/s1/record.json": lambda at: image_layout.load_state(layout_at(at)),
     "vm1/ancestry.jsonl": lambda at: image_layout.load_state(layout_at(at)),
-    "vm1/volume.json": lambda at: image_layout.load_record(layout_at(at)),
-    "vm1/grant.json": lambda at: image_layout.load_grant(layout_at(at)),
+    "vm1/volume.json": lambda at: mandate.load_record(layout_at(at)),
+    "vm1/grant.json": lambda at: mandate.load_grant(layout_at(at)),
     "vm1/preserved/p1/preserved.json": lambda at: image_layout.list_preserved(layout_at(at)),
     "state/identity.json": identity_of,
     "state/volumes/vm1.json": remembered_in,
