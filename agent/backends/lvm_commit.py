@@ -245,12 +245,11 @@ def _forward(tools: Tools, journal: Journal) -> None:
             remove_tree(layout.snapshot(gone))
     tools.step("commit.kept")
     old = view.group.of_uuid(journal.old) if journal.old else None
-    if old is not None and old.uuid not in _kept(tools):
-        if journal.live_pid:
-            keeping.keep_live(tools, view, old, journal.live_pid)
-        else:
-            tip = load(tools.place, view).state.known.get(journal.old_tip)
-            keeping.let_go(tools, view, old, _old_tip(tools, view, journal), tip)
+    if old is not None and journal.live_pid:
+        keeping.keep_live(tools, view, old, journal.live_pid)
+    elif old is not None and old.uuid not in _kept(tools):
+        tip = load(tools.place, view).state.known.get(journal.old_tip)
+        keeping.let_go(tools, view, old, _old_tip(tools, view, journal), tip)
     tools.step("commit.live_kept")
     live = view.live
     if live is not None and (live.skip or view.tag in live.tags):

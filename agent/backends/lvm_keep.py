@@ -18,7 +18,7 @@ from agent.backends.image_layout import append_records, load_preserved, save_pre
 from agent.backends.lvm_delta import between
 from agent.backends.lvm_live import own_bytes
 from agent.backends.lvm_place import Ref, View, load_ref, save_ref
-from agent.backends.lvm_state import Found, Tools
+from agent.backends.lvm_state import Found, Tools, named_by
 from agent.disk import lvm
 from agent.disk.durable import DIR_MODE, disk_errors, fsync_dir, make_dir, read_json, remove_file
 from agent.disk.lvm import Lv
@@ -73,7 +73,7 @@ def mark(view: View, lv: Lv) -> None:
 
 def let_go(tools: Tools, view: View, lv: Lv, equal_to: Lv | None, snapshot: Snapshot | None) -> None:
     """Removes a former live copy if it equals that logical volume, else preserves it."""
-    if equal_to is not None and lvm.deactivate(lv) and not own_bytes(tools, view, lv, equal_to) and lvm.remove(lv):
+    if equal_to is not None and lvm.deactivate(lv) and own_bytes(tools, view, lv, equal_to) == 0 and lvm.remove(lv):
         return
     copy = describe(tools, view, lv, snapshot, equal_to, live=True, resync_id="")
     prepare_keep(tools, copy, lv, lv.name)
@@ -81,13 +81,17 @@ def let_go(tools: Tools, view: View, lv: Lv, equal_to: Lv | None, snapshot: Snap
 
 
 def throw_away(tools: Tools, directory: Path) -> None:
-    """Removes a directory that is part of nothing, and the logical volume that it names, if that is ours."""
-    refs = [ref for path in (directory / "data", directory / "tree" / "data") if (ref := load_ref(path)) is not None]
+    """Removes a directory that is part of nothing, and the logical volume that it names, if that is ours alone: not
+    the live copy by now, because somebody renamed it, nor what another directory names.
+    """
+    inside = (directory, directory / "tree")
+    refs = [ref for path in inside if (ref := load_ref(path / "data")) is not None]
     if refs:
         view = tools.place.surely()
+        others = {ref.uuid for path, ref in named_by(tools.layout).items() if path not in inside}
         for ref in refs:
-            lv = view.find(ref)
-            if lv is not None and view.tag in lv.tags and not lvm.remove(lv):
+            lv = view.kept(ref)
+            if lv is not None and view.tag in lv.tags and lv.uuid not in others and not lvm.remove(lv):
                 raise Refused("IN_USE", f"{lv.full_name} is no longer needed, but somebody has it open")
     remove_tree(directory)
 

@@ -88,7 +88,7 @@ def _against_tip(tools: Tools, found: Found, lv: Lv, *, compare: bool) -> tuple[
 
 def own_bytes(tools: Tools, view: View, lv: Lv, against: Lv | None) -> int | None:
     """How many bytes of a logical volume another one does not share; zero only if the two are equal."""
-    if against is None:
+    if against is None or against.uuid == lv.uuid:  # what it held before it was written to is nowhere
         return None
     if against.size_bytes != lv.size_bytes:
         return max(1, lvm_delta.between(tools.place.pool(view), against, lv, tools.step).data_bytes)

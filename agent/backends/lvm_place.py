@@ -79,6 +79,11 @@ class View:
         found = self.group.named(ref.name)
         return found if found is not None and self.tag and self.tag in found.tags else None
 
+    def kept(self, ref: Ref | None) -> Lv | None:
+        """As `find`, but not the live copy: one that somebody has given that name changes."""
+        found = self.find(ref)
+        return None if found is not None and found == self.live else found
+
 
 def save_ref(path: Path, ref: Ref) -> None:
     write_json(path, {"lv": ref.uuid, "name": ref.name})
@@ -269,7 +274,7 @@ class Place:
     def snapshot(self, view: View, snapshot_id: str, gone: str) -> Lv:
         """The logical volume of a snapshot; `gone` is the reason if there is none, BASE_MISMATCH if it was touched."""
         directory = self.layout.snapshot(snapshot_id)
-        lv = view.find(load_ref(directory / "data"))
+        lv = view.kept(load_ref(directory / "data"))
         if lv is None:
             raise Refused(gone, f"the data of snapshot {snapshot_id} is not on this node")
         self._check_untouched(lv, directory)

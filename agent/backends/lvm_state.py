@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from agent.backends.image_layout import Layout, State, list_preserved, read_state
 from agent.backends.lvm_place import Place, Ref, View, load_ref
@@ -71,7 +72,8 @@ class Found:
         return self.lv(tip.id) if tip is not None else None
 
     def lv(self, snapshot_id: str) -> Lv | None:
-        return self.view.find(self.refs.get(snapshot_id))
+        """None also of one that somebody has made the live copy, by its name: it is no snapshot any more."""
+        return self.view.kept(self.refs.get(snapshot_id))
 
 
 def load(place: Place, view: View) -> Found:
@@ -88,7 +90,7 @@ def load(place: Place, view: View) -> Found:
             left = {journal.new_tip}
     state = read_state(layout, left)
     refs = {key: ref for key in state.stored if (ref := load_ref(layout.data(key))) is not None}
-    there = {key for key, ref in refs.items() if view.find(ref) is not None}
+    there = {key for key, ref in refs.items() if view.kept(ref) is not None}
     lineage = state.lineage.with_presence({record.id for record in state.lineage if record.present} & there)
     return Found(view, replace(state, lineage=lineage), journal, refs)
 
@@ -115,15 +117,19 @@ def _path(place: Place, view: View, copy: PreservedCopy) -> str:
     return lv.path if lv is not None else f"/dev/{view.group.name}/{ref.name if ref is not None else copy.id}"
 
 
+def named_by(layout: Layout) -> dict[Path, Ref]:
+    """The directories that name a logical volume: of snapshots, of preserved copies, of the stage."""
+    directories = [entry for entry in layout.root.iterdir() if entry.is_dir()]
+    directories += [layout.tree, *(layout.preserved.iterdir() if layout.preserved.is_dir() else ())]
+    return {entry: ref for entry in directories if (ref := load_ref(entry / "data")) is not None}
+
+
 def strangers(place: Place, view: View) -> tuple[str, ...]:
     """Logical volumes with our tag that no record names."""
     layout = place.layout
     if view.records is None:
         return ()
-    directories = [entry for entry in layout.root.iterdir() if entry.is_dir()]
-    directories += [layout.tree, *(layout.preserved.iterdir() if layout.preserved.is_dir() else ())]
-    refs = [ref for entry in directories if (ref := load_ref(entry / "data")) is not None]
-    refs += [ref for ref in (load_ref(layout.root / "next.json"),) if ref is not None]
+    refs = [*named_by(layout).values(), *filter(None, (load_ref(layout.root / "next.json"),))]
     known = {lv.uuid for ref in refs if (lv := view.find(ref)) is not None}
     journal = load_journal(layout)
     known |= {journal.old, journal.next} if journal is not None else set()

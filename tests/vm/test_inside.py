@@ -49,7 +49,7 @@ QUICK: Mapping[str, Machine] = {
     )
 }
 ALL: Mapping[str, Machine] = {
-    "thin": Machine(tuple(f"{INSIDE}/{name}.py" for name in ("backend", "crash", "unlike"))),
+    "thin": Machine(tuple(f"{INSIDE}/{name}.py" for name in ("backend", "by_hand", "crash", "unlike"))),
     "files": Machine((f"{INSIDE}/files.py",)),
     "conformance": Machine(
         tuple(
