@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Final
@@ -44,6 +44,7 @@ LOCK_MAX_S: Final = 120.0
 FOREIGN_MAX_S: Final = 10.0
 HOLDER_MAX_S: Final = 60.0
 TOOL_MAX_S: Final = 600.0
+END_MAX_S: Final = 30.0
 RANGES_MAX: Final = 8_000_000
 CHUNKS_MAX: Final = 1 << 48
 SECTOR_BYTES: Final = 512
@@ -330,7 +331,7 @@ def _read(command: list[str], row_of: RowOf) -> Chunks:
     with tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, env=lvm.ENV
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, bufsize=0, env=lvm.ENV
             )
         except FileNotFoundError:
             fix = "apt-get install thin-provisioning-tools"
@@ -339,14 +340,18 @@ def _read(command: list[str], row_of: RowOf) -> Chunks:
         broken = ""
         found = None
         try:
-            found = parse(process.stdout, row_of, command[0], time.monotonic() + TOOL_MAX_S)
-            code = process.wait(timeout=TOOL_MAX_S)
+            found = parse(_pieces(process.stdout, command[0]), row_of, command[0])
+            process.wait(timeout=END_MAX_S)
         except expat.ExpatError as error:
             broken = f"its answer is cut off: {error}"
+        except subprocess.TimeoutExpired:
+            raise Damaged("IO_ERROR", f"{command[0]} does not end") from None
         finally:
             process.kill()  # it only reads
-            code = process.wait()
             process.stdout.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # in a read that the kernel does not give up
+                process.wait(END_MAX_S)
+        code = process.returncode
         if code == 0 and found is not None:
             return found
         said.seek(0)
@@ -354,7 +359,20 @@ def _read(command: list[str], row_of: RowOf) -> Chunks:
         raise Damaged("IO_ERROR", f"{' '.join(command)}: {words[0] if words else broken}")
 
 
-def parse(out: IO[bytes], row_of: RowOf, tool: str, until: float) -> Chunks:
+def _pieces(out: IO[bytes], tool: str) -> Iterator[bytes]:
+    """What a tool prints, until a deadline: reading a disk that does not answer, it would hang for ever."""
+    until = time.monotonic() + TOOL_MAX_S
+    ready = select.poll()
+    ready.register(out, select.POLLIN)
+    while ready.poll(max(0.0, until - time.monotonic()) * 1000) and time.monotonic() < until:
+        piece = out.read(_READ_BYTES)
+        if not piece:
+            return
+        yield piece
+    raise Damaged("IO_ERROR", f"{tool} is not done within {TOOL_MAX_S:g} s")
+
+
+def parse(pieces: Iterable[bytes], row_of: RowOf, tool: str) -> Chunks:
     """Reads a tool's XML. ExpatError if it is cut off; Damaged for an element that nothing is known of."""
     begins, lengths, kinds = array("q"), array("q"), array("b")
     chunk_bytes = 0
@@ -378,10 +396,8 @@ def parse(out: IO[bytes], row_of: RowOf, tool: str, until: float) -> Chunks:
 
     parser = expat.ParserCreate()
     parser.StartElementHandler = element
-    while piece := out.read(_READ_BYTES):
+    for piece in pieces:
         parser.Parse(piece, False)
-        if time.monotonic() > until:
-            raise Damaged("IO_ERROR", f"{tool} is not done within {TOOL_MAX_S:g} s")
         if len(begins) > RANGES_MAX:
             raise Exhausted("TOO_LARGE", f"{tool} names more than {RANGES_MAX:,} stretches")
     parser.Parse(b"", True)

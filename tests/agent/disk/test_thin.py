@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import random
+import shlex
 import time
 from xml.parsers import expat
 
@@ -25,7 +25,7 @@ HEAD = (
 
 
 def read(body: str, row_of=thin._delta_row) -> Chunks:
-    return parse(io.BytesIO(body.encode()), row_of, "thin_delta", time.monotonic() + 60)
+    return parse([body.encode()], row_of, "thin_delta")
 
 
 def test_a_delta_is_read() -> None:
@@ -149,3 +149,22 @@ def test_what_receiving_takes() -> None:
 def test_commands_end_with_their_own_words() -> None:
     with pytest.raises(Damaged, match="ls: cannot access '/nowhere': No such file"):
         lvm.run("ls", "/nowhere")
+
+
+@pytest.mark.parametrize("printed", ["", HEAD])
+def test_a_tool_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, printed: str) -> None:
+    """As reading a disk that does not answer, with the pool's metadata reserved meanwhile."""
+    monkeypatch.setattr(thin, "TOOL_MAX_S", 0.3)
+    begun = time.monotonic()
+    with pytest.raises(Damaged, match="not done within"):
+        thin._read(["bash", "-c", f"printf %s {shlex.quote(printed)}; exec sleep 60"], thin._delta_row)
+    assert time.monotonic() - begun < 30
+
+
+def test_a_tool_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thin, "END_MAX_S", 0.3)
+    with pytest.raises(Damaged, match="does not end"):
+        thin._read(
+            ["bash", "-c", f"printf %s {shlex.quote(f'{HEAD}</diff></superblock>')}; exec sleep 60 >&-"],
+            thin._delta_row,
+        )
