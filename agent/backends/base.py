@@ -195,13 +195,15 @@ class StreamStage(Protocol):
     """What is becoming the target of a stream; survives restarts, keyed (base, target).
 
     `directory` is where a transfer may keep its journal and its spool; it goes when the stage does. Used from one
-    thread at a time, but for `close`, which may come from another in the middle of any other call.
+    thread at a time, but for `close`, which may come from another in the middle of any other call. `spools`: what comes
+    may lie there as it came; not where the stage is encrypted and the directory is not.
     """
 
     base: str
     target: str
     directory: Path
     resumed: bool
+    spools: bool
 
     @property
     def complete(self) -> bool:

@@ -162,6 +162,8 @@ class _Receive:
 class BtrfsStage:
     """An open stage; used from one thread, but for `close`."""
 
+    spools = True
+
     def __init__(self, layout: SubvolumeLayout, base: str, target: str, origin: StreamOrigin, *, resumed: bool) -> None:
         self.base, self.target = base, target
         self.native_base, self.native_target = origin.native_base, origin.native_target

@@ -11,6 +11,7 @@ This file is the door: it checks space, calls what does the work, and turns erro
 `zfs_stage.py`         what is being received, beside the live copy
 `zfs_commit.py`        the stage becomes the tip: by following or by replacing
 `zfs_finish.py`        the intention of a commit, finished or undone after a kill
+`zfs_keys.py`          what is encrypted stays so
 `zfs_keep.py`          preserved copies, dropping, exporting, sweeping
 =====================  ============================================================================
 

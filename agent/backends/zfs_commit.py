@@ -118,7 +118,7 @@ def commit(tools: Tools, stage: ZfsStage, order: CommitOrder) -> tuple[Preserved
         tools.step("commit.aside")
         return _commit(tools, stage, plan, mounted=mounted)
     except (ResilverError, zfs.ZfsError, OSError):
-        if mounted and load_journal(layout) is None:
+        if load_journal(layout) is None:
             put_back(layout)
         raise
 
@@ -142,8 +142,7 @@ def _commit(tools: Tools, stage: ZfsStage, plan: _Plan, *, mounted: bool) -> tup
     head = state.head
     restores = stage.base == stage.target
     if restores and state.tip == stage.target and plan.base is not None and unmodified(layout, plan.base.name):
-        if mounted:
-            put_back(layout)
+        put_back(layout)
         discard(layout)
         return ()
     copies: list[PreservedCopy] = []

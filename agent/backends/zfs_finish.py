@@ -101,6 +101,7 @@ def settle(layout: Layout, step: Callable[[str], None]) -> None:
     """Finishes or undoes a commit that was interrupted; nothing if there is none."""
     journal = load_journal(layout)
     if journal is None:
+        put_back(layout)
         return
     if _decided(layout, journal):
         finish(layout, journal, step)
@@ -154,8 +155,7 @@ def _undo(layout: Layout, journal: Journal) -> None:
     head = zfs.look(layout.live)
     came = journal.mode == "follow" and (journal.rolling or zfs.look(f"{layout.live}@{INCOMING}") is not None)
     if head is not None and (came or not stays_shut(journal.readonly_set, journal.canmount_set)):
-        if set_aside(layout, head):
-            journal = replace(journal, mounted=True)
+        set_aside(layout, head)
         if came:
             journal = _take_back(layout, journal)
     if journal.promotes:
@@ -168,8 +168,7 @@ def _undo(layout: Layout, journal: Journal) -> None:
     if head is not None:
         open_up(layout, journal.readonly_set, journal.canmount_set)
     remove_file(layout.files.commit)
-    if journal.mounted:
-        put_back(layout)
+    put_back(layout)
 
 
 def _take_back(layout: Layout, journal: Journal) -> Journal:
@@ -228,8 +227,7 @@ def finish(layout: Layout, journal: Journal, step: Callable[[str], None]) -> Non
     if journal.mode == "replace":
         _keep(layout, journal)
     step("commit.kept")
-    if journal.mounted:
-        put_back(layout)
+    put_back(layout)
     remove_file(layout.files.commit)
     step("commit.closed")
 

@@ -9,6 +9,7 @@ Beside the live copy `tank/vm1` stands `tank/vm1.resilver`, on the same pool and
         ancestry.jsonl                records and, of those whose snapshots were ever here, the guid
         tip.json                      the tip, in case that its snapshot is destroyed by somebody
         commit.json                   the intention of a commit that is under way
+        aside.json                    where the live copy is to be mounted again once that is over
         stage/                        what is known of a stream that is being received, its journal and spool
         preserved/<pid>/              descriptions of preserved copies
         volume.json, grant.json       what the agent was told
@@ -104,6 +105,10 @@ class Layout:
     @property
     def pointer(self) -> Path:
         return self.root / "tip.json"
+
+    @property
+    def aside(self) -> Path:
+        return self.root / "aside.json"
 
     def concerns(self, arguments: list[str]) -> bool:
         """Whether a `zfs` command changes something of this replica."""

@@ -10,6 +10,9 @@ nothing is enough.
 *In use* is a live copy that a process has open, mapped or stands in, that is mounted at a second place, exported (by
 ZFS, or as any directory is), a layer of an overlay, or under a loop device. Being mounted where it belongs is not use:
 that can be undone, and whether it can is for the kernel to say (`set_aside`).
+
+*Aside* is a live copy that was unmounted for a commit. Where it is to be mounted again is written down before, so that
+it comes back whatever becomes of the commit, and of the agent.
 """
 
 from __future__ import annotations
@@ -19,20 +22,27 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final
 
+import structlog
+
+from agent.backends import zfs_keys
 from agent.backends.zfs_layout import TAKING, Layout, State
 from agent.backends.zfs_send import open_stream
 from agent.backends.zfs_stream import Reader
 from agent.disk import exports, mounted, overlays, zfs
 from agent.disk.advance import advanced
+from agent.disk.durable import read_json, remove_file, write_json
+from agent.stored import typed
 from resilver.errors import Refused, ResilverError
 from resilver.volume import LiveCopy, LiveState
 
 LOOK: Final = "look"
+LEGACY: Final = "legacy"
 _SHUT: Final = {"readonly": "on", "canmount": "noauto"}
 _PIECE_BYTES: Final = 64 << 10
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +82,10 @@ def look(layout: Layout, state: State, *, compare: bool) -> tuple[LiveCopy, tupl
     problems: tuple[str, ...] = ()
     try:
         what = _against_tip(layout, state, found, compare=compare)
-    except Refused as error:  # a full pool takes no snapshot, not even for a moment
+    except Refused as error:  # a full pool takes no snapshot, not even for a moment; without a key nothing is read
         what, problems = LiveState.UNKNOWN, (f"{layout.live} cannot be compared: {error.message}",)
+    if head.locked:
+        problems = (*problems, zfs_keys.locked(layout))
     if state.children:
         names = ", ".join(state.children)
         problems = (
@@ -161,6 +173,14 @@ def empty_between(base: str, target: str) -> bool:
     return reader.whole and not reader.content_records
 
 
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """Where a live copy was mounted. `point` is empty where ZFS knows it, and nobody has to be told."""
+
+    point: str = ""
+    options: str = ""
+
+
 def set_aside(layout: Layout, head: zfs.Dataset) -> bool:
     """Takes the live copy out of everybody's reach; whether it was mounted. IN_USE: all is as before."""
     found = uses(layout, head)
@@ -171,7 +191,9 @@ def set_aside(layout: Layout, head: zfs.Dataset) -> bool:
         raise refuse(layout, _named(apart))
     if not found.at and not head.mounted:
         return False
+    _note_aside(layout, head)
     if not zfs.unmount(layout.live):
+        remove_file(layout.aside)
         raise refuse(layout, uses(layout, head).who)
     left = mounted.places(layout.live)
     if left:  # linked, and yet not gone with ours
@@ -184,12 +206,38 @@ def _named(places: list[mounted.Place]) -> tuple[str, ...]:
     return tuple(f"a mount at {place.point} in another namespace" for place in places)
 
 
+def _note_aside(layout: Layout, head: zfs.Dataset) -> None:
+    aside = _Aside()
+    if head.mountpoint == LEGACY:
+        place = next((place for place in mounted.places(layout.live) if place.own and place.root == "/"), None)
+        aside = _Aside(place.point, place.options) if place is not None else aside
+    write_json(layout.aside, asdict(aside))
+
+
 def put_back(layout: Layout) -> None:
-    """Mounts the live copy again where it was; that it cannot be is the operator's to see."""
+    """Mounts the live copy again where it was, if it was set aside; that it cannot be is the operator's to see."""
     try:
+        value = read_json(layout.aside)
+        if value is None:
+            return
+        head = zfs.look(layout.live)
+        if head is not None and not any(place.own for place in mounted.places(layout.live)):
+            _mount(layout, head, typed(layout.aside, value, _Aside))
+    except (zfs.ZfsError, ResilverError) as error:
+        _log.warning("live copy not mounted again", dataset=layout.live, message=str(error))
+    remove_file(layout.aside)
+
+
+def _mount(layout: Layout, head: zfs.Dataset, aside: _Aside) -> None:
+    if head.mountpoint != LEGACY:
         zfs.mount(layout.live)
-    except (zfs.ZfsError, ResilverError):
         return
+    # Somebody else's mount there is not to be covered.
+    if not aside.point or os.path.ismount(aside.point):
+        return
+    kept = [option for option in aside.options.split(",") if option not in {"rw", "ro", "relatime"}]
+    only_read = head.readonly or "ro" in aside.options.split(",")
+    zfs.mount_legacy(layout.live, aside.point, ",".join([*(["ro"] if only_read else []), *kept]))
 
 
 # Shut.

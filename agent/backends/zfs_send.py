@@ -76,7 +76,7 @@ class ZfsSend:
             raise Damaged("IO_ERROR", f"zfs send {self._name} does not end") from None
         if code != 0 or self._closed:
             said = zfs.brief(self._words.told()) or f"ended with {code}"
-            raise Damaged("IO_ERROR", f"zfs send {self._name}: {said}")
+            raise zfs.ZfsError(f"zfs send {self._name}", said).refused()
 
     def close(self) -> None:
         with self._closing:

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from agent.backends import zfs_keys
 from agent.backends.base import StreamOrigin
 from agent.backends.zfs_layout import INCOMING, Layout, State, find
 from agent.backends.zfs_send import PLAIN, Words, open_stream, reap
@@ -171,6 +172,7 @@ class ZfsStage:
         self.base = plan.base
         self.target = plan.target
         self.directory: Path = layout.files.stage
+        self.spools = zfs_keys.may_spool(layout)
         self.resumed = resumed
         self.plan = plan
         self.layout: Final = layout
@@ -325,6 +327,8 @@ def leaves_out(dataset: str) -> bool:
 
 def open_stage(layout: Layout, state: State, base: str, target: str, origin: StreamOrigin) -> ZfsStage:
     """The stage of those two and their guids, gone on with if it is there; any other is discarded first."""
+    if base != target:
+        zfs_keys.check(layout, base)
     wanted = Plan(base, target, origin.native_base, origin.native_target, whole=base == target)
     found = load_plan(layout)
     if found is not None and _of(found) == _of(wanted):

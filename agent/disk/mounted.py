@@ -23,7 +23,8 @@ _HEX: Final = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+)
 class Place:
     """A place where a file system is mounted: `device` as mountinfo writes it, `own` if it is in our own namespace.
 
-    `linked`: mounts and unmounts elsewhere may reach it, so that it goes when ours does.
+    `linked`: mounts and unmounts elsewhere may reach it, so that it goes when ours does. `options` are those of this
+    one place, as mountinfo writes them: "rw,nosuid,relatime".
     """
 
     mount_id: str
@@ -32,6 +33,7 @@ class Place:
     point: str
     own: bool
     linked: bool
+    options: str
 
 
 def places(source: str) -> list[Place]:
@@ -57,7 +59,7 @@ def _parse(mountinfo: Path, source: str, *, own: bool) -> Iterator[Place]:
     for fields, tail in mount_lines(mountinfo):
         if plain(tail[1]) == source:
             linked = any(field.startswith(("shared:", "master:")) for field in fields[6:])
-            yield Place(fields[0], fields[2], plain(fields[3]), plain(fields[4]), own, linked)
+            yield Place(fields[0], fields[2], plain(fields[3]), plain(fields[4]), own, linked, fields[5])
 
 
 def users(where: Iterable[Place]) -> tuple[str, ...]:

@@ -57,6 +57,8 @@ _COLUMNS: Final = (
     "sharenfs",
     "sharesmb",
 )
+_ENCRYPTION: Final = ("encryption", "keystatus")
+_LOCKED: Final = "key must be loaded"
 _DIGITS_MAX: Final = 20
 _PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -88,6 +90,8 @@ class ZfsError(Exception):
             return Refused("NO_SPACE", f"{said}; free some space in the pool and try again")
         if any(words in self.text for words in _NO_SERVICE):
             return Refused("NOT_SUPPORTED", f"{said}; load the zfs module, or start zfs-fuse")
+        if _LOCKED in self.text:
+            return Refused("NOT_SUPPORTED", f"{said}; zfs load-key loads it, if this node may read the data")
         return Damaged("IO_ERROR", said)
 
 
@@ -101,11 +105,15 @@ class Features:
     resume: bool
     origin: bool
     unmounted: bool
+    encryption: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A file system or a snapshot, as `zfs get` tells it. `own` are the user properties that are its own."""
+    """A file system or a snapshot, as `zfs get` tells it. `own` are the user properties that are its own.
+
+    `locked`: it is encrypted, and its key is not loaded.
+    """
 
     name: str
     kind: str
@@ -121,6 +129,8 @@ class Dataset:
     mountpoint: str = ""
     readonly: bool = False
     shared: tuple[str, ...] = ()
+    encrypted: bool = False
+    locked: bool = False
     own: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -194,6 +204,7 @@ def parse_usages(send: str, receive: str, properties: str) -> Features:
         resume="s" in can_receive and "receive_resume_token" in properties,
         origin="-o origin=" in receive or "[-o <property>=<value>]" in receive or "[-o property=value]" in receive,
         unmounted="u" in can_receive,
+        encryption=re.search(r"^\s+keystatus\s", properties, re.MULTILINE) is not None,
     )
 
 
@@ -266,7 +277,7 @@ def local_properties(name: str) -> dict[str, str]:
 
 
 def _get(names: tuple[str, ...], properties: tuple[str, ...], *how: str) -> dict[str, Dataset]:
-    asked = ",".join((*_COLUMNS, *properties))
+    asked = ",".join((*_COLUMNS, *(_ENCRYPTION if features().encryption else ()), *properties))
     return parse_get(run("zfs", "get", "-Hp", *how, "-o", "name,property,value,source", asked, *names))
 
 
@@ -306,6 +317,8 @@ def _dataset(name: str, value: dict[str, str], own: dict[str, str]) -> Dataset:
         mountpoint=value.get("mountpoint", ""),
         readonly=value.get("readonly") == "on",
         shared=tuple(shares),
+        encrypted=value.get("encryption", "off") not in {"off", "-"},
+        locked=value.get("keystatus") == "unavailable",
         own=own,
     )
 
@@ -351,20 +364,22 @@ def unmount(name: str) -> bool:
 
 def _unmount_legacy(name: str) -> bool:
     """Where `zfs` leaves mounting to /etc/fstab, so does unmounting."""
-    done = subprocess.run(
-        [command("umount"), "-t", "zfs", name],
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        env=environment(),
-        timeout=COMMAND_TIMEOUT_S,
-        check=False,
-    )
-    said = brief(done.stderr)
-    if done.returncode == 0 or "not mounted" in said or "no mount point" in said:
-        return True
-    if "busy" in said:
-        return False
-    raise ZfsError(f"umount {name}", said or f"ended with {done.returncode}")
+    try:
+        run("umount", "-t", "zfs", name)
+    except ZfsError as error:
+        if "busy" in error.text:
+            return False
+        if "not mounted" not in error.text and "no mount point" not in error.text:
+            raise
+    return True
+
+
+def mount_legacy(name: str, point: str, options: str) -> None:
+    """Mounts a file system that `zfs` leaves to /etc/fstab.
+
+    Without `ro` among the options it is writable, whatever its property `readonly` says.
+    """
+    run("mount", "-t", "zfs", *(["-o", options] if options else []), "--", name, point)
 
 
 def sync(pool: str) -> None:

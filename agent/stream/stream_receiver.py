@@ -124,7 +124,7 @@ class _StreamRun:
     def resume(self) -> None:
         """Feeds the file system what an earlier start has left, unless it can go on by itself."""
         self.token = "" if self.stage.complete else self.stage.resume_token()
-        if self.token or self.stage.complete:
+        if self.token or self.stage.complete or not self.stage.spools:
             self.spool.clear()
             return
         for piece, chain in self.spool.pieces():
@@ -231,7 +231,7 @@ class _StreamRun:
             raise Damaged("SOURCE_DAMAGED", f"the stream was begun {BEGINNINGS_MAX} times and never came to its end")
         self.key = StreamKey(source.node, stream_format, self.origin.native_base, self.origin.native_target)
         self.stage.start(stream_format, self.token)
-        if not self.token:
+        if not self.token and self.stage.spools:
             self.spool.begin(self.key)
 
     def take_in(self, frame: Frame, link: Link) -> bool:

@@ -55,6 +55,7 @@ class CatStage:
 
     base = "base-1"
     target = "target-1"
+    spools = True
 
     def __init__(self, directory: Path, token: str = "") -> None:
         directory.mkdir(exist_ok=True)

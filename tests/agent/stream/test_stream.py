@@ -229,6 +229,20 @@ def test_other_ends_are_another_stream(stage, source):
     assert again.fed == WHOLE
 
 
+def test_a_stage_that_is_not_to_be_spooled(stage, source):
+    """Neither kept nor read, and what an earlier start has kept is removed."""
+    broken_off(stage, source, 3 * MIB)
+    names = {"spool.json", "spool.data", "spool.chain"}
+    assert {each.name for each in stage.directory.iterdir()} >= names
+    again = CatStage(stage.directory)
+    again.spools = False
+    assert broken_off(again, source, 3 * MIB) == 3 * MIB
+    assert not names.intersection(each.name for each in stage.directory.iterdir())
+    with serving(source) as server:
+        Call(again).run(at(server.port))
+    assert again.digest == digest(source)
+
+
 @pytest.mark.parametrize("bound", [0, 2 * MIB])
 def test_a_spool_has_a_bound(stage, source, bound):
     fed = broken_off(stage, source, 3 * MIB, spool_bytes=bound)

@@ -260,6 +260,34 @@ def test_a_cut_off_commit_waits_for_who_uses_the_live_copy(pair):
     assert again.state is LiveState.MODIFIED
 
 
+@pytest.mark.parametrize(
+    ("own", "step"),
+    [
+        *(
+            (False, f"commit.{step}")
+            for step in ("aside", "compared", "shut", "received", "recorded", "kept", "closed")
+        ),
+        *((True, f"commit.{step}") for step in ("described", "moved", "placed")),
+    ],
+)
+def test_what_was_mounted_is_mounted_again(pair, own, step):
+    """Wherever the commit was cut off, also before its intention was written; once, and no more after that."""
+    source, target = pair
+    base = target.tip.id
+    if own:
+        target.put("own")
+    stage_of(source, target, base)
+    zfs("mount", target.dataset)
+    cut_off(source, target, base, step, replace_own_data=True)
+    assert os.path.ismount(target.point) is (step == "commit.closed")
+    again = target.again()
+    again.backend.recover()
+    assert os.path.ismount(target.point)
+    zfs("unmount", target.dataset)
+    again.backend.recover()
+    assert not os.path.ismount(target.point), "whoever unmounts it afterwards is not overruled"
+
+
 def test_a_dataset_that_is_mounted_while_it_receives_keeps_what_is_written(pair):
     """Without a kill: the receive fails, and nothing is rolled back."""
     source, target = pair

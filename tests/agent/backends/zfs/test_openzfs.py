@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from agent.backends import zfs_send
 from agent.disk import zfs as commands
 from resilver.errors import Refused, Unauthenticated
 from resilver.volume import LiveState
+from tests.agent.backends.crash import Step, killed
 from tests.agent.backends.zfs.replica import Replica, equal, make_tree
 from tests.loopfs import run
 from tests.zfsfs import zfs
@@ -60,7 +62,7 @@ def token_of(target: Replica, source: Replica, base: str) -> str:
 
 def test_what_openzfs_can_do(replica):
     assert commands.features() == commands.Features(
-        written=True, estimate=True, send_large=True, resume=True, origin=True, unmounted=True
+        written=True, estimate=True, send_large=True, resume=True, origin=True, unmounted=True, encryption=True
     )
     assert replica.backend.formats() == (zfs_send.ZSTD, zfs_send.LARGE, zfs_send.PLAIN)
 
@@ -200,7 +202,71 @@ def test_encrypted(node, where, tmp_path):
     assert equal(replica, other)
 
 
-def test_a_legacy_mount(replica, other, tmp_path):
+@pytest.fixture
+def raw(node, tmp_path):
+    """An encrypted source that is ahead, its copy by a raw stream on a node that has no key, the base, and the key."""
+    key = tmp_path / "key"
+    key.write_text("a good key\n")
+    made, copy = node(), node()
+    zfs(
+        "create",
+        "-o",
+        "encryption=on",
+        "-o",
+        "keyformat=passphrase",
+        "-o",
+        f"keylocation=file://{key}",
+        f"{made.pool}/safe",
+    )
+    source = Replica(f"{made.pool}/safe", made.work)
+    source.create()
+    zfs("snapshot", f"{source.dataset}@theirs")
+    run("sh", "-c", f"zfs send -w {source.dataset}@theirs | zfs receive -u {copy.dataset}")
+    base = source.tip.id
+    source.write(2)
+    source.snapshot()
+    return source, copy, base, key
+
+
+def test_a_raw_copy_is_given_nothing_that_its_node_could_read(raw):
+    source, copy, base, _key = raw
+    found = copy.backend.examine()
+    assert (found.live.state, found.lineage.tip_id) == (LiveState.UNMODIFIED, base)
+    assert [
+        problem for problem in found.problems if f"{copy.dataset} is encrypted and its key is not loaded" in problem
+    ]
+    for below in (base, ""):
+        with pytest.raises(Refused, match=f"zfs load-key {copy.dataset}") as refused:
+            copy.open_stage(source, below, source.tip.id)
+        assert refused.value.reason == "NOT_SUPPORTED"
+        assert not (copy.root / "stage").exists()
+    assert not [name for name in copy.traces() if "/stage" in name]
+
+
+def test_a_raw_copy_is_no_source(raw, third):
+    _source, copy, base, _key = raw
+    with pytest.raises(Refused, match="load-key") as refused:
+        transfer(third, copy)
+    assert refused.value.reason == "NOT_SUPPORTED"
+    assert copy.lineage.tip_id == base
+
+
+def test_a_raw_copy_whose_key_was_loaded(raw):
+    """It goes on by deltas, of which nothing plain is kept on the way; a full copy would be plain, and is refused."""
+    source, copy, base, key = raw
+    zfs("load-key", "-L", f"file://{key}", copy.dataset)
+    with pytest.raises(Refused, match="it would be plain") as refused:
+        copy.open_stage(source, "", source.tip.id)
+    assert refused.value.reason == "NOT_SUPPORTED"
+    assert not copy.open_stage(source, base, source.tip.id).spools
+    transfer(copy, source, base)
+    assert equal(source, copy)
+    assert zfs("get", "-H", "-o", "value", "encryption", copy.dataset).startswith("aes")
+
+
+@pytest.fixture
+def legacy(replica, other, tmp_path):
+    """A source that is ahead, a target at its base that /etc/fstab has mounted, the base, and where it is mounted."""
     replica.create()
     base = replica.snapshot().id
     transfer(other, replica)
@@ -209,10 +275,50 @@ def test_a_legacy_mount(replica, other, tmp_path):
     point = tmp_path / "by fstab"
     point.mkdir()
     zfs("set", "mountpoint=legacy", other.dataset)
-    run("mount", "-t", "zfs", other.dataset, point)
-    transfer(other, replica, base)
-    assert equal(replica, other)
+    yield replica, other, base, point
     run("umount", point)
+
+
+def mount_options(point: Path) -> set[str]:
+    lines = [line.split(" ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    (found,) = [line[5] for line in lines if line[4].replace("\\040", " ") == str(point)]
+    return set(found.split(","))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_legacy_mount(legacy, own):
+    """A commit mounts it again with its options, and read-only, as a replica is."""
+    replica, other, base, point = legacy
+    zfs("set", "readonly=off", other.dataset)
+    run("mount", "-t", "zfs", "-o", "nosuid,noatime", other.dataset, point)
+    if own:
+        (point / "own").write_text("x")
+    transfer(other, replica, base, replace_own_data=True)
+    assert {"ro", "nosuid", "noatime"} <= mount_options(point)
+    assert [entry.name for entry in point.iterdir() if entry.name in {"own", "new 2"}] == ["new 2"]
+    assert equal(replica, other)
+
+
+@pytest.mark.parametrize("step", ["commit.aside", "commit.received", "commit.recorded"])
+def test_a_legacy_mount_and_a_kill(legacy, step):
+    """What is finished is read-only; what is taken back is as it was."""
+    replica, other, base, point = legacy
+    zfs("set", "readonly=off", other.dataset)
+    run("mount", "-t", "zfs", "-o", "nosuid", other.dataset, point)
+    lineage = replica.lineage
+    stage = other.fill(replica, base, lineage.tip_id)
+    stage.close()
+    order = other.order(lineage)
+
+    def work(at: Step) -> None:
+        other.again(step=at).backend.commit(stage, order)
+
+    assert killed(work, step)
+    assert not os.path.ismount(point)
+    again = other.again()
+    again.backend.recover()
+    assert mount_options(point) & {"ro", "rw", "nosuid"} == {"ro" if step == "commit.recorded" else "rw", "nosuid"}
+    assert (again.lineage.tip_id == base) is (step != "commit.recorded")
 
 
 @pytest.mark.parametrize("how", ["held", "cloned"])
