@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 SOURCES := pyproject.toml uv.lock hatch_build.py $(wildcard proto/resilver/v1/*.proto)
 
-.PHONY: help setup demo test thorough simulate fuzz bench lint check format clean
+.PHONY: help setup demo test thorough openzfs simulate fuzz bench lint check format clean
 help: ## What there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -26,6 +26,10 @@ test: setup ## The tests, a file at a time on each of three workers
 
 thorough: setup ## All tests, with every kind of volume killed at every step in every state: hours
 	@RESILVER_THOROUGH=1 RESILVER_MACHINE=all $(BIN)/pytest -n 3 --dist loadfile
+
+openzfs: setup ## As root: tests on the kernel's OpenZFS, in an emulated machine that is built first; ARGS are pytest's
+	@./deploy/openzfs-setup.sh
+	@$(BIN)/python -m tests.openzfs.run $(ARGS)
 
 simulate: setup ## The cluster that fails in every way, SEEDS=100000 times; a seed that fails is a line that replays it
 	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),10000) --first $(or $(FIRST),1)
@@ -52,4 +56,4 @@ format: setup ## Formats, and mends what can be mended without thought
 	@$(BIN)/ruff format .
 
 clean: ## Removes the environment and caches
-	@rm -rf .venv .tools .hypothesis .mypy_cache .ruff_cache dist
+	@rm -rf .venv .tools .openzfs .hypothesis .mypy_cache .ruff_cache dist
