@@ -51,7 +51,7 @@ def describe_live(
     layout: SubvolumeLayout, path: Path, snapshot: Snapshot | None, against: Tip | None, resync_id: str
 ) -> PreservedCopy:
     """What a live copy will be as a preserved one; `against` is the snapshot that its own bytes are counted from."""
-    return _describe(path, snapshot, own_bytes(path, against, layout), live=True, resync_id=resync_id)
+    return _describe(path, snapshot, own_bytes(path, against, layout, ESTIMATE_MAX_S), live=True, resync_id=resync_id)
 
 
 def describe_snapshot(path: Path, snapshot: Snapshot, older: Path | None, resync_id: str) -> PreservedCopy:

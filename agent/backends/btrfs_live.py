@@ -27,7 +27,7 @@ from resilver.volume import LiveCopy, LiveState
 
 COMPARE_MAX_S: Final = 600.0
 COMPARED: Final = "resilver-compared-"
-COUNT_MAX_S: Final = 20.0
+COUNT_MAX_S: Final = 3.0  # a look waits for it: well within the coordinator's `examine_timeout_s`
 _NAMED_MAX: Final = 8
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # for the snapshot that it is compared by
 
@@ -129,7 +129,7 @@ def sweep(layout: SubvolumeLayout) -> None:
             remove(entry)
 
 
-def own_bytes(live: Path, tip: Tip | None, layout: SubvolumeLayout, deadline_s: float = COUNT_MAX_S) -> int | None:
+def own_bytes(live: Path, tip: Tip | None, layout: SubvolumeLayout, deadline_s: float) -> int | None:
     """How many bytes of data the tip does not have; None where that takes long, or there is no tip."""
     if tip is None:
         return None
@@ -176,7 +176,7 @@ def _against(
         return LiveState.UNKNOWN, None
     try:
         if not is_tip(layout.live, tip, layout):
-            return LiveState.MODIFIED, own_bytes(layout.live, tip, layout)
+            return LiveState.MODIFIED, own_bytes(layout.live, tip, layout, COUNT_MAX_S)
     except OSError as error:  # a TimeoutError is one
         if not isinstance(error, TimeoutError) and error.errno not in _NO_ROOM:
             raise

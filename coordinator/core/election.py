@@ -234,6 +234,9 @@ def _refused(case: _Case, losses: tuple[Loss, ...]) -> NotElected:
         sentences.append(_not_named(case, losses))
     elif losses and not case.needs_choice and found.winner is not None:
         sentences.append(f"{found.winner.node} would go on without what is only on {listed(map(_told, losses))}")
+    if busy := _perhaps_busy(case, names):
+        accepted = "".join(f" --accept-loss {node}" for node in sorted(names))
+        sentences.append(f"ask again when {listed(busy)} may have answered, before you give that up with{accepted}")
     primary = view.record.primary
     missing = {*found.silent, *missing_members(view)}
     if primary and not view.replica(primary).fresh:
@@ -261,11 +264,20 @@ def _not_named(case: _Case, losses: tuple[Loss, ...]) -> str:
     return f"{cost}; but what was accepted is {listed(sorted(case.accept_loss))}"
 
 
+def _perhaps_busy(case: _Case, names: set[str]) -> list[str]:
+    """Whom an operator who has accepted nothing yet should ask again before anything of theirs is given up."""
+    if case.accept_loss or case.choose:
+        return []
+    return sorted(node for node in names if case.view.replica(node).late)
+
+
 def _next_command(case: _Case, names: set[str]) -> str:
     elect_it = f"resilver elect {case.view.name}"
     winner = case.ballot.winner
     if winner is None:
         return f"{elect_it} --choose NODE" if case.ballot.standing else f"resilver status {case.view.name}"
+    if _perhaps_busy(case, names):
+        return f"{elect_it} --dry-run"
     choice = f" --choose {winner.node}" if case.choose or case.needs_choice else ""
     return elect_it + choice + "".join(f" --accept-loss {node}" for node in sorted(names))
 

@@ -126,9 +126,11 @@ class Operator:
         return ElectRequest(volume)
 
     def as_told(self, volume: str, refusal: Refusal) -> ElectRequest:
-        """The refusal's own next command."""
+        """The refusal's own next command, or what it names where that only asks again."""
         words = shlex.split(refusal.next_command)
         accept = frozenset(words[at + 1] for at, word in enumerate(words) if word == "--accept-loss")
+        if "--dry-run" in words:  # somebody may only be busy: this operator knows that they hang
+            accept = frozenset(loss.node for loss in refusal.losses)
         choose = next((words[at + 1] for at, word in enumerate(words) if word == "--choose"), "")
         if choose == "NODE":
             choose = self.world.random.choice(sorted(refusal.candidates))

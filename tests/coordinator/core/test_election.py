@@ -105,6 +105,18 @@ class TestReasons:
         assert (after.winner, after.new_epoch, after.accepted) == (would_win, True, tuple(named))
         assert after.fork == seen.replica(would_win).lineage.tip
 
+    def test_nothing_is_given_up_of_a_node_that_is_only_busy_before_it_was_asked_again(self) -> None:
+        seen = view("a: away 1 2 * | b: 1 2")
+        late = replace(seen, replicas={**seen.replicas, "a": replace(seen.replica("a"), late=True)})
+        found = refused(late)
+        assert found.refusal.reasons == ("PRIMARY_AWAY",)
+        assert found.refusal.next_command == "resilver elect vm1 --dry-run"
+        assert found.refusal.message.endswith(
+            "; ask again when a may have answered, before you give that up with --accept-loss a"
+        )
+        assert elected(late, "--accept-loss a").winner == "b", "its disk may hang for good"
+        assert refused(late, "--accept-loss b").refusal.next_command == "resilver elect vm1 --accept-loss a"
+
     @pytest.mark.parametrize(
         ("seen", "reasons", "choices"),
         [
