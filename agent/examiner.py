@@ -87,7 +87,8 @@ class Examiner:
         """
         before = (self._after_problems, self._unread_problems)
         if after is not None and not (after and again and self._after_problems):
-            self._after_problems = (f"HOOK_FAILED: `after`: {after}",) if after else ()
+            failed = f"HOOK_FAILED: `after`: {after}; it is tried again until it succeeds"
+            self._after_problems = (failed,) if after else ()
         if unread is not None:
             told = tuple(f"HOOK_FAILED: {why}; see docs/hooks.md" for why in unread)
             self._unread_problems = told if self.settings.hooks.any else ()

@@ -63,14 +63,21 @@ def check_live(path: Path) -> btrfs.Info | None:
     return btrfs.info(path)
 
 
-def nested_names(path: Path) -> tuple[str, ...]:
-    """The subvolumes within the live copy, by their paths from the topmost one: they are in no snapshot of it."""
-    return tuple(sorted(one.path or f"subvolume {one.info.tree}" for one in btrfs.nested(path)))
+def nested_names(path: Path) -> str:
+    """The subvolumes within the live copy, which are in no snapshot of it, in words; empty if there are none.
 
-
-def listed(found: tuple[str, ...]) -> str:
+    The outermost are named, by their paths in it, and the rest counted: below snapper's `.snapshots` lie hundreds.
+    """
+    inside = btrfs.nested(path)
+    if not inside:
+        return ""
+    own, place = btrfs.info(path).tree, btrfs.place_of(path)
+    above = f"{place[1].rstrip('/')}/" if place is not None else ""
+    outermost = [one for one in inside if one.info.parent_tree == own]
+    found = sorted(one.path.removeprefix(above) or f"subvolume {one.info.tree}" for one in outermost)
     more = f" and {len(found) - _NAMED_MAX} more" if len(found) > _NAMED_MAX else ""
-    return ", ".join(found[:_NAMED_MAX]) + more
+    deeper = len(inside) - len(outermost)
+    return ", ".join(found[:_NAMED_MAX]) + more + (f" ({deeper:,} more inside)" if deeper else "")
 
 
 def refuse_use(path: Path) -> None:
@@ -86,7 +93,7 @@ def refuse_irreplaceable(path: Path, info: btrfs.Info) -> None:
     if inside:
         raise Refused(
             "NOT_SUPPORTED",
-            f"{path} holds other subvolumes, which would not be in what replaces it: {listed(inside)}; move them out",
+            f"{path} holds other subvolumes, which would not be in what replaces it: {inside}; move them out",
         )
     if info.read_only:
         raise Refused(
@@ -150,7 +157,7 @@ def look(layout: SubvolumeLayout, tip_id: str, tip: Tip | None, *, compare: bool
     problems = []
     inside = nested_names(path)
     if inside:
-        problems.append(f"{path} holds subvolumes that are in no consistency point of it: {listed(inside)}")
+        problems.append(f"{path} holds subvolumes that are in no consistency point of it: {inside}")
     if info.read_only:
         problems.append(f"{path} is read-only: it can be neither written nor replaced")
     users = users_of(path)

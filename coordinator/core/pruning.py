@@ -114,7 +114,7 @@ def _check_droppable(
         if pins:
             raise Refused("PINNED", _why_pinned(view, node, snapshot_id, pins), node=node)
     if nodes >= here:
-        message = f"{snapshot_id} is on no other node that answers: {', '.join(sorted(nodes))}"
+        message = f"{snapshot_id} is on {', '.join(sorted(nodes))} alone of all nodes that answer: it is the last copy"
         raise Refused("LAST_COPY", message)
 
 

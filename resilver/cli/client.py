@@ -137,8 +137,10 @@ class Client:
                     answer = await once(Stub(await self._connected(address)))
             except aio.AioRpcError as error:
                 last = rpc.to_error(error, who=f"the coordinator at {address}")
+                if last.reason == "DEADLINE":
+                    last = _late(last.message)
             except TimeoutError:
-                last = Unavailable("DEADLINE", f"{address} did not answer within {timeout_s:g} s")
+                last = _late(f"{address} did not answer within {timeout_s:g} s")
             except Unavailable as error:
                 last = error
             else:
@@ -186,6 +188,11 @@ class Client:
         except TimeoutError:
             raise Unavailable("NO_LEADER", f"no coordinator answers at {address} within {bound_s:g} s") from None
         return channel
+
+
+def _late(said: str) -> Unavailable:
+    """A call that was given up here, though not there: a coordinator that has begun something ends it."""
+    return Unavailable("DEADLINE", f"{said}; what was begun may go on: look first, and wait longer with --timeout")
 
 
 async def _next(answers: AsyncIterator[Res]) -> Res | None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -100,6 +101,14 @@ def test_a_silent_address_is_given_up(run):
     code, _, err = run("status", "--coordinator", "192.0.2.1:7400", "--timeout", "500ms")
     assert code == 4
     assert "192.0.2.1" in err
+
+
+def test_what_is_given_up_here_may_go_on_there(run, table):
+    table["PruneSnapshots"] = lambda _: time.sleep(1)  # a coordinator that takes longer than the caller waits
+    code, _, err = run("prune", "vm1", "--timeout", "200ms")
+    assert code == 4
+    assert err.startswith("DEADLINE")
+    assert "what was begun may go on: look first" in err
 
 
 def test_the_second_coordinator_is_tried(run, coordinator, table):

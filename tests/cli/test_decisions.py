@@ -124,6 +124,8 @@ def test_export_snapshot_and_prune(run, coordinator, table, kept):
     assert run("export", "1111", "--node", "b", "--to", "/x", "--writable")[0] == 0
     request = coordinator.answers.of("ExportSnapshot")[0]
     assert (request.id, request.node, request.path, request.writable) == (sample.R1, "b", "/x", True)
+    table["ExportSnapshot"] = api.ExportSnapshotResponse(path="/x")
+    assert run("export", "1111", "--node", "b", "--to", "/x")[1] == "b:/x\n", "nobody has counted a subvolume"
     table["PruneSnapshots"] = api.PruneSnapshotsResponse(
         dropped=[api.PrunedSnapshot(id=sample.R1, node="a", freed_bytes=5)],
         kept=[api.PrunedSnapshot(id=sample.R2, node="a", pinned_by=["base of c"])],
@@ -136,7 +138,7 @@ def test_snapshot(run, table):
     table["CreateSnapshot"] = api.CreateSnapshotResponse(snapshots=[done], refusals=[sample.refused("db1")])
     code, out, err = run("snapshot", "--all", "--note", "before upgrade")
     assert code == 5
-    assert out.startswith("vm1 3-43")
+    assert out.splitlines()[0].split() == ["vm1", "3-43", "11111111", "on", "a"], "nobody has counted a subvolume"
     assert err.startswith("PRIMARY_AWAY, NEWEST_COPY_MISSING db1:")
     table["CreateSnapshot"] = api.CreateSnapshotResponse(refusals=[sample.refused("db1")])
     assert run("snapshot", "db1")[0] == 3

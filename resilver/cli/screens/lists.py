@@ -137,7 +137,7 @@ def preserved(items: Iterable[pb.PreservedCopy], now: float) -> Table:
             copy.node,
             f"live copy after {cp}" if copy.live else f"snapshot {cp}",
             since(copy.create_time, now),
-            size(copy.size_bytes),
+            size(copy.size_bytes) if copy.size_bytes else "-",  # of a subvolume nobody counts it
             size(copy.exclusive_bytes) if copy.HasField("exclusive_bytes") else "-",
             copy.path or "-",
         )

@@ -42,7 +42,8 @@ def snapshot(session: Session, volumes: tuple[str, ...], all_volumes: bool, note
         session.output.emit(plain(found))
     for one in found.snapshots:
         on = listing(copy.node for copy in one.copies)
-        session.output.say(f"{one.volume} {cp_text(one.cp)}  {short_id(one.id)}  {size(one.size_bytes)} on {on}")
+        much = f"{size(one.size_bytes)} " if one.size_bytes else ""  # of a subvolume nobody counts it
+        session.output.say(f"{one.volume} {cp_text(one.cp)}  {short_id(one.id)}  {much}on {on}")
     for refusal in found.refusals:
         session.output.refusal(refusal.refusal, where=refusal.volume)
     if not found.refusals and not found.snapshots:
@@ -116,7 +117,8 @@ def export(session: Session, snapshot: str, node: str, path: str, writable: bool
     if session.output.json:
         session.output.emit(plain(found))
     else:
-        session.output.say(f"{node}:{found.path}  {size(found.size_bytes)}")
+        much = f"  {size(found.size_bytes)}" if found.size_bytes else ""
+        session.output.say(f"{node}:{found.path}{much}")
     return 0
 
 

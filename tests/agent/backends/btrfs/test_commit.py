@@ -82,8 +82,13 @@ def test_nested_subvolumes_are_told_and_never_lost(node, other):
     base = pair(node, other)
     btrfs.create(other.path / "inner")
     (other.path / "inner" / "x").write_bytes(b"1")
-    found = other.backend.examine()
-    assert any("inner" in problem for problem in found.problems)
+    for number in ("1", "2"):
+        (other.path / "inner" / number).mkdir()
+        btrfs.create(other.path / "inner" / number / "snapshot")
+    (other.path / "sub").mkdir()
+    btrfs.create(other.path / "sub" / "more")
+    (problem,) = other.backend.examine().problems
+    assert problem.endswith("in no consistency point of it: inner, sub/more (2 more inside)")
     error = refused(lambda: other.receive(node, base))
     assert error.reason == "NOT_SUPPORTED"
     assert "inner" in error.message
