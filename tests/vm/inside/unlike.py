@@ -46,7 +46,7 @@ def trio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
             made.start_coordinator(extra="examine_timeout_s = 300\nnode_timeout_s = 120\n")
             made.start_agent("a", {"vm1": live})
             made.start_agent("b", {"vm1": ext4 / "vm1.img"})
-            config = made.agent_config("c", {"vm1": Path(GROUP) / THIN}, backend="lvm-thin")
+            config = made.agent_config("c", {"vm1": Path(GROUP) / "pool" / THIN}, backend="lvm-thin")
             config.write_text(config.read_text() + f'snapshot_dir = "{tmp_path}/records"\n')
             made.process("c", sys.executable, "-m", "agent.app", "--config", str(config))
             made.wait_reachable("vm1", *NODES)
