@@ -41,6 +41,7 @@ from resilver.lineage import NO_CP, Snapshot
 from resilver.volume import PreservedCopy
 
 ESTIMATE_MAX_S: Final = 10.0
+FREED_MAX_S: Final = 2.0  # of each snapshot that goes: one call drops many
 ASKED_MAX_S: Final = 2.0
 ASIDE_S: Final = 600.0
 ASIDE_MAX: Final = 16
@@ -251,5 +252,5 @@ def _between(known: Known, base: str, target: str) -> int | None:
     older, newer = known.path(base), known.path(target)
     if older is None or newer is None:
         return None
-    found = btrfs_send.measure(older, newer, ESTIMATE_MAX_S)
+    found = btrfs_send.measure(older, newer, FREED_MAX_S)
     return found.data_bytes if found is not None else None

@@ -161,11 +161,15 @@ def prune(session: Session, volume: str, keep_last: int | None) -> int:
         session.output.emit(plain(found))
         return 0
     freed = sum(one.freed_bytes for one in found.dropped)
-    session.output.say(f"dropped {count(len(found.dropped), 'copy', 'copies')}, {size(freed)} freed")
+    session.output.say(f"dropped {count(len(found.dropped), 'copy', 'copies')}{_freed(freed)}")
     for one in found.kept:
         if one.pinned_by:
             session.output.say(f"  kept {short_id(one.id)} on {one.node}: {listing(one.pinned_by)}")
     return 0
+
+
+def _freed(size_bytes: int) -> str:
+    return f", {size(size_bytes)} freed" if size_bytes else ""  # where counting takes long nobody does
 
 
 class Named(NamedTuple):
@@ -199,7 +203,7 @@ def _show_dropped(session: Session, found: Sequence[Dropped], node: str) -> int:
         rows = [{"id": one.id, "node": node, "freed_bytes": one.freed_bytes} for one in dropped]
         session.output.emit({"dropped": rows, "refused": [identity for identity, _ in errors]})
     for one in dropped:
-        session.output.say(f"dropped {short_id(one.id)} on {node}, {size(one.freed_bytes)} freed")
+        session.output.say(f"dropped {short_id(one.id)} on {node}{_freed(one.freed_bytes)}")
     for identity, error in errors:
         session.output.refused([error.reason], error.message, error.next_command, where=short_id(identity))
     if not errors:
