@@ -33,7 +33,17 @@ from agent.backends.zfs_layout import (
     load_state,
     save_tip,
 )
-from agent.backends.zfs_live import is_shut, open_up, put_back, set_aside, shut, stays_shut, unchanged, unmodified
+from agent.backends.zfs_live import (
+    is_shut,
+    open_up,
+    put_back,
+    replayed,
+    set_aside,
+    shut,
+    stays_shut,
+    unchanged,
+    unmodified,
+)
 from agent.backends.zfs_stage import discard
 from agent.disk import zfs
 from agent.disk.durable import read_json, remove_file, write_json
@@ -296,7 +306,7 @@ def _keep(layout: Layout, journal: Journal) -> None:
     kept = zfs.look(journal.kept)
     if kept is None or any(copy.path == kept.name for copy in keeping.list_preserved(layout)):
         return
-    if zfs.unmount(kept.name) and _is_newest(kept):
+    if zfs.unmount(kept.name) and replayed(layout, kept.name) and _is_newest(kept):
         if journal.keeps:
             return
         try:

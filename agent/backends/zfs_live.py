@@ -111,7 +111,7 @@ def _against_tip(layout: Layout, state: State, found: Uses, *, compare: bool) ->
     if tip is None or found.who or not compare:
         return LiveState.UNKNOWN
     flush(found)
-    return LiveState.UNMODIFIED if unmodified(layout, tip.name) else LiveState.MODIFIED
+    return LiveState.UNMODIFIED if unchanged(layout.live, tip.name) else LiveState.MODIFIED
 
 
 def flush(found: Uses) -> None:
@@ -143,8 +143,18 @@ def _moment(dataset: str) -> Iterator[str]:
 
 
 def unmodified(layout: Layout, since: str) -> bool:
-    """Whether nothing at all was changed since that snapshot of the live copy."""
-    return unchanged(layout.live, since)
+    """Whether nothing at all was changed since that snapshot of the live copy, which nobody has mounted."""
+    return replayed(layout, layout.live) and unchanged(layout.live, since)
+
+
+def replayed(layout: Layout, dataset: str) -> bool:
+    """Brings into a file system what its intent log alone has; False if that cannot be, and so nobody knows of it."""
+    try:
+        zfs.replay(dataset, str(layout.root))
+    except zfs.ZfsError as error:
+        _log.warning("taken for modified: it cannot be mounted", dataset=dataset, message=error.text)
+        return False
+    return True
 
 
 def unchanged(dataset: str, since: str) -> bool:

@@ -59,6 +59,8 @@ _COLUMNS: Final = (
 )
 _ENCRYPTION: Final = ("encryption", "keystatus")
 _LOCKED: Final = "key must be loaded"
+# `-i`: `mount.zfs` lets a file system be mounted where its property says, and nowhere else.
+_MOUNT_AND_UNMOUNT: Final = 'mount -i -t zfs -o ro,nodev,nosuid,noexec -- "$1" "$2" && umount -- "$2"'
 _DIGITS_MAX: Final = 20
 _PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -385,6 +387,16 @@ def mount_legacy(name: str, point: str, options: str) -> None:
 def sync(pool: str) -> None:
     """Returns when all that was written before is in the pool, and so in what its datasets tell of themselves."""
     run("zpool", "sync", pool)
+
+
+def replay(name: str, point: str) -> None:
+    """Mounts a file system for a moment, read-only and where nobody else sees it, at a directory that is there.
+
+    What was synced before a power cut may stand in the intent log alone: neither a snapshot nor `written` tells of it
+    before the file system is mounted again.
+    """
+    if features().written:  # zfs-fuse takes no snapshot before that is done
+        run("unshare", "-m", "--propagation", "private", "sh", "-c", _MOUNT_AND_UNMOUNT, "sh", name, point)
 
 
 def mount(name: str) -> None:

@@ -172,6 +172,42 @@ def test_what_was_just_written_counts(replica):
     assert replica.state is LiveState.MODIFIED
 
 
+def test_what_only_the_intent_log_has_is_kept(replica, other, service):
+    """Synced before a power cut, and not mounted since: neither a snapshot nor `written` tells of it before that."""
+    other.create()
+    synced(other.point / "first", b"makes the log")
+    base = other.snapshot()
+    replica.receive(other)
+    replica.write(2)
+    replica.snapshot()
+    run("zpool", "sync", other.pool)
+    run("zpool", "freeze", other.pool)  # from now on nothing but the log comes to the disk
+    synced(other.point / "second", b"mine")
+    zfs("unmount", other.dataset)
+    run("umount", other.root)
+    run("zpool", "export", other.pool)
+    run("zpool", "import", "-N", "-f", "-d", service.work, other.pool)
+    again = other.again()
+    again.backend.recover()
+    assert again.state is LiveState.UNMODIFIED, "else this shows nothing"
+    (copy,) = again.receive(replica, base.id)
+    assert equal(again, replica)
+    with again.walked(copy.path) as kept:
+        assert (kept / "second").read_bytes() == b"mine"
+    base = replica.tip
+    replica.write(3)
+    replica.snapshot()
+    assert again.receive(replica, base.id) == (), "to be looked into changes nothing"
+    assert equal(again, replica)
+
+
+def synced(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.write(fd, data)
+    os.fsync(fd)
+    os.close(fd)
+
+
 @pytest.mark.parametrize("where", ["both", "dataset", "target"])
 def test_encrypted(node, where, tmp_path):
     key = tmp_path / "key"
