@@ -32,6 +32,7 @@ COMMAND: Final = """\
 export PATH={path} HOME=/root TMPDIR=/dev/shm PYTHONUTF8=1 PYTHONDONTWRITEBYTECODE=1
 export RESILVER_MACHINE=1 RESILVER_TEST_OPENZFS=1 RESILVER_THOROUGH={thorough}
 ip link set lo up
+[ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
 cd {root}
 {{ {command} </dev/null 2>&1; echo $? >/run/results/status; }} | tee /run/results/output
 """
