@@ -34,6 +34,7 @@ from agent.backends.zfs_layout import (
     save_tip,
 )
 from agent.backends.zfs_live import (
+    LEGACY,
     is_shut,
     open_up,
     put_back,
@@ -199,7 +200,9 @@ def _take_back(layout: Layout, journal: Journal) -> Journal:
         journal = replace(journal, rolling=ours)
         save_journal(layout, journal)
         zfs.destroy(incoming)
-    elif not is_shut(local):  # between the destroying and the rolling back: what was written then cannot be told
+    elif not is_shut(local) or _is_legacy(layout):
+        # Between the destroying and the rolling back: what was written then, through a legacy mount whatever the
+        # dataset's `readonly` says, cannot be told.
         ours = False
     if ours:
         zfs.patient("zfs", "rollback", journal.on)
@@ -208,6 +211,11 @@ def _take_back(layout: Layout, journal: Journal) -> Journal:
     else:
         _log.warning("live copy is not what its commit had received: kept as it is", dataset=layout.live)
     return journal
+
+
+def _is_legacy(layout: Layout) -> bool:
+    head = zfs.look(layout.live)
+    return head is not None and head.mountpoint == LEGACY
 
 
 def _ours_alone(layout: Layout, journal: Journal) -> bool:

@@ -187,6 +187,23 @@ def test_a_taking_back_that_was_cut_off_itself_is_gone_on_with(pair):
     assert again.state is LiveState.MODIFIED
 
 
+def test_nor_is_one_rolled_back_that_may_have_been_mounted_as_fstab_says(pair):
+    """Such a mount is writable although the dataset's `readonly` is on."""
+    source, target = pair
+    base = target.tip.id
+    stage_of(source, target, base)
+    cut_off(source, target, base, "commit.received")
+    half_back(target)
+    zfs("set", "mountpoint=legacy", target.dataset)
+    again = target.again()
+    again.backend.recover()
+    assert again.state is LiveState.MODIFIED
+    (copy,) = again.receive(source, base)
+    assert equal(source, again)
+    with again.walked(copy.path) as kept, source.walked() as came:
+        assert (kept / "data").read_bytes() == (came / "data").read_bytes()
+
+
 def test_what_was_written_before_anything_came_is_kept(pair):
     source, target = pair
     base = target.tip.id
