@@ -96,7 +96,7 @@ class ZfsBackend:
         self._reserve = (reserve_ratio, reserve_min_bytes)
         self._step: Final = step
         self._tools: Final = zfs_commit.Tools(self._layout, step, preserved_max_count, preserved_max_bytes)
-        self._begun = False
+        self._begun = self._replayed = False
         self._sending: Counter[str] = Counter()
         self._held: Final = threading.Lock()
 
@@ -123,12 +123,17 @@ class ZfsBackend:
             around = zfs.looks(layout.pool, layout.parent, layout.records, properties=(OWNER,))
             pool, parent = around.get(layout.pool), around.get(layout.parent)
             if pool is None or parent is None:
+                self._replayed = False  # with what its disks have been through by the time they are there
                 return self._nowhere(pool.guid if pool is not None else "")
             there = mounted(layout, around.get(layout.records))
             another = self._another(stack) if there else ()
             waiting = self._cut_off() if there and not another else ()
             state = load_state(layout, there=there)
-            live, problems = zfs_live.look(layout, state, compare=compare_live and not another)
+            compare = compare_live and not another
+            if compare and self._begun and not self._replayed:
+                zfs_live.replay_unmounted(layout, state)
+                self._replayed = True
+            live, problems = zfs_live.look(layout, state, compare=compare)
             free, reserve = self._space(pool, parent)
             return Examined(
                 presence=Presence.PRESENT if state.head is not None else Presence.EMPTY,

@@ -177,7 +177,7 @@ def mounted(layout: Layout, records: zfs.Dataset | None) -> bool:
         if records.mounted:  # another agent's, that has another snapshot_dir for the same dataset
             with disk_errors(records.mountpoint):
                 Claim(Path(records.mountpoint), layout.state_dir).check()
-        zfs.run("zfs", "set", f"mountpoint={layout.root}", layout.records)
+        zfs.patient("zfs", "set", f"mountpoint={layout.root}", layout.records)
     if not (records.mounted and os.path.ismount(layout.root)):
         zfs.mount(layout.records)
     if not os.path.ismount(layout.root):

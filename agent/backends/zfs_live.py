@@ -21,7 +21,7 @@ import ctypes
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -155,6 +155,15 @@ def replayed(layout: Layout, dataset: str) -> bool:
         _log.warning("taken for modified: it cannot be mounted", dataset=dataset, message=error.text)
         return False
     return True
+
+
+def replay_unmounted(layout: Layout, state: State) -> None:
+    """As `replayed`, before the first look, so that an election knows of it; only what nobody has mounted is behind."""
+    head = state.head
+    if head is None or head.locked or head.mounted or mounted.places(layout.live):
+        return
+    with suppress(zfs.ZfsError):  # a commit asks again
+        zfs.replay(layout.live, str(layout.root))
 
 
 def unchanged(dataset: str, since: str) -> bool:
