@@ -159,8 +159,9 @@ def test_nothing_is_decided_while_a_command_of_the_agent_that_was_killed_runs(pa
     assert target.settings() == ["off", "on"]
 
 
-def half_back(target: Replica) -> None:
+def half_back(source: Replica, target: Replica, base: str) -> None:
     """As a kill leaves it between the destroying of what came and the rolling back."""
+    cut_off(source, target, base, "commit.received")
     path = target.root / "commit.json"
     write_json(path, {**(read_json(path) or {}), "rolling": True})
     zfs("destroy", f"{target.dataset}@resilver-incoming")
@@ -171,15 +172,13 @@ def test_a_taking_back_that_was_cut_off_itself_is_gone_on_with(pair):
     source, target = pair
     base = target.tip.id
     stage_of(source, target, base)
-    cut_off(source, target, base, "commit.received")
-    half_back(target)
+    half_back(source, target, base)
     again = target.again()
     again.backend.recover()
     assert again.state is LiveState.UNMODIFIED
     assert again.tip.id == base
     assert again.settings() == ["off", "on"]
-    cut_off(source, target, base, "commit.received")
-    half_back(target)
+    half_back(source, target, base)
     target.put("between")
     again = target.again()
     again.backend.recover()
@@ -192,8 +191,7 @@ def test_nor_is_one_rolled_back_that_may_have_been_mounted_as_fstab_says(pair):
     source, target = pair
     base = target.tip.id
     stage_of(source, target, base)
-    cut_off(source, target, base, "commit.received")
-    half_back(target)
+    half_back(source, target, base)
     zfs("set", "mountpoint=legacy", target.dataset)
     again = target.again()
     again.backend.recover()
