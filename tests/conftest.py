@@ -34,8 +34,9 @@ _PATTERNS = (
     r"backends/test_compact\.py::.*\[btrfs",
     r"backends/test_trail\.py::.*(btrfs-compressed|ext4)",
     r"conformance/test_history\.py::.*\[(image-btrfs|image-ext4|image-compressed)",
-    # zfs-fuse takes seconds for each replica: the looks of the suite for all kinds, and what only ZFS has.
-    r"conformance/test_(?!looking|letting_go|claims).*\[zfs",
+    # zfs-fuse takes seconds for each replica: the looks and commits of the suite for all, and what only ZFS has.
+    r"conformance/test_(?!looking|letting_go|claims|commit).*\[zfs",
+    r"conformance/test_commit\.py::test_(?!commit\[zfs-(stale|diverged|written|newcomer)\]).*\[zfs",
     r"conformance/test_letting_go\.py::test_(prune|the_preserved|what_was_dropped).*\[zfs",
     r"backends/zfs/test_use\.py::test_a_target_in_use",
     r"backends/zfs/test_troubles\.py::test_(?!holds_|a_pool|datasets)",
