@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
@@ -28,22 +29,34 @@ if TYPE_CHECKING:
 OK: Final = 0
 FAULTY: Final = 2
 
-Line = tuple[bool, str]
-"""Whether it is a fault, and what there is to say."""
+
+class Weight(StrEnum):
+    """What a line begins with."""
+
+    OK = "ok"
+    NOTE = "note"
+    FAULT = "FAULT"
+
+
+Line = tuple[Weight, str]
 
 
 def check(config: AgentConfig, out: TextIO) -> int:
     """Prints what was found; 0 if an agent would work, 2 if not."""
     faulty = False
-    for fault, said in _lines(config):
-        faulty = faulty or fault
-        print(f"{'FAULT' if fault else 'ok   '}  {said}", file=out)
+    for weight, said in _lines(config):
+        faulty = faulty or weight is Weight.FAULT
+        print(f"{weight:5}  {said}", file=out)
     return FAULTY if faulty else OK
+
+
+def _fault_if(wrong: bool) -> Weight:
+    return Weight.FAULT if wrong else Weight.OK
 
 
 def _lines(config: AgentConfig) -> Iterator[Line]:
     volumes = "1 volume" if len(config.volumes) == 1 else f"{len(config.volumes)} volumes"
-    yield False, f"node {config.node} of cluster {config.cluster}, {volumes}"
+    yield Weight.OK, f"node {config.node} of cluster {config.cluster}, {volumes}"
     for address in config.coordinators:
         yield _resolves(address.host, address.port, f"coordinator {address}")
     yield _certificate(config)
@@ -54,25 +67,28 @@ def _lines(config: AgentConfig) -> Iterator[Line]:
         yield from _hooks(volume)
     for group in sorted({volume.group for volume in config.volumes if volume.group}):
         names = [volume.name for volume in config.volumes if volume.group == group]
-        yield False, f"group {group}: {', '.join(names)}, snapshotted together"
+        yield Weight.OK, f"group {group}: {', '.join(names)}, snapshotted together"
 
 
 def _resolves(host: str, port: int, what: str) -> Line:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        return True, f"{what}: its name cannot be resolved: {error.strerror or error}"
-    return False, f"{what} is {found[0][4][0]}"
+        return Weight.FAULT, f"{what}: its name cannot be resolved: {error.strerror or error}"
+    return Weight.OK, f"{what} is {found[0][4][0]}"
 
 
 def _certificate(config: AgentConfig) -> Line:
     try:
         tls = credentials_of(config.tls, Name(config.cluster, Role.NODE, config.node))
     except ResilverError as error:
-        return True, error.message
+        return Weight.FAULT, error.message
     if tls is None:
-        return False, "no TLS: " + ("INSECURE, anybody may read and order" if config.insecure else "loopback only")
-    return tls.ends_at <= datetime.now(UTC), f"certificate of {tls.name}, until {tls.ends_at:%Y-%m-%d %H:%M}Z"
+        weight = Weight.NOTE if config.insecure else Weight.OK
+        return weight, "no TLS: " + ("INSECURE, anybody may read and order" if config.insecure else "loopback only")
+    return _fault_if(
+        tls.ends_at <= datetime.now(UTC)
+    ), f"certificate of {tls.name}, until {tls.ends_at:%Y-%m-%d %H:%M}Z"
 
 
 def _state_dir(path: Path) -> Line:
@@ -80,10 +96,10 @@ def _state_dir(path: Path) -> Line:
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        return True, f"state_dir {path}: {place} is no directory"
+        return Weight.FAULT, f"state_dir {path}: {place} is no directory"
     if not os.access(place, os.W_OK | os.X_OK):
-        return True, f"state_dir {path}: this user may not write to {place}"
-    return False, f"state_dir {path}" + ("" if place == path else ", which will be created")
+        return Weight.FAULT, f"state_dir {path}: this user may not write to {place}"
+    return Weight.OK, f"state_dir {path}" + ("" if place == path else ", which will be created")
 
 
 def _sees_users() -> Line:
@@ -91,15 +107,18 @@ def _sees_users() -> Line:
     try:
         next(Path("/proc/1/fd").iterdir(), None)
     except OSError:
-        return False, "in use: processes of other users cannot be named by this user, but are noticed; root names them"
-    return False, "in use: processes of all users can be named"
+        return (
+            Weight.NOTE,
+            "in use: processes of other users cannot be named by this user, but are noticed; root names them",
+        )
+    return Weight.OK, "in use: processes of all users can be named"
 
 
 def _volume(volume: VolumeConfig, config: AgentConfig) -> Iterator[Line]:
     try:
         examined = make_backend(volume, config).examine(compare_live=False)
     except ResilverError as error:
-        yield True, f"volume {volume.name}: {error.message}"
+        yield Weight.FAULT, f"volume {volume.name}: {error.message}"
         return
     yield from _found(volume, examined)
 
@@ -107,17 +126,17 @@ def _volume(volume: VolumeConfig, config: AgentConfig) -> Iterator[Line]:
 def _hooks(volume: VolumeConfig) -> Iterator[Line]:
     name, hooks = f"volume {volume.name}", volume.hooks
     if hooks.any and (fault := user_fault(hooks.user)):
-        yield True, f"{name}: hooks: {fault}"
+        yield Weight.FAULT, f"{name}: hooks: {fault}"
     for phase, words in (("before", hooks.before), ("after", hooks.after)):
         if words:
             fault = program_fault(words)
-            yield bool(fault), f"{name}: hook {phase}: {fault or words[0]}"
+            yield _fault_if(bool(fault)), f"{name}: hook {phase}: {fault or words[0]}"
 
 
 def _found(volume: VolumeConfig, examined: Examined) -> Iterator[Line]:
     name = f"volume {volume.name}"
     if not examined.file_system_id:
-        yield True, f"{name}: {'; '.join(examined.problems) or 'its disk is not there'}"
+        yield Weight.FAULT, f"{name}: {'; '.join(examined.problems) or 'its disk is not there'}"
         return
     tip = examined.lineage.tip
     what = {
@@ -125,13 +144,13 @@ def _found(volume: VolumeConfig, examined: Examined) -> Iterator[Line]:
         Presence.EMPTY: "empty",
         Presence.LOST: "lost",
     }[examined.presence]
-    yield False, f"{name}: {volume.path}, {what}"
+    yield Weight.OK, f"{name}: {volume.path}, {what}"
     if examined.live.in_use:
-        yield False, f"{name}: in use by {', '.join(examined.live.in_use_by)}"
+        yield Weight.NOTE, f"{name}: in use by {', '.join(examined.live.in_use_by)}"
     how = "snapshots share its blocks" if examined.reflink else "no shared blocks here: each snapshot is a full copy"
-    yield False, f"{name}: {how} (file system {examined.file_system_id})"
+    yield Weight.OK if examined.reflink else Weight.NOTE, f"{name}: {how} (file system {examined.file_system_id})"
     free, reserve = examined.free_bytes, examined.reserve_bytes
     said = f"{name}: {free:,} bytes free, of which {reserve:,} stay in reserve"
-    yield free < reserve, said + ("; nothing can be received or snapshotted" if free < reserve else "")
+    yield _fault_if(free < reserve), said + ("; nothing can be received or snapshotted" if free < reserve else "")
     for problem in examined.problems:
-        yield False, f"{name}: {problem}"
+        yield Weight.NOTE, f"{name}: {problem}"

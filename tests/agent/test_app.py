@@ -120,6 +120,11 @@ def test_check_looks_and_changes_nothing(agent):
         assert word in text
     assert not (agent.place / ".resilver").exists()
     assert not (agent.directory / "state-a").exists()
+    assert "in use by" not in text
+    with (agent.place / "vm1.img").open("r+b"):
+        code, text = ends(agent, "--check")
+    assert code == 0, text
+    assert "note   volume vm1: in use by" in text
     change(agent, "vm1.img", "missing/vm1.img")
     code, text = ends(agent, "--check")
     assert code == 2
