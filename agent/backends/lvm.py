@@ -280,7 +280,7 @@ class LvmBackend:
         """No other agent works in the records, which are mounted, nor does a command that one has left."""
         with disk_errors(self._layout.root), self._claim.held():
             if not self._begun:
-                orphans.wait("lvm", self._place.concerns)
+                orphans.wait(self._place.concerns)
                 self._begun = True
             yield
 

@@ -115,9 +115,9 @@ class Place:
     def full_name(self) -> str:
         return f"{self.group_name}/{self.name}"
 
-    def concerns(self, arguments: list[str]) -> bool:
+    def concerns(self, program: str, arguments: list[str]) -> bool:
         """Whether an LVM command is about this group; those that only look hold its lock, and end soon."""
-        return any(word.partition("/")[0] == self.group_name for word in arguments)
+        return program == "lvm" and any(word.partition("/")[0] == self.group_name for word in arguments)
 
     def new_name(self) -> str:
         return f"{self.name}.r-{secrets.token_hex(4)}"

@@ -36,6 +36,7 @@ from agent.backends import (
     zfs_finish,
     zfs_keep,
     zfs_live,
+    zfs_records,
     zfs_send,
     zfs_snapshot,
     zfs_stage,
@@ -45,15 +46,10 @@ from agent.backends.rules import drop_each
 from agent.backends.zfs_layout import (
     OWNER,
     SEND_TAG,
-    WAS_CANMOUNT,
-    WAS_READONLY,
     State,
     find,
     load_state,
     make_layout,
-    make_root,
-    mounted,
-    ready,
 )
 from agent.disk import advance, orphans, zfs
 from agent.disk.claim import Claim
@@ -110,7 +106,7 @@ class ZfsBackend:
             if not there:
                 return
             zfs_finish.settle_unless_used(layout, self._step)
-            state = load_state(layout)
+            state = load_state(layout, there=True)
             zfs_keep.sweep(layout, state)
             plan = zfs_stage.load_plan(layout)
             # Of no use any more: its target is here, or its dataset is not.
@@ -125,14 +121,12 @@ class ZfsBackend:
             if pool is None or parent is None:
                 self._replayed = False  # with what its disks have been through by the time they are there
                 return self._nowhere(pool.guid if pool is not None else "")
-            there = mounted(layout, around.get(layout.records))
-            another = self._another(stack) if there else ()
+            there = zfs_records.mounted(layout, around.get(layout.records))
+            another = self._another(stack, compare=compare_live) if there else ()
             waiting = self._cut_off() if there and not another else ()
             state = load_state(layout, there=there)
-            compare = compare_live and not another
-            if compare and self._begun and not self._replayed:
-                zfs_live.replay_unmounted(layout, state)
-                self._replayed = True
+            unread = self._replay(state) if compare_live and not another else ()
+            compare = compare_live and not another and (self._replayed or not self._begun)
             live, problems = zfs_live.look(layout, state, compare=compare)
             free, reserve = self._space(pool, parent)
             return Examined(
@@ -147,7 +141,7 @@ class ZfsBackend:
                 reserve_bytes=reserve,
                 reflink=True,
                 file_system_id=pool.guid,
-                problems=(*another, *waiting, *state.problems, *problems),
+                problems=(*another, *waiting, *unread, *state.problems, *problems),
                 others=state.others,
             )
 
@@ -157,14 +151,30 @@ class ZfsBackend:
             return zfs_finish.settle_unless_used(self._layout, self._step)
         return zfs_finish.waiting(self._layout)
 
-    def _another(self, stack: contextlib.ExitStack) -> tuple[str, ...]:
+    def _another(self, stack: contextlib.ExitStack, *, compare: bool) -> tuple[str, ...]:
         """Which other agent works here, as a problem: then a look neither finishes what that one has begun, nor takes a
-        snapshot to compare by. Otherwise no other one does until the end of the stack.
+        snapshot to compare by. Otherwise no other one does until the end of the stack. Who is no agent, and compares
+        nothing, makes nobody's orders wait.
         """
         try:
-            stack.enter_context(self._claim.held())
+            if self._begun or compare:
+                stack.enter_context(self._claim.held(takes=self._begun))
+            else:
+                self._claim.check()
         except Refused as error:
             return (f"{error.reason}: {error.message}",)
+        return ()
+
+    def _replay(self, state: State) -> tuple[str, ...]:
+        """Once for each start of an agent: what the live copy's intent log alone has, so that an election knows of it;
+        as a problem why it is not known yet.
+        """
+        if not self._begun or self._replayed:
+            return ()
+        try:
+            self._replayed = zfs_live.replay_unmounted(self._layout, state)
+        except zfs.ZfsError as error:
+            return (f"what {self._layout.live} had synced before its last unmount is not known: {error}",)
         return ()
 
     def _nowhere(self, pool: str) -> Examined:
@@ -193,25 +203,9 @@ class ZfsBackend:
     def save_grant(self, grant: Grant | None) -> None:
         with self._alone(make=grant is not None) as there:
             if grant is not None:
-                self._give_back()
+                zfs_live.give_back(self._layout)
             if there:
                 mandate.save_grant(self._layout.files, grant)
-
-    def _give_back(self) -> None:
-        """A primary's dataset is as its operator had it, but for being mounted: that is for him to do."""
-        live, group = self._layout.live, self._layout.group
-        found = zfs.looks(live, group, properties=(WAS_READONLY, WAS_CANMOUNT))
-        if live not in found:
-            return
-        was = found[group].own
-        if was.get(WAS_READONLY) == "inherit":
-            zfs.run("zfs", "inherit", "readonly", live)
-        elif WAS_READONLY in was:
-            zfs.run("zfs", "set", f"readonly={was[WAS_READONLY]}", live)
-        if WAS_CANMOUNT in was:
-            zfs.run("zfs", "set", f"canmount={was[WAS_CANMOUNT]}", live)
-        for noted in set(was) & {WAS_READONLY, WAS_CANMOUNT}:
-            zfs.run("zfs", "inherit", noted, group)
 
     def take_snapshot(self, new: NewSnapshot) -> Snapshot:
         layout = self._layout
@@ -230,18 +224,18 @@ class ZfsBackend:
 
     def delta_bytes(self, base: str, target: str) -> int | None:
         with self._errors():
-            state = load_state(self._layout)
+            state = self._state()
             below = find(self._layout, state, base, "BASE_GONE").name if base else ""
             return zfs_send.estimate(below, find(self._layout, state, target, "TARGET_GONE").name)
 
     def native_id(self, snapshot_id: str) -> str:
         with self._errors():
-            return find(self._layout, load_state(self._layout), snapshot_id, "TARGET_GONE").guid
+            return find(self._layout, self._state(), snapshot_id, "TARGET_GONE").guid
 
     def open_send(self, base: str, target: str, stream_format: str, token: str = "") -> SendStream:
         layout = self._layout
         with self._errors():
-            state = load_state(layout)
+            state = self._state()
             below = find(layout, state, base, "BASE_GONE") if base else None
             above = find(layout, state, target, "TARGET_GONE")
             if stream_format not in zfs_send.formats(layout.pool):
@@ -276,7 +270,7 @@ class ZfsBackend:
 
     def check_base(self, base: str, native_base: str) -> None:
         with self._errors():
-            zfs_stage.base_of(self._layout, load_state(self._layout), base, native_base)
+            zfs_stage.base_of(self._layout, self._state(), base, native_base)
 
     def check_stream_space(self, stream_bytes: int | None, *, resumed_bytes: int = 0) -> int:
         """What the stage takes, and the live copy once more when it follows; a margin where the length is not known."""
@@ -338,19 +332,24 @@ class ZfsBackend:
     def export(self, snapshot_id: str, path: Path, *, writable: bool) -> int:
         """Copies to a directory, which is writable in any case: who may write is told by the files' own modes."""
         del writable
-        with self._settled(make=True) as state:
+        with self._settled() as state:
             copy = next((copy for copy in self._preserved() if copy.id == snapshot_id), None)
             if copy is None and snapshot_id not in state.known:
                 raise self._unknown(snapshot_id)
             name = copy.path if copy is not None else find(self._layout, state, snapshot_id, "TARGET_GONE").name
-            return zfs_keep.export_tree(self._layout, name, path)
+            zfs_keep.check_export(path)
+            with self._alone(make=True):
+                return zfs_keep.export_tree(self._layout, name, path)
 
     def _preserved(self) -> tuple[PreservedCopy, ...]:
-        return zfs_keep.list_preserved(self._layout) if ready(self._layout) else ()
+        return zfs_keep.list_preserved(self._layout) if zfs_records.ready(self._layout) else ()
 
     def _unknown(self, snapshot_id: str) -> NotFound:
         said = f"no snapshot or preserved copy {snapshot_id} of {self._layout.volume}"
         return NotFound("SNAPSHOT_NOT_FOUND", said, snapshot=snapshot_id)
+
+    def _state(self) -> State:
+        return load_state(self._layout, there=zfs_records.ready(self._layout))
 
     @contextlib.contextmanager
     def _settled(self, *, make: bool = False) -> Iterator[State]:
@@ -367,12 +366,12 @@ class ZfsBackend:
         """
         with self._errors(), contextlib.ExitStack() as stack:
             if make:
-                make_root(self._layout)
-            there = make or ready(self._layout)
+                zfs_records.make_root(self._layout)
+            there = make or zfs_records.ready(self._layout)
             if there:
                 stack.enter_context(self._claim.held())
             if not self._begun:
-                orphans.wait("zfs", self._layout.concerns)
+                orphans.wait(self._layout.concerns)
                 self._begun = True
             yield there
 

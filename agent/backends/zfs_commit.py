@@ -45,6 +45,7 @@ from agent.backends.zfs_layout import (
 )
 from agent.backends.zfs_live import put_back, set_aside, shut, unmodified
 from agent.backends.zfs_log import append_records
+from agent.backends.zfs_records import ready
 from agent.backends.zfs_send import open_stream
 from agent.backends.zfs_stage import Receiver, ZfsStage, agrees, discard, read_back
 from agent.backends.zfs_stream import Change, Contents
@@ -104,7 +105,7 @@ def commit(tools: Tools, stage: ZfsStage, order: CommitOrder) -> tuple[Preserved
     """See `ReplicaBackend.commit`. Refused: nothing has changed, and the stage is as it was."""
     layout = tools.layout
     settle(layout, tools.step)
-    state = load_state(layout)
+    state = load_state(layout, there=ready(layout))
     plan = _plan(layout, state, stage, order)
     if plan is None:
         return tuple(copy for copy in keeping.list_preserved(layout) if copy.resync_id == order.resync_id)

@@ -7,8 +7,10 @@ Between a kill and this the dataset may have been mounted, and written to. So no
 destroyed, that was not compared again once nobody had it mounted:
 
 * A **follow** that has received nothing changed nothing: whatever the live copy is by now, its user has made it.
-* One that has received is rolled back only while the live copy is exactly what came, under no later snapshot. Else the
-  snapshot of ours goes, and the live copy stays as it is: modified, and preserved before it is replaced.
+* One that has received is rolled back only while the live copy is exactly what came, under no later snapshot, and
+  nobody can have written to it since that was asked. Else the snapshot of ours goes, and the live copy stays as it is:
+  modified, and preserved before it is replaced. One with a legacy mount always stays: nothing keeps it from being
+  mounted and written to.
 * A live copy that is in use by then is not touched: the commit stays as it is until that ends.
 * A replaced live copy that was to be let go, and was written to since, is a preserved copy.
 """
@@ -45,8 +47,9 @@ from agent.backends.zfs_live import (
     unchanged,
     unmodified,
 )
+from agent.backends.zfs_records import ready
 from agent.backends.zfs_stage import discard
-from agent.disk import zfs
+from agent.disk import mounted, zfs, zfs_mounts
 from agent.disk.durable import read_json, remove_file, write_json
 from agent.stored import typed
 from resilver.errors import Damaged, Refused
@@ -200,22 +203,34 @@ def _take_back(layout: Layout, journal: Journal) -> Journal:
         journal = replace(journal, rolling=ours)
         save_journal(layout, journal)
         zfs.destroy(incoming)
-    elif not is_shut(local) or _is_legacy(layout):
-        # Between the destroying and the rolling back: what was written then, through a legacy mount whatever the
-        # dataset's `readonly` says, cannot be told.
-        ours = False
-    if ours:
-        zfs.patient("zfs", "rollback", journal.on)
-        journal = replace(journal, rolling=False)
-        save_journal(layout, journal)
-    else:
+    if not (ours and _rolled_back(layout, journal.on)):
         _log.warning("live copy is not what its commit had received: kept as it is", dataset=layout.live)
+    journal = replace(journal, rolling=False)
+    save_journal(layout, journal)
     return journal
 
 
-def _is_legacy(layout: Layout) -> bool:
-    head = zfs.look(layout.live)
-    return head is not None and head.mountpoint == LEGACY
+def _rolled_back(layout: Layout, on: str) -> bool:
+    """Whether it was; not once somebody may have written since what came was destroyed: what that is cannot be told.
+
+    So each attempt asks anew: one fails while somebody has it mounted, and he may be writing.
+    """
+    touched = Refused("TARGET_CHANGED", f"{layout.live} may have been written to")
+
+    def check() -> None:
+        head = zfs.look(layout.live)
+        if head is None or head.mountpoint == LEGACY or head.mounted or mounted.places(layout.live):
+            raise touched
+        if not is_shut(zfs.local_properties(layout.live)):
+            raise touched
+
+    try:
+        zfs.patient("zfs", "rollback", on, check=check)
+    except Refused as refused:
+        if refused is not touched:
+            raise
+        return False
+    return True
 
 
 def _ours_alone(layout: Layout, journal: Journal) -> bool:
@@ -290,7 +305,7 @@ def _set_properties(layout: Layout, journal: Journal) -> None:
         except zfs.ZfsError as error:
             _log.warning("property not taken over", dataset=layout.live, name=name, message=error.text)
     if not journal.mounted:
-        zfs.unmount(layout.live)  # to set a mount point may have mounted it
+        zfs_mounts.unmount(layout.live)  # to set a mount point may have mounted it
 
 
 def _put_away(kept: str) -> None:
@@ -314,7 +329,7 @@ def _keep(layout: Layout, journal: Journal) -> None:
     kept = zfs.look(journal.kept)
     if kept is None or any(copy.path == kept.name for copy in keeping.list_preserved(layout)):
         return
-    if zfs.unmount(kept.name) and replayed(layout, kept.name) and _is_newest(kept):
+    if zfs_mounts.unmount(kept.name) and replayed(layout, kept.name) and _is_newest(kept):
         if journal.keeps:
             return
         try:
@@ -343,7 +358,7 @@ def _name_tip(layout: Layout, journal: Journal) -> str:
     if zfs.look(incoming) is not None:
         zfs.run("zfs", "rename", incoming, final)
         return final
-    state = load_state(layout)
+    state = load_state(layout, there=ready(layout))
     found = state.where.get(journal.new_tip)
     if found is None or found.guid != journal.new_guid:
         said = f"{layout.live} should have snapshot {journal.new_tip} by now, and has not"

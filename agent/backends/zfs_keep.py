@@ -20,7 +20,7 @@ from typing import Final
 
 from agent.backends.zfs_layout import RECORD, SEND_TAG, TAG, TAKING, Layout, State
 from agent.backends.zfs_log import append_records
-from agent.disk import zfs
+from agent.disk import zfs, zfs_mounts
 from agent.disk.durable import disk_errors, fsync_dir, make_dir, read_json, write_json
 from agent.stored import typed
 from resilver.errors import Damaged, Invalid, Refused
@@ -118,7 +118,7 @@ def destroy_kept(dataset: str) -> None:
             "PINNED", f"{dataset} also holds what another tool made: {names}; destroy that, then drop it again"
         )
     if dataset in found:
-        if not zfs.unmount(dataset):
+        if not zfs_mounts.unmount(dataset):
             raise Refused("IN_USE", f"{dataset} is mounted and in use: it is not dropped until that ends")
         for one in snapshots:
             destroy_snapshot(one.name)
@@ -149,12 +149,12 @@ def opened(layout: Layout, name: str) -> Iterator[Path]:
         options = [f"mountpoint={point}", "canmount=noauto", "readonly=on"]
         zfs.run("zfs", "clone", *(part for option in options for part in ("-o", option)), moment or name, clone)
         try:
-            zfs.mount(clone)
+            zfs_mounts.mount(clone)
             if not os.path.ismount(point):
                 raise Damaged("IO_ERROR", f"{clone} is not mounted at {point}")
             yield point
         finally:
-            zfs.unmount(clone)
+            zfs_mounts.unmount(clone)
             zfs.destroy(clone)
             with disk_errors(point):
                 if point.is_dir():
@@ -164,12 +164,15 @@ def opened(layout: Layout, name: str) -> Iterator[Path]:
             zfs.destroy(moment)
 
 
-def export_tree(layout: Layout, name: str, path: Path) -> int:
-    """Copies what is in a snapshot or a kept dataset to a directory that does not exist yet."""
+def check_export(path: Path) -> None:
     if not path.is_absolute() or not path.parent.is_dir():
         raise Invalid("INVALID_FIELD", f"{path.parent} is no directory: an export needs an existing one", field="path")
     if os.path.lexists(path):
         raise Invalid("INVALID_FIELD", f"{path} exists already: an export makes a new directory", field="path")
+
+
+def export_tree(layout: Layout, name: str, path: Path) -> int:
+    """Copies what is in a snapshot or a kept dataset to a directory that does not exist yet."""
     making = path.with_name(f".{path.name}.export")
     with opened(layout, name) as point, disk_errors(path):
         shutil.rmtree(making, ignore_errors=True)
@@ -214,7 +217,7 @@ def sweep(layout: Layout, state: State) -> None:
             zfs.destroy(one.name)
     for name in sorted(zfs.family(layout.group)):
         if name.startswith(f"{layout.group}/export-"):
-            zfs.unmount(name)
+            zfs_mounts.unmount(name)
             zfs.destroy(name)
     for copy in list_preserved(layout):
         kept = copy.path.partition("@")[0]

@@ -33,7 +33,6 @@ given properties; held they are only while they are being sent.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -43,9 +42,8 @@ from typing import Final
 import msgspec
 
 from agent.backends import image_layout
-from agent.disk import zfs
-from agent.disk.claim import Claim
-from agent.disk.durable import DIR_MODE, disk_errors, read_json, read_log, write_json
+from agent.disk import zfs, zfs_mounts
+from agent.disk.durable import read_json, read_log, write_json
 from agent.lineages import record_from_json, record_to_json
 from agent.stored import checked, typed, understood
 from resilver.errors import Damaged, Invalid, Refused
@@ -110,11 +108,19 @@ class Layout:
     def aside(self) -> Path:
         return self.root / "aside.json"
 
-    def concerns(self, arguments: list[str]) -> bool:
-        """Whether a `zfs` command changes something of this replica."""
-        names = {word.partition("@")[0] for word in arguments[1:]}
-        mine = any(name in {self.live, self.group} or name.startswith(f"{self.group}/") for name in names)
-        return mine and arguments[0] not in READING
+    def concerns(self, program: str, arguments: list[str]) -> bool:
+        """Whether a command changes something of this replica, or of where it is mounted."""
+        match program:
+            case "zfs":
+                words = arguments[1:] if arguments[:1] and arguments[0] not in READING else []
+            case "mount" | "umount":
+                words = arguments
+            case "sh":
+                words = arguments if zfs_mounts.MOUNT_AND_UNMOUNT in arguments else []
+            case _:
+                return False
+        names = {word.partition("@")[0] for word in words}
+        return any(name in {self.live, self.group} or name.startswith(f"{self.group}/") for name in names)
 
     def kept(self, pid: str) -> str:
         return f"{self.group}/kept-{pid}"
@@ -153,74 +159,6 @@ class State:
 
 def make_layout(volume: str, path: Path, root: Path, state_dir: Path | None = None) -> Layout:
     return Layout(volume, str(path), image_layout.Layout(volume, root / "live", root), state_dir)
-
-
-# The datasets beside the live copy.
-
-
-def ready(layout: Layout) -> bool:
-    """Whether the records are there; mounts them if only that is missing. Makes nothing."""
-    return mounted(layout, zfs.look(layout.records, OWNER))
-
-
-def mounted(layout: Layout, records: zfs.Dataset | None) -> bool:
-    """As `ready`, of the dataset that was looked up."""
-    if records is None:
-        return False
-    if records.own.get(OWNER) != layout.volume:
-        raise Invalid(
-            "INVALID_FIELD",
-            f"{layout.records} was not made for volume {layout.volume}: rename it, or give path another name",
-            field="path",
-        )
-    if records.mountpoint != str(layout.root):
-        if records.mounted:  # another agent's, that has another snapshot_dir for the same dataset
-            with disk_errors(records.mountpoint):
-                Claim(Path(records.mountpoint), layout.state_dir).check()
-        zfs.patient("zfs", "set", f"mountpoint={layout.root}", layout.records)
-    if not (records.mounted and os.path.ismount(layout.root)):
-        zfs.mount(layout.records)
-    if not os.path.ismount(layout.root):
-        raise Damaged("IO_ERROR", f"{layout.records} is not mounted at {layout.root}", path=str(layout.root))
-    return True
-
-
-def make_root(layout: Layout) -> None:
-    """Makes the datasets beside the live copy. The one above them must be there: its pool may not be imported."""
-    if ready(layout):
-        return
-    if zfs.look(layout.parent) is None:
-        raise Invalid(
-            "INVALID_FIELD",
-            f"there is no dataset {layout.parent}: create it, or import its pool, before {layout.live} can be there",
-            field="path",
-        )
-    group = zfs.look(layout.group, OWNER)
-    if group is not None and group.own.get(OWNER) != layout.volume:
-        said = (
-            f"{layout.group} is there and was not made for volume {layout.volume}: rename it, or give path another name"
-        )
-        raise Invalid("INVALID_FIELD", said, field="path")
-    if group is None:
-        unseen = ("mountpoint=none", "canmount=off", "primarycache=metadata", "com.sun:auto-snapshot=false")
-        _create(layout.group, *unseen, f"{OWNER}={layout.volume}")
-    with disk_errors(layout.root):
-        layout.root.mkdir(mode=DIR_MODE, parents=True, exist_ok=True)
-    # The pool's own settings are the operator's, for data: none of them may hide or export these files.
-    plain = ("canmount=noauto", "readonly=off", "atime=off", "sharenfs=off", "sharesmb=off", "primarycache=all")
-    _create(layout.records, *plain, f"mountpoint={layout.root}", f"{OWNER}={layout.volume}")
-    ready(layout)
-    with disk_errors(layout.root):
-        layout.root.chmod(DIR_MODE)
-
-
-def _create(name: str, *properties: str) -> None:
-    options = [part for prop in properties for part in ("-o", prop)]
-    try:
-        zfs.run("zfs", "create", *options, name)
-    except zfs.ZfsError as error:
-        if not error.exists:
-            raise
 
 
 # Records.
@@ -293,9 +231,8 @@ class _Pointer:
     volume_id: str = ""
 
 
-def load_state(layout: Layout, *, there: bool | None = None) -> State:
-    """Looks at all snapshots and finds the lineage. Changes nothing; `there` if it is known that the records are."""
-    there = ready(layout) if there is None else there
+def load_state(layout: Layout, *, there: bool) -> State:
+    """Looks at all snapshots and finds the lineage. Changes nothing; `there`: the records are (`zfs_records.ready`)."""
     known, natives = read_ancestry(layout) if there else ({}, {})
     pointer = typed(layout.pointer, (read_json(layout.pointer) if there else None) or {}, _Pointer)
     found = zfs.family(layout.live, RECORD, TAKING)

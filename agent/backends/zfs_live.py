@@ -21,17 +21,17 @@ import ctypes
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Final
 
 import structlog
 
 from agent.backends import zfs_keys
-from agent.backends.zfs_layout import TAKING, Layout, State
+from agent.backends.zfs_layout import TAKING, WAS_CANMOUNT, WAS_READONLY, Layout, State
 from agent.backends.zfs_send import open_stream
 from agent.backends.zfs_stream import Reader
-from agent.disk import exports, mounted, overlays, zfs
+from agent.disk import exports, mounted, overlays, zfs, zfs_mounts
 from agent.disk.advance import advanced
 from agent.disk.durable import read_json, remove_file, write_json
 from agent.stored import typed
@@ -150,20 +150,25 @@ def unmodified(layout: Layout, since: str) -> bool:
 def replayed(layout: Layout, dataset: str) -> bool:
     """Brings into a file system what its intent log alone has; False if that cannot be, and so nobody knows of it."""
     try:
-        zfs.replay(dataset, str(layout.root))
+        zfs_mounts.replay(dataset, str(layout.root))
     except zfs.ZfsError as error:
         _log.warning("taken for modified: it cannot be mounted", dataset=dataset, message=error.text)
         return False
     return True
 
 
-def replay_unmounted(layout: Layout, state: State) -> None:
-    """As `replayed`, before the first look, so that an election knows of it; only what nobody has mounted is behind."""
+def replay_unmounted(layout: Layout, state: State) -> bool:
+    """As `replayed`, before the first look; only what nobody has mounted is behind. False while its key is missing;
+    ZfsError if it cannot be.
+    """
     head = state.head
-    if head is None or head.locked or head.mounted or mounted.places(layout.live):
-        return
-    with suppress(zfs.ZfsError):  # a commit asks again
-        zfs.replay(layout.live, str(layout.root))
+    if head is None or head.mounted or mounted.places(layout.live):
+        return True
+    if head.locked:
+        return False
+    # Nobody else sees what it covers; of a dataset that is not ours yet there are no records.
+    zfs_mounts.replay(layout.live, str(layout.root if layout.root.is_dir() else "/mnt"))
+    return True
 
 
 def unchanged(dataset: str, since: str) -> bool:
@@ -211,7 +216,7 @@ def set_aside(layout: Layout, head: zfs.Dataset) -> bool:
     if not found.at and not head.mounted:
         return False
     _note_aside(layout, head)
-    if not zfs.unmount(layout.live):
+    if not zfs_mounts.unmount(layout.live):
         remove_file(layout.aside)
         raise refuse(layout, uses(layout, head).who)
     left = mounted.places(layout.live)
@@ -244,19 +249,21 @@ def put_back(layout: Layout) -> None:
             _mount(layout, head, typed(layout.aside, value, _Aside))
     except (zfs.ZfsError, ResilverError) as error:
         _log.warning("live copy not mounted again", dataset=layout.live, message=str(error))
+        if isinstance(error, zfs.ZfsError) and error.busy:
+            return  # a moment of somebody else's: it is tried again
     remove_file(layout.aside)
 
 
 def _mount(layout: Layout, head: zfs.Dataset, aside: _Aside) -> None:
     if head.mountpoint != LEGACY:
-        zfs.mount(layout.live)
+        zfs_mounts.mount(layout.live)
         return
     # Somebody else's mount there is not to be covered.
     if not aside.point or os.path.ismount(aside.point):
         return
     kept = [option for option in aside.options.split(",") if option not in {"rw", "ro", "relatime"}]
     only_read = head.readonly or "ro" in aside.options.split(",")
-    zfs.mount_legacy(layout.live, aside.point, ",".join([*(["ro"] if only_read else []), *kept]))
+    zfs_mounts.mount_legacy(layout.live, aside.point, ",".join([*(["ro"] if only_read else []), *kept]))
 
 
 # Shut.
@@ -297,3 +304,19 @@ def open_up(layout: Layout, readonly: str, canmount: str) -> None:
         if "busy" not in error.text or head is None:
             raise
         raise refuse(layout, uses(layout, head).who) from error
+
+
+def give_back(layout: Layout) -> None:
+    """A primary's dataset is as its operator had it, but for being mounted: that is for him to do."""
+    found = zfs.looks(layout.live, layout.group, properties=(WAS_READONLY, WAS_CANMOUNT))
+    if layout.live not in found:
+        return
+    was = found[layout.group].own
+    if was.get(WAS_READONLY) == "inherit":
+        zfs.run("zfs", "inherit", "readonly", layout.live)
+    elif WAS_READONLY in was:
+        zfs.run("zfs", "set", f"readonly={was[WAS_READONLY]}", layout.live)
+    if WAS_CANMOUNT in was:
+        zfs.run("zfs", "set", f"canmount={was[WAS_CANMOUNT]}", layout.live)
+    for noted in set(was) & {WAS_READONLY, WAS_CANMOUNT}:
+        zfs.run("zfs", "inherit", noted, layout.group)

@@ -36,15 +36,16 @@ class Claim:
         self._depth = 0
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, *, takes: bool = True) -> Iterator[None]:
         """Around every change, also within another one. IN_USE names the other agent. OSError of the disk.
 
-        A directory that is not there yet is nobody's; what is a link is refused by those who look.
+        `takes`: the directory is this agent's from now on, until it ends. One that is not there yet is nobody's; what
+        is a link is refused by those who look.
         """
         with self._turn, contextlib.ExitStack() as stack:
             if not self._depth:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    stack.enter_context(self._locked())
+                    stack.enter_context(self._locked(takes=takes))
             self._depth += 1
             try:
                 yield
@@ -52,7 +53,7 @@ class Claim:
                 self._depth -= 1
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, *, takes: bool) -> Iterator[None]:
         fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             try:
@@ -63,7 +64,7 @@ class Claim:
                 if error.errno not in _NO_LOCKS:
                     raise
             try:
-                self._take(_place(fd))
+                self._take(_place(fd), takes=takes)
                 yield
             finally:
                 # Not left to the closing: a process that is just being started has a copy of the descriptor.
@@ -82,9 +83,9 @@ class Claim:
         if mine is not None:
             self._is_mine(mine)
 
-    def _take(self, place: str) -> None:
+    def _take(self, place: str, *, takes: bool) -> None:
         mine = self._mine(place)
-        if mine is None or self._is_mine(mine):
+        if mine is None or self._is_mine(mine) or not takes:
             return
         # On a full disk the agent goes on without: it is tried again with the next change.
         with contextlib.suppress(ResilverError):

@@ -18,27 +18,27 @@ WAIT_MAX_S: Final = 60.0
 WAIT_EVERY_S: Final = 0.05
 
 
-def wait(program: str, concerns: Callable[[list[str]], bool]) -> None:
+def wait(concerns: Callable[[str, list[str]], bool]) -> None:
     """Returns once no such command runs that this process has not started itself.
 
-    `program` is its name without a directory; `concerns` says of its arguments whether it is about what is ours. Raises
-    IO_ERROR if one still runs after `WAIT_MAX_S`: nothing can be decided before it has ended.
+    `concerns` says of a program, by its name without a directory, and its arguments whether it is about what is ours.
+    Raises IO_ERROR if one still runs after `WAIT_MAX_S`: nothing can be decided before it has ended.
     """
     deadline = time.monotonic() + WAIT_MAX_S
-    while running := [command for command in _others(program) if concerns(command[1:])]:
+    while running := [command for command in _others() if concerns(Path(command[0]).name, command[1:])]:
         if time.monotonic() >= deadline:
             shown = " ".join(running[0])
             raise Damaged("IO_ERROR", f"{shown!r} of an agent that has ended still runs after {WAIT_MAX_S:g} s")
         time.sleep(WAIT_EVERY_S)  # until the deadline: the end of another process' child is told to nobody else
 
 
-def _others(program: str) -> Iterator[list[str]]:
-    """The command lines of processes that run it and are no children of ours."""
+def _others() -> Iterator[list[str]]:
+    """The command lines of processes that are no children of ours."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")[:-1]
-            if not words or Path(os.fsdecode(words[0])).name != program:
-                continue
+            if not words:
+                continue  # of the kernel
             # Behind the command's name, which may hold blanks and brackets: state, then the parent.
             parent = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])
         except (OSError, ValueError, IndexError):

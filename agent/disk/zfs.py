@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -35,6 +35,7 @@ _ABSENT: Final = (
     "no such dataset",
     "could not find any snapshots to destroy",
 )
+_BUSY: Final = ("is busy", "mount point busy", "is already mounted")
 _NO_SERVICE: Final = (
     "zfs-fuse daemon",
     "modules are not loaded",
@@ -59,8 +60,8 @@ _COLUMNS: Final = (
 )
 _ENCRYPTION: Final = ("encryption", "keystatus")
 _LOCKED: Final = "key must be loaded"
-# `-i`: `mount.zfs` lets a file system be mounted where its property says, and nowhere else.
-_MOUNT_AND_UNMOUNT: Final = 'mount -i -t zfs -o ro,nodev,nosuid,noexec -- "$1" "$2" && umount -- "$2"'
+# `mount` and `umount` take a dataset's name for a path wherever there is such a path, as in / by default.
+_NOWHERE: Final = "/proc"
 _DIGITS_MAX: Final = 20
 _PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -79,7 +80,7 @@ class ZfsError(Exception):
 
     @property
     def busy(self) -> bool:
-        return "is busy" in self.text
+        return any(words in self.text for words in _BUSY)
 
     @property
     def exists(self) -> bool:
@@ -162,6 +163,7 @@ def run(tool: str, *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str
             capture_output=True,
             stdin=subprocess.DEVNULL,
             env=environment(),
+            cwd=_NOWHERE,
             timeout=timeout_s,
             check=False,
         )
@@ -172,10 +174,11 @@ def run(tool: str, *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str
     return done.stdout.decode(errors="replace")
 
 
-def patient(tool: str, *arguments: str) -> str:
-    """As `run`, and again for a while as long as the dataset is busy."""
+def patient(tool: str, *arguments: str, check: Callable[[], None] = lambda: None) -> str:
+    """As `run`, and again for a while as long as the dataset is busy; `check` raises before what must not be tried."""
     deadline = time.monotonic() + BUSY_TIMEOUT_S
     while True:
+        check()
         try:
             return run(tool, *arguments)
         except ZfsError as error:
@@ -349,63 +352,9 @@ def release(tag: str, snapshot: str) -> None:
             raise
 
 
-def unmount(name: str) -> bool:
-    """Unmounts a file system; False if somebody uses it, which nobody but the kernel can say for sure."""
-    try:
-        run("zfs", "unmount", name)
-    except ZfsError as error:
-        if "not currently mounted" in error.text or error.absent:
-            return True
-        if "legacy mountpoint" in error.text:
-            return _unmount_legacy(name)
-        if "busy" in error.text:
-            return False
-        raise
-    return True
-
-
-def _unmount_legacy(name: str) -> bool:
-    """Where `zfs` leaves mounting to /etc/fstab, so does unmounting."""
-    try:
-        run("umount", "-t", "zfs", name)
-    except ZfsError as error:
-        if "busy" in error.text:
-            return False
-        if "not mounted" not in error.text and "no mount point" not in error.text:
-            raise
-    return True
-
-
-def mount_legacy(name: str, point: str, options: str) -> None:
-    """Mounts a file system that `zfs` leaves to /etc/fstab.
-
-    Without `ro` among the options it is writable, whatever its property `readonly` says.
-    """
-    run("mount", "-t", "zfs", *(["-o", options] if options else []), "--", name, point)
-
-
 def sync(pool: str) -> None:
     """Returns when all that was written before is in the pool, and so in what its datasets tell of themselves."""
     run("zpool", "sync", pool)
-
-
-def replay(name: str, point: str) -> None:
-    """Mounts a file system for a moment, read-only and where nobody else sees it, at a directory that is there.
-
-    What was synced before a power cut may stand in the intent log alone: neither a snapshot nor `written` tells of it
-    before the file system is mounted again.
-    """
-    if features().written:  # zfs-fuse takes no snapshot before that is done
-        run("unshare", "-m", "--propagation", "private", "sh", "-c", _MOUNT_AND_UNMOUNT, "sh", name, point)
-
-
-def mount(name: str) -> None:
-    """Mounts a file system; mounted already is fine."""
-    try:
-        patient("zfs", "mount", name)
-    except ZfsError as error:
-        if "already mounted" not in error.text:
-            raise
 
 
 def destroy(name: str) -> None:

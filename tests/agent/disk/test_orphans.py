@@ -13,6 +13,7 @@ import pytest
 from agent.backends.image_layout import Layout as Files
 from agent.backends.zfs_layout import Layout
 from agent.disk import orphans
+from agent.disk.zfs_mounts import MOUNT_AND_UNMOUNT
 from resilver.errors import Damaged
 from tests.cluster import wait_for
 
@@ -30,19 +31,18 @@ def left_behind() -> int:
     return pid
 
 
-def mine(arguments: list[str]) -> bool:
-    return arguments == ["600"]
+def mine(program: str, arguments: list[str]) -> bool:
+    return (program, arguments) == (NAME, ["600"])
 
 
 def test_a_command_that_was_left_is_waited_for():
     pid = left_behind()
-    thread = threading.Thread(target=orphans.wait, args=(NAME, mine), daemon=True)
+    thread = threading.Thread(target=orphans.wait, args=(mine,), daemon=True)
     try:
         thread.start()
         thread.join(0.5)
         assert thread.is_alive(), "it still runs"
-        orphans.wait(NAME, lambda _arguments: False)
-        orphans.wait("another", mine)
+        orphans.wait(lambda _program, _arguments: False)
     finally:
         os.kill(pid, signal.SIGKILL)
     thread.join(30)
@@ -54,7 +54,7 @@ def test_one_that_does_not_end_is_named(monkeypatch):
     monkeypatch.setattr(orphans, "WAIT_MAX_S", 0.1)
     try:
         with pytest.raises(Damaged, match=NAME):
-            orphans.wait(NAME, mine)
+            orphans.wait(mine)
     finally:
         os.kill(pid, signal.SIGKILL)
 
@@ -62,7 +62,7 @@ def test_one_that_does_not_end_is_named(monkeypatch):
 def test_what_this_process_has_started_itself_is_its_own_affair():
     with subprocess.Popen(COMMAND) as child:
         try:
-            orphans.wait(NAME, mine)
+            orphans.wait(mine)
         finally:
             child.kill()
 
@@ -70,13 +70,25 @@ def test_what_this_process_has_started_itself_is_its_own_affair():
 @pytest.mark.parametrize(
     ("words", "ours"),
     [
-        ("rename tank/vm tank/vm.resilver/kept-1", True),
-        ("snapshot -o x=y tank/vm@p", True),
-        ("set readonly=on tank/vm.resilver/stage", True),
-        ("send -i tank/vm@p tank/vm@q", False),
-        ("rename tank/vm2 tank/vm3", False),
+        ("zfs rename tank/vm tank/vm.resilver/kept-1", True),
+        ("zfs snapshot -o x=y tank/vm@p", True),
+        ("zfs set readonly=on tank/vm.resilver/stage", True),
+        ("zfs send -i tank/vm@p tank/vm@q", False),
+        ("zfs rename tank/vm2 tank/vm3", False),
+        ("zfs", False),
+        ("umount -t zfs tank/vm", True),
+        ("mount -t zfs -- tank/vm /srv", True),
+        ("mount -t zfs -- tank/vm2 /srv", False),
+        ("sh backup.sh tank/vm", False),
     ],
 )
 def test_which_commands_change_a_replica(words, ours):
     layout = Layout("vm", "tank/vm", Files("vm", Path("/x"), Path("/y")))
-    assert layout.concerns(words.split()) is ours
+    program, *arguments = words.split()
+    assert layout.concerns(program, arguments) is ours
+
+
+def test_a_mount_for_a_moment_changes_a_replica():
+    layout = Layout("vm", "tank/vm", Files("vm", Path("/x"), Path("/y")))
+    assert layout.concerns("sh", ["-c", MOUNT_AND_UNMOUNT, "sh", "tank/vm", "/y"])
+    assert not layout.concerns("sh", ["-c", MOUNT_AND_UNMOUNT, "sh", "tank/vm2", "/y"])

@@ -17,6 +17,7 @@ import pytest
 from agent.backends.base import StreamOrigin
 from agent.backends.zfs import ZfsBackend
 from agent.disk import orphans
+from agent.disk import zfs as commands
 from agent.disk.durable import read_json, write_json
 from resilver.errors import Damaged, Refused
 from resilver.volume import LiveState
@@ -124,13 +125,35 @@ def test_what_was_written_to_a_follow_that_was_cut_off_is_kept(pair):
     assert equal(source, again)
 
 
+def test_nor_is_what_is_written_while_it_is_taken_back_lost(pair, monkeypatch):
+    """By somebody who mounts it when what came is destroyed already, and is not rolled back yet."""
+    source, target = pair
+    base = target.tip.id
+    stage_of(source, target, base)
+    cut_off(source, target, base, "commit.received")
+    destroy = commands.destroy
+
+    def and_then(name: str) -> None:
+        destroy(name)
+        if name.endswith("@resilver-incoming"):
+            target.put("late")
+
+    monkeypatch.setattr(commands, "destroy", and_then)
+    again = target.again()
+    again.backend.recover()
+    assert again.has("late")
+    assert again.state is LiveState.MODIFIED
+    again.backend.recover()
+    assert again.has("late")
+
+
 @contextlib.contextmanager
-def still_running(target: Replica) -> Iterator[None]:
+def still_running(target: Replica, program: str = "zfs", verb: str = "rename") -> Iterator[None]:
     """A command of the agent that was killed."""
-    script = f"exec -a zfs bash -c 'read -t 600 <> <(:); :' rename {target.dataset} >/dev/null 2>&1 & echo $!"
+    script = f"exec -a {program} bash -c 'read -t 600 <> <(:); :' {verb} {target.dataset} >/dev/null 2>&1 & echo $!"
     done = subprocess.run(["bash", "-c", f"({script})"], capture_output=True, text=True, check=True, timeout=30)
     pid = int(done.stdout)
-    wait_for(lambda: Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"zfs\0"), "it has its name")
+    wait_for(lambda: Path(f"/proc/{pid}/cmdline").read_bytes().startswith(f"{program}\0".encode()), "it has its name")
     try:
         yield
     finally:
@@ -152,6 +175,8 @@ def test_nothing_is_decided_while_a_command_of_the_agent_that_was_killed_runs(pa
                 work()
             assert any("a commit was cut off" in problem for problem in again.backend.examine().problems)
             assert (target.traces(), target.settings()) == before
+    with still_running(target, "umount", "-v"), pytest.raises(Damaged, match="still runs"):
+        again.backend.recover()
     assert any("a commit was cut off" in problem for problem in again.backend.examine().problems)
     assert (target.traces(), target.settings()) == before
     again.backend.recover()

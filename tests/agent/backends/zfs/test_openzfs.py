@@ -14,6 +14,7 @@ import pytest
 
 from agent.backends import zfs_send
 from agent.disk import zfs as commands
+from agent.disk import zfs_mounts
 from resilver.errors import Refused, Unauthenticated
 from resilver.volume import LiveState
 from tests.agent.backends.crash import Step, killed
@@ -173,7 +174,7 @@ def test_what_was_just_written_counts(replica):
 
 
 @pytest.mark.parametrize("looked", [True, False])
-def test_what_only_the_intent_log_has_is_kept(replica, other, service, looked):
+def test_what_only_the_intent_log_has_is_kept(replica, other, service, *, looked, tmp_path, monkeypatch):
     """Synced before a power cut, and not mounted since: neither a snapshot nor `written` tells of it before that.
 
     An agent's first look finds it, and so does a commit that comes without one.
@@ -193,8 +194,13 @@ def test_what_only_the_intent_log_has_is_kept(replica, other, service, looked):
     run("zpool", "import", "-N", "-f", "-d", service.work, other.pool)
     again = other.again()
     assert again.state is LiveState.UNMODIFIED, "else this shows nothing"
+    as_path(other, tmp_path, monkeypatch)
     if looked:
         again.backend.recover()
+        with monkeypatch.context() as failing:
+            failing.setattr(zfs_mounts, "MOUNT_AND_UNMOUNT", "echo cannot >&2; false")
+            assert again.state is LiveState.UNKNOWN
+            assert any("cannot" in problem for problem in again.backend.examine().problems)
         assert again.state is LiveState.MODIFIED
     (copy,) = again.receive(replica, base.id)
     assert equal(again, replica)
@@ -205,6 +211,12 @@ def test_what_only_the_intent_log_has_is_kept(replica, other, service, looked):
     replica.snapshot()
     assert again.receive(replica, base.id) == (), "to be looked into changes nothing"
     assert equal(again, replica)
+
+
+def as_path(replica: Replica, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Works where the dataset's name is a path too, as it is in / for a service."""
+    (directory / replica.dataset).mkdir(parents=True)
+    monkeypatch.chdir(directory)
 
 
 def synced(path: Path, data: bytes) -> None:
@@ -307,7 +319,7 @@ def test_a_raw_copy_whose_key_was_loaded(raw):
 
 
 @pytest.fixture
-def legacy(replica, other, tmp_path):
+def legacy(replica, other, tmp_path, monkeypatch):
     """A source that is ahead, a target at its base that /etc/fstab has mounted, the base, and where it is mounted."""
     replica.create()
     base = replica.snapshot().id
@@ -317,6 +329,7 @@ def legacy(replica, other, tmp_path):
     point = tmp_path / "by fstab"
     point.mkdir()
     zfs("set", "mountpoint=legacy", other.dataset)
+    as_path(other, tmp_path, monkeypatch)
     yield replica, other, base, point
     run("umount", point)
 

@@ -118,7 +118,7 @@ def test_what_shares_nothing_is_replaced_by_name_only(replica, other):
         (other.point / "x").touch()
     assert zfs("get", "-H", "-o", "value", "mountpoint", kept.path) == "none\n"
     listed = {copy.id: copy for copy in other.backend.examine().preserved}
-    assert listed[kept.id].size_bytes > 1 << 20
+    assert listed[kept.id].size_bytes == int(zfs("get", "-Hp", "-o", "value", "referenced", kept.path)) > 0
     other.backend.drop(kept.id)
     assert other.backend.examine().preserved == ()
     assert not [name for name in other.traces() if "/kept-" in name]
@@ -126,13 +126,18 @@ def test_what_shares_nothing_is_replaced_by_name_only(replica, other):
 
 def test_exports(replica, tmp_path):
     replica.create()
+    with pytest.raises(NotFound):
+        replica.backend.export("unknown", tmp_path / "x", writable=True)
+    assert not [name for name in replica.traces() if ".resilver" in name]
     first = replica.snapshot()
     with replica.walked() as path:
         mine = tmp_path / "by hand"
         os.system(f"cp -a '{path}' '{mine}'")
     replica.write(1)
     out = tmp_path / "Büro №1"
-    assert replica.backend.export(first.id, out, writable=True) > 1 << 20
+    (name,) = [name for name in replica.traces() if name.startswith(f"{replica.dataset}@")]
+    referenced = int(zfs("get", "-Hp", "-o", "value", "referenced", name))
+    assert replica.backend.export(first.id, out, writable=True) == referenced > 0
     assert differences(mine, out) == ""
     with pytest.raises(Invalid, match="exists"):
         replica.backend.export(first.id, out, writable=True)
