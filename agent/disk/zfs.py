@@ -60,7 +60,7 @@ _COLUMNS: Final = (
 )
 _ENCRYPTION: Final = ("encryption", "keystatus")
 _LOCKED: Final = "key must be loaded"
-# `mount` and `umount` take a dataset's name for a path wherever there is such a path, as in / by default.
+# `umount` takes a dataset's name for a path first, and in / it may be the mount point of another one.
 _NOWHERE: Final = "/proc"
 _DIGITS_MAX: Final = 20
 _PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin"

@@ -174,7 +174,7 @@ def test_what_was_just_written_counts(replica):
 
 
 @pytest.mark.parametrize("looked", [True, False])
-def test_what_only_the_intent_log_has_is_kept(replica, other, service, *, looked, tmp_path, monkeypatch):
+def test_what_only_the_intent_log_has_is_kept(replica, other, service, *, looked, monkeypatch):
     """Synced before a power cut, and not mounted since: neither a snapshot nor `written` tells of it before that.
 
     An agent's first look finds it, and so does a commit that comes without one.
@@ -194,7 +194,6 @@ def test_what_only_the_intent_log_has_is_kept(replica, other, service, *, looked
     run("zpool", "import", "-N", "-f", "-d", service.work, other.pool)
     again = other.again()
     assert again.state is LiveState.UNMODIFIED, "else this shows nothing"
-    as_path(other, tmp_path, monkeypatch)
     if looked:
         again.backend.recover()
         with monkeypatch.context() as failing:
@@ -211,12 +210,6 @@ def test_what_only_the_intent_log_has_is_kept(replica, other, service, *, looked
     replica.snapshot()
     assert again.receive(replica, base.id) == (), "to be looked into changes nothing"
     assert equal(again, replica)
-
-
-def as_path(replica: Replica, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Works where the dataset's name is a path too, as it is in / for a service."""
-    (directory / replica.dataset).mkdir(parents=True)
-    monkeypatch.chdir(directory)
 
 
 def synced(path: Path, data: bytes) -> None:
@@ -320,7 +313,10 @@ def test_a_raw_copy_whose_key_was_loaded(raw):
 
 @pytest.fixture
 def legacy(replica, other, tmp_path, monkeypatch):
-    """A source that is ahead, a target at its base that /etc/fstab has mounted, the base, and where it is mounted."""
+    """A source that is ahead, a target at its base that /etc/fstab has mounted, the base, and where it is mounted.
+
+    The target's name is also a path from here, as it can be for a service in /, at which another dataset is mounted.
+    """
     replica.create()
     base = replica.snapshot().id
     transfer(other, replica)
@@ -329,8 +325,11 @@ def legacy(replica, other, tmp_path, monkeypatch):
     point = tmp_path / "by fstab"
     point.mkdir()
     zfs("set", "mountpoint=legacy", other.dataset)
-    as_path(other, tmp_path, monkeypatch)
+    named = tmp_path / other.dataset
+    zfs("create", "-o", f"mountpoint={named}", f"{other.pool}/theirs")
+    monkeypatch.chdir(tmp_path)
     yield replica, other, base, point
+    assert os.path.ismount(named)
     run("umount", point)
 
 
