@@ -131,6 +131,12 @@ def touched(path: Path, native: Native) -> str:
     return ""
 
 
+def is_untouched(layout: Layout, snapshot_id: str, path: Path, found: btrfs.Info) -> bool:
+    """Whether the data of a snapshot, which is at that path, is what it was: by our record, or else by its own word."""
+    native = load_native(layout.snapshot(snapshot_id) / "native.json") if path == layout.data(snapshot_id) else None
+    return not touched(path, native) if native is not None else vouched(path, found)
+
+
 def vouched(path: Path, found: btrfs.Info) -> bool:
     """Whether a snapshot that we have no record of is what it was when it came to be.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.backends import btrfs_send
-from agent.backends.btrfs_layout import SubvolumeLayout, remove, unused
+from agent.backends.btrfs_layout import SubvolumeLayout, is_untouched, remove, unused
 from agent.disk import btrfs
 from agent.disk.btrfs_use import users_of
 from agent.disk.inuse import InUseError, User, names
@@ -108,7 +108,9 @@ def is_tip(live: Path, tip: Tip, layout: SubvolumeLayout) -> bool:
     btrfs.sync(live)
     now, then = btrfs.info(live), btrfs.info(tip.path)
     made_from_tip = now.parent_uuid == then.uuid and now.ctransid <= now.otransid
-    if made_from_tip or (then.parent_uuid == now.uuid and now.ctransid <= then.otransid):
+    is_source = then.parent_uuid == now.uuid and now.ctransid <= then.otransid
+    # So it is what the tip was. If somebody has changed that since, both are read.
+    if (made_from_tip or is_source) and is_untouched(layout, tip.id, tip.path, then):
         return True
     if not {now.parent_uuid, now.uuid} & ({then.uuid, then.parent_uuid} - {""}):
         return False  # of another origin: files would be compared by inode numbers that mean nothing

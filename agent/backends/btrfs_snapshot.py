@@ -86,7 +86,12 @@ def _snapshot(layout: SubvolumeLayout, path: Path) -> Consistency:
     btrfs.sync(layout.live)
     rest = btrfs.info(layout.live).ctransid
     try:
-        btrfs.snapshot(layout.live, path, read_only=True)
+        # A read-only snapshot says of itself what its source says that it was received from: those of a copy that was
+        # received and made writable would all be called the same.
+        received = bool(btrfs.info(layout.live).received_uuid)
+        btrfs.snapshot(layout.live, path, read_only=not received)
+        if received:
+            btrfs.set_read_only(path, read_only=True)
     except OSError as error:
         if error.errno in {errno.ETXTBSY, errno.EBUSY}:
             swaps = ", ".join(user.name for user in before if user.name.startswith("swap file"))

@@ -29,13 +29,13 @@ from agent.backends.base import StreamOrigin
 from agent.backends.btrfs_layout import (
     SubvolumeLayout,
     fresh_dir,
+    is_untouched,
     load_native,
     native_of,
     remove,
     save_native,
     touched,
     unused,
-    vouched,
 )
 from agent.backends.btrfs_send import END_MAX_S, PIPE_BYTES, Words, end, environment, failed, formats
 from agent.backends.btrfs_stream import END_BYTES, Attribute, Command, Kind, Parser, root_times
@@ -84,6 +84,7 @@ class _Receive:
         with self._busy, disk_errors(self.directory):
             self._check_open()
             for command in self.parser.feed(data):
+                command.check_paths()
                 if not self._begun:
                     self._begin(command)
                 self.recorder.take(command)
@@ -233,33 +234,39 @@ class BtrfsStage:
 
     def base_times(self) -> tuple[int, int] | None:
         """When the base's own directory was read and changed last; its name is not known where it is another tool's."""
-        mounts = btrfs.mounts_of(self.directory)
-        for one in btrfs.subvolumes(self.directory) if self.native_base else ():
-            path = btrfs.reach(one, mounts) if one.info.native_id == self.native_base else None
-            if path is not None and self._is_base(path, one.info):
-                stat = path.lstat()
-                return stat.st_atime_ns, stat.st_mtime_ns
+        for path, _info in self._bases():
+            stat = path.lstat()
+            return stat.st_atime_ns, stat.st_mtime_ns
         return None
+
+    def _bases(self) -> list[tuple[Path, btrfs.Info]]:
+        """What is the base here, untouched: all of its name that came by the same receive, ours first.
+
+        Where one receive is told from another there may be others of that name, with other contents: snapshots of a
+        subvolume that was received and made writable were all called what that one had been.
+        """
+        if not self.native_base:
+            return []
+        mounts = btrfs.mounts_of(self.directory)
+        named = [one for one in btrfs.subvolumes(self.directory) if one.info.native_id == self.native_base]
+        found = [(path, one.info) for one in named if (path := btrfs.reach(one, mounts)) is not None]
+        ours = self._layout.data(self.base)
+        if btrfs.is_subvolume(ours):
+            mine = btrfs.info(ours)
+            same = [(path, info) for path, info in found if info.rtransid == mine.rtransid]
+            found = [(ours, mine), *(each for each in same if each[1].uuid != mine.uuid)]
+        whole = [(path, info) for path, info in found if is_untouched(self._layout, self.base, path, info)]
+        return whole if len({info.rtransid for _path, info in whole}) == 1 else []
 
     def _check_parent(self, found: btrfs.Info) -> None:
         """That what was taken as the parent is the base, untouched: there may be several of its name."""
-        if not self.native_base:
+        if not self.native_base or found.parent_uuid in {info.uuid for _path, info in self._bases()}:
             return
-        mounts = btrfs.mounts_of(self.directory)
-        for one in btrfs.subvolumes(self.directory):
-            if one.info.uuid == found.parent_uuid and one.info.native_id == self.native_base:
-                path = btrfs.reach(one, mounts)
-                if path is not None and self._is_base(path, one.info):
-                    return
         raise Damaged(
             "BASE_MISMATCH",
-            f"btrfs receive took another subvolume for {self.native_base} ({found.parent_uuid}), which was changed "
-            "since it came; delete that one, or clear what it says it was received from",
+            f"btrfs receive took another subvolume for {self.native_base} ({found.parent_uuid}), which is not the base "
+            "or was changed since it came; delete that one, or clear what it says it was received from",
         )
-
-    def _is_base(self, path: Path, info: btrfs.Info) -> bool:
-        native = load_native(path.parent / "native.json") if path == self._layout.data(self.base) else None
-        return not touched(path, native) if native is not None else vouched(path, info)
 
     def verify(self, stop: threading.Event, on_share: Callable[[], None] | None = None) -> None:
         if not is_received(self._layout):

@@ -62,6 +62,7 @@ class Kind(IntEnum):
     ENABLE_VERITY = 26
 
 
+_SYMLINK: Final = int(Kind.SYMLINK)
 _UPDATE_EXTENT: Final = int(Kind.UPDATE_EXTENT)
 _END: Final = int(Kind.END)
 
@@ -78,14 +79,19 @@ class Attribute(IntEnum):
     XATTR_DATA = 14
     PATH = 15
     PATH_TO = 16
+    PATH_LINK = 17
     OFFSET = 18
     DATA = 19
     CLONE_UUID = 20
+    CLONE_PATH = 22
     CLONE_LEN = 24
     UNENCODED_FILE_LEN = 27
     UNENCODED_LEN = 28
     UNENCODED_OFFSET = 29
     COMPRESSION = 30
+
+
+_PATHS: Final = (Attribute.PATH, Attribute.PATH_TO, Attribute.PATH_LINK, Attribute.CLONE_PATH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +124,12 @@ class Command:
         if len(raw) > PATH_BYTES_MAX or b"\0" in raw or raw.startswith(b"/") or b".." in raw.split(b"/"):
             raise _damaged(f"{raw[:80]!r} is no path within a subvolume")
         return raw
+
+    def check_paths(self) -> None:
+        """That none of its paths leads out of the subvolume; where a symbolic link leads is its own affair."""
+        for which in _PATHS:
+            if which in self.attributes and not (which is Attribute.PATH_LINK and self.kind == _SYMLINK):
+                self.path(which)
 
     def data(self) -> memoryview:
         return self.attributes.get(Attribute.DATA, memoryview(b""))

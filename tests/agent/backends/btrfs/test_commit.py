@@ -30,6 +30,24 @@ def test_a_live_copy_that_was_written_to_is_preserved(node, other):
     (Path(kept[0].path) / "own").write_bytes(b"a late writer's")
 
 
+def test_a_tip_that_was_written_to_is_not_what_the_live_copy_is(node, other):
+    """The live copy is the last to have what the tip had."""
+    node.create()
+    base = node.snapshot()
+    other.receive(node)
+    node.write("x", b"1")
+    node.snapshot()
+    other.write("precious", b"mine")
+    data = other.data(other.snapshot(epoch=2).id)
+    btrfs.set_read_only(data, read_only=False)
+    (data / "precious").write_bytes(b"evil")
+    btrfs.set_read_only(data, read_only=True)
+    assert other.backend.examine().live.state is LiveState.MODIFIED
+    copies = other.receive(node, base.id, replace_own_data=True)
+    kept = {(Path(copy.path) / "precious").read_bytes() for copy in copies}
+    assert kept == {b"mine", b"evil"}
+
+
 def test_nothing_that_was_not_received_is_committed(node, other):
     base = pair(node, other)
     target = node.lineage.tip_id

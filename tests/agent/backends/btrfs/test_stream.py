@@ -94,6 +94,21 @@ def test_paths_that_lead_out(path):
         found.path()
 
 
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind not in {Kind.END, Kind.UPDATE_EXTENT}])
+def test_no_path_of_any_command_leads_out(node, other, kind):
+    """Whatever it would do there; where a symbolic link leads is part of what it is."""
+    node.create()
+    target = node.snapshot()
+    stage = other.backend.open_stream_stage("", target.id, node.origin("", target.id))
+    for which in (Attribute.PATH, Attribute.PATH_TO, Attribute.PATH_LINK, Attribute.CLONE_PATH):
+        stage.start("btrfs-1")
+        raw = HEAD + command(kind, (which, b"a/../../x"))
+        said = "begins with" if (kind, which) == (Kind.SYMLINK, Attribute.PATH_LINK) else "no path within"
+        with pytest.raises(Damaged, match=said):
+            stage.feed(memoryview(raw))
+    stage.close()
+
+
 def test_the_command_that_is_added_is_as_the_kernel_makes_it(node):
     node.create()
     first = node.snapshot()

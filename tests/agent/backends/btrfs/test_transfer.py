@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
 from agent.backends import btrfs_send
 from agent.backends.base import StreamOrigin
+from agent.backends.btrfs_layout import native_of, save_native
 from agent.backends.btrfs_stream import Parser
 from agent.backends.btrfs_verify import verify
 from agent.disk import btrfs, loops
@@ -353,6 +355,56 @@ def test_another_subvolume_of_the_bases_name_is_not_taken_for_it(node, other):
         assert error.reason == "BASE_MISMATCH"  # noqa: PT017  # the kernel is free to find the right one
     else:
         same(node.path, other.path)
+
+
+def test_snapshots_of_a_copy_that_was_received_and_made_writable_are_told_apart(node, other, places):
+    """Read-only ones say of themselves what their source says that it was received from: all would be the same."""
+    node.create()
+    base = node.snapshot()
+    other.receive(node)
+    promoted = Node(places[1] / "promoted")
+    btrfs.snapshot(other.data(base.id), promoted.path, read_only=True)
+    btrfs.set_read_only(promoted.path, read_only=False)
+    assert btrfs.info(promoted.path).received_uuid
+    target = Node(places[0] / "target")
+    previous = ""
+    for turn in range(4):
+        promoted.write("x" if turn == 1 else f"x{turn}", b"%d" % turn)
+        made = promoted.snapshot()
+        target.receive(promoted, previous)
+        same(promoted.path, target.path)
+        previous = made.id
+
+
+def alike(node: Node, snapshot_id: str) -> None:
+    """A snapshot of a live copy, as an earlier version took it: called what the live copy was received from."""
+    data = node.data(snapshot_id)
+    btrfs.destroy(data)
+    btrfs.snapshot(node.path, data, read_only=True)
+    save_native(data.parent / "native.json", native_of(data, time.time_ns()))
+
+
+def test_nor_is_another_one_of_its_name_taken_for_a_base_of_ours(node, other, places):
+    """As an earlier version has taken and sent them: a delta would stand on what was the first."""
+    node.create()
+    base = node.snapshot()
+    other.receive(node)
+    promoted, target = Node(places[1] / "promoted"), Node(places[0] / "target")
+    btrfs.snapshot(other.data(base.id), promoted.path, read_only=True)
+    btrfs.set_read_only(promoted.path, read_only=False)
+    for turn in range(2):
+        promoted.write("x", b"%d" % turn)
+        alike(promoted, promoted.snapshot().id)
+        target.receive(promoted)
+    second, first = (record.id for record in target.lineage.records[:2])
+    assert target.backend.native_id(first) == target.backend.native_id(second)
+    promoted.write("y", b"new")
+    promoted.snapshot()
+    assert reason(lambda: target.receive(promoted, second)) == "BASE_MISMATCH"
+    alike(promoted, promoted.snapshot().id)
+    assert reason(lambda: target.receive(promoted, second)) == "BASE_MISMATCH"
+    target.receive(promoted)
+    same(promoted.path, target.path)
 
 
 def test_base_and_target_gone(node, other):
