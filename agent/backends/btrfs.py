@@ -13,6 +13,7 @@ This file is the door: it checks space, calls what does the work, and turns erro
 `btrfs_verify.py`         what came, read back from the disk
 `btrfs_commit.py`         the stage becomes the tip, the live copy a snapshot of it, in one step
 `btrfs_keep.py`           preserved copies, dropping
+`btrfs_debris.py`         what is left over and cannot be removed
 `btrfs_export.py`         a snapshot as a tree elsewhere
 ========================  =======================================================================
 """
@@ -37,6 +38,7 @@ from agent.backends import (
 )
 from agent.backends.base import AnyStage, CommitOrder, Examined, NewSnapshot, SendStream, StreamOrigin, StreamStage
 from agent.backends.btrfs_adopt import Finder, Known
+from agent.backends.btrfs_debris import Debris
 from agent.backends.btrfs_layout import SubvolumeLayout, check_untouched
 from agent.disk import advance, btrfs, btrfs_space, ioctl
 from agent.disk.claim import Claim
@@ -91,6 +93,7 @@ class BtrfsBackend:
         self._tools: Final = btrfs_commit.Tools(
             self._layout, self._finder, step, preserved_max_count, preserved_max_bytes
         )
+        self._debris: Final = Debris()
         self._measured: dict[tuple[str, str], int | None] = {}
 
     def set_reserve(self, ratio: float, min_bytes: int) -> None:
@@ -106,7 +109,7 @@ class BtrfsBackend:
             if not layout.root.is_dir():
                 return
             btrfs_commit.settle(self._tools)
-            btrfs_keep.sweep(layout)
+            btrfs_keep.sweep(layout, self._debris)
             if not (layout.stage / "stage.json").exists():
                 btrfs_stage.discard(layout)
             elif not btrfs_stage.is_received(layout):
@@ -137,7 +140,7 @@ class BtrfsBackend:
                 reserve_bytes=reserve,
                 reflink=True,
                 file_system_id=ioctl.fs_id(layout.live.parent),
-                problems=(*known.problems, *problems),
+                problems=(*known.problems, *problems, *self._debris.problems()),
                 others=known.others,
             )
 
@@ -289,7 +292,7 @@ class BtrfsBackend:
         with disk_errors(self._layout.root), self._claim.held():
             known = self._settled()
             if snapshot_id in {copy.id for copy in image_layout.list_preserved(self._layout)}:
-                return btrfs_keep.drop_preserved(self._layout, snapshot_id, self._step)
+                return btrfs_keep.drop_preserved(self._layout, snapshot_id, self._step, self._debris)
             if snapshot_id in known.adopted or snapshot_id in known.beside:
                 raise Refused("PINNED", f"{snapshot_id} was made by another tool, which is to remove it")
             self._known(known, snapshot_id)
@@ -297,7 +300,7 @@ class BtrfsBackend:
                 raise Refused("PINNED", f"{snapshot_id} is the newest snapshot here, which the live copy stands on")
             if snapshot_id not in known.state.stored:
                 return 0
-            return btrfs_keep.drop_snapshot(known, snapshot_id, self._step)
+            return btrfs_keep.drop_snapshot(known, snapshot_id, self._step, self._debris)
 
     def prune(self, keep_last: int, pinned: frozenset[str]) -> tuple[tuple[str, int], ...]:
         with disk_errors(self._layout.root), self._claim.held():

@@ -19,7 +19,6 @@ Removing a subvolume frees its space later, while the kernel walks through it; t
 
 from __future__ import annotations
 
-import errno
 import uuid
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -28,6 +27,7 @@ from typing import Final
 
 from agent.backends import btrfs_send
 from agent.backends.btrfs_adopt import Known
+from agent.backends.btrfs_debris import Debris
 from agent.backends.btrfs_layout import SubvolumeLayout, remove, unused
 from agent.backends.btrfs_live import Tip, is_tip, own_bytes
 from agent.backends.image_keep import keep_directory, keep_file, now_ms
@@ -159,7 +159,7 @@ def _is(layout: SubvolumeLayout, path: Path, tip: Tip | None) -> bool:
         return False
 
 
-def sweep(layout: SubvolumeLayout) -> None:
+def sweep(layout: SubvolumeLayout, debris: Debris) -> None:
     """At start: finishes what was being preserved, and removes what is part of nothing."""
     if not layout.root.is_dir():
         return
@@ -169,49 +169,48 @@ def sweep(layout: SubvolumeLayout) -> None:
             keep_directory(layout, entry, name.removeprefix(".keep-"))
         elif name.startswith((".keep-", ".new-")) or name == ".live" or fnmatch(name, ".*.tmp"):
             remove(entry)
-    empty_trash(layout)
+    empty_trash(layout, debris)
 
 
-def drop_preserved(layout: SubvolumeLayout, pid: str, step: Callable[[str], None]) -> int:
+def drop_preserved(layout: SubvolumeLayout, pid: str, step: Callable[[str], None], debris: Debris) -> int:
     """Lets a preserved copy go; the bytes that it held alone."""
     copy = load_preserved(layout.preserved / pid)
     with disk_errors(layout.preserved):
         _refuse_used(layout.preserved / pid / "data")
         _refuse_nested(layout.preserved / pid / "data")
-        _trash(layout, layout.preserved / pid, pid, step, "drop.renamed")
+        _trash(layout, layout.preserved / pid, pid, debris)
+        step("drop.renamed")
+        empty_trash(layout, debris)
     return copy.exclusive_bytes or 0
 
 
-def drop_snapshot(known: Known, snapshot_id: str, step: Callable[[str], None]) -> int:
+def drop_snapshot(known: Known, snapshot_id: str, step: Callable[[str], None], debris: Debris) -> int:
     """Lets a snapshot of ours that is not the tip go; about the bytes that no neighbour shares."""
     layout, state = known.layout, known.state
     with disk_errors(layout.snapshot(snapshot_id)):
         _refuse_used(layout.data(snapshot_id))
+        _refuse_nested(layout.data(snapshot_id))
         freed = _alone(known, snapshot_id)
         append_records(layout, [state.known[snapshot_id]], state, logged=[snapshot_id])
         step("prune.logged")
-        _trash(layout, layout.snapshot(snapshot_id), snapshot_id, step, "prune.renamed")
+        _trash(layout, layout.snapshot(snapshot_id), snapshot_id, debris)
+        step("prune.renamed")
+        empty_trash(layout, debris)
         step("prune.removed")
     return freed
 
 
-def _trash(layout: SubvolumeLayout, path: Path, name: str, step: Callable[[str], None], renamed: str) -> None:
-    empty_trash(layout)
+def _trash(layout: SubvolumeLayout, path: Path, name: str, debris: Debris) -> None:
+    empty_trash(layout, debris)
     path.rename(layout.trash(unused(f"{name}-")))
     fsync_dir(path.parent)
     fsync_dir(layout.root)
-    step(renamed)
-    empty_trash(layout)
 
 
-def empty_trash(layout: SubvolumeLayout) -> None:
-    """Removes what was let go. What is being sent the kernel does not remove: that waits for the next time."""
+def empty_trash(layout: SubvolumeLayout, debris: Debris) -> None:
+    """Removes what was let go, as far as that can be done now."""
     for entry in sorted(layout.root.glob(".trash-*")):
-        try:
-            remove(entry)
-        except OSError as error:
-            if error.errno not in {errno.EPERM, errno.EBUSY}:
-                raise
+        debris.remove(entry)
 
 
 def _refuse_used(path: Path) -> None:

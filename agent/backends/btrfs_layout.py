@@ -181,9 +181,10 @@ def _destroy(path: Path) -> None:
     except OSError as error:
         if error.errno != errno.ENOTEMPTY:
             raise
+        first = f"make {path} writable, then " if btrfs.info(path).read_only else ""
         raise Refused(
             "NOT_SUPPORTED",
-            f"{path} holds another subvolume, which is not removed with it: move that out, or delete it",
+            f"{path} holds another subvolume, which is not removed with it: {first}move that out, or delete it",
         ) from error
 
 

@@ -100,12 +100,15 @@ def _named(record: Snapshot | None) -> str:
 
 
 def drop_each(ids: Iterable[str], drop: Callable[[str], int]) -> tuple[tuple[str, int], ...]:
-    """Drops one after the other, and passes over what is PINNED: (id, bytes freed) of each that went."""
+    """Drops one after the other, and passes over what cannot go, so that it holds up no other.
+
+    (id, bytes freed) of each that went.
+    """
     done = []
     for one in ids:
         try:
             done.append((one, drop(one)))
         except Refused as error:
-            if error.reason != "PINNED":
+            if error.reason not in {"PINNED", "NOT_SUPPORTED"}:
                 raise
     return tuple(done)

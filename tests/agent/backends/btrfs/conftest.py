@@ -42,8 +42,11 @@ def cleared(place: Path) -> None:
         if not inner:
             break
         deepest = max(inner, key=lambda found: found.path.count("/"))
-        mount = btrfs.place_of(place)[0]
-        btrfs.destroy(Path(mount.point + deepest.path))
+        path = Path(btrfs.place_of(place)[0].point + deepest.path)
+        for above in path.relative_to(place).parents:  # nothing is removed from one that is read-only
+            if btrfs.is_subvolume(place / above):
+                btrfs.set_read_only(place / above, read_only=False)
+        btrfs.destroy(path)
     remove(place)
 
 
