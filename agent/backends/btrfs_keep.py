@@ -57,8 +57,7 @@ def describe_live(
 
 def describe_snapshot(path: Path, snapshot: Snapshot, older: Path | None, resync_id: str) -> PreservedCopy:
     """What a snapshot that leaves the lineage will be; `older` is its newest ancestor that is here."""
-    found = btrfs_send.measure(older, path, ESTIMATE_MAX_S)
-    own = found.data_bytes if found is not None else None
+    own = btrfs_send.estimate(older, path, ESTIMATE_MAX_S)
     return _describe(path, snapshot, own, live=False, resync_id=resync_id)
 
 
@@ -234,7 +233,10 @@ def _refuse_nested(path: Path) -> None:
 
 
 def _alone(known: Known, snapshot_id: str) -> int:
-    """At most the bytes that dropping a snapshot gives back: what it added, or what was replaced after it."""
+    """At most the bytes that dropping a snapshot gives back: what it added, or what was replaced after it.
+
+    0 where that is not known.
+    """
     here = [record.id for record in known.state.lineage if record.present]
     mine = known.path(snapshot_id)
     if snapshot_id not in here or mine is None:
@@ -249,7 +251,4 @@ def _alone(known: Known, snapshot_id: str) -> int:
 
 def _between(known: Known, base: str, target: str) -> int | None:
     older, newer = known.path(base), known.path(target)
-    if older is None or newer is None:
-        return None
-    found = btrfs_send.measure(older, newer, FREED_MAX_S)
-    return found.data_bytes if found is not None else None
+    return None if older is None or newer is None else btrfs_send.estimate(older, newer, FREED_MAX_S)

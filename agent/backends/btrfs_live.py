@@ -139,15 +139,14 @@ def sweep(layout: SubvolumeLayout) -> None:
 
 
 def own_bytes(live: Path, tip: Tip | None, layout: SubvolumeLayout, deadline_s: float) -> int | None:
-    """How many bytes of data the tip does not have; None where that takes long, or there is no tip."""
+    """How many bytes of data the tip does not have; None where that cannot be counted, or there is no tip."""
     if tip is None:
         return None
     try:
         with _frozen_copy(live, layout) as copy:
-            found = btrfs_send.measure(tip.path, copy, deadline_s)
-    except OSError:
+            return btrfs_send.estimate(tip.path, copy, deadline_s)
+    except OSError:  # for the snapshot there may be no room
         return None
-    return found.data_bytes if found is not None else None
 
 
 def look(layout: SubvolumeLayout, tip_id: str, tip: Tip | None, *, compare: bool) -> tuple[LiveCopy, tuple[str, ...]]:

@@ -23,7 +23,7 @@ from typing import Final
 
 from agent.backends.btrfs_stream import Attribute, Command, Kind, Meter, Parser
 from agent.disk.advance import advanced
-from resilver.errors import Damaged, Invalid, Refused
+from resilver.errors import Damaged, Invalid, Refused, ResilverError
 
 PLAIN: Final = "btrfs-1"
 COMPRESSED: Final = "btrfs-2c"
@@ -202,6 +202,15 @@ def measure(base: Path | None, target: Path, deadline_s: float) -> Measured | No
         return None
     _check_whole(meter, target)
     return Measured(meter.data_bytes, seen)
+
+
+def estimate(base: Path | None, target: Path, deadline_s: float) -> int | None:
+    """The bytes of data of a delta that nothing depends on: None where they cannot be counted, for whatever reason."""
+    try:
+        found = measure(base, target, deadline_s)
+    except (OSError, ResilverError):
+        return None
+    return found.data_bytes if found is not None else None
 
 
 def differs(base: Path, target: Path, deadline_s: float) -> bool:
