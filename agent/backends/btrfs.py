@@ -90,10 +90,10 @@ class BtrfsBackend:
         self._claim: Final = Claim(self._layout.root, state_dir)
         self._finder: Final = Finder(self._layout, adopt)
         self._step: Final = step
-        self._tools: Final = btrfs_commit.Tools(
-            self._layout, self._finder, step, preserved_max_count, preserved_max_bytes
-        )
         self._debris: Final = Debris()
+        self._tools: Final = btrfs_commit.Tools(
+            self._layout, self._finder, step, preserved_max_count, preserved_max_bytes, self._debris
+        )
         self._measured: dict[tuple[str, str], int | None] = {}
 
     def set_reserve(self, ratio: float, min_bytes: int) -> None:
@@ -105,15 +105,19 @@ class BtrfsBackend:
         with disk_errors(layout.root), self._claim.held():
             if not self._on_btrfs():
                 return
-            btrfs_live.sweep(layout)
+            btrfs_live.sweep(layout, self._debris)
             if not layout.root.is_dir():
                 return
             btrfs_commit.settle(self._tools)
             btrfs_keep.sweep(layout, self._debris)
-            if not (layout.stage / "stage.json").exists():
-                btrfs_stage.discard(layout)
-            elif not btrfs_stage.is_received(layout):
-                btrfs_stage.sweep(layout, layout.stage)
+            with self._debris.passed_over(layout.stage):
+                self._sweep_stage()
+
+    def _sweep_stage(self) -> None:
+        if not (self._layout.stage / "stage.json").exists():
+            btrfs_stage.discard(self._layout)
+        elif not btrfs_stage.is_received(self._layout):
+            btrfs_stage.sweep(self._layout, self._layout.stage)
 
     def examine(self, *, compare_live: bool = True) -> Examined:
         layout = self._layout

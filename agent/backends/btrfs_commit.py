@@ -35,6 +35,7 @@ from agent.backends import btrfs_keep as keeping
 from agent.backends import rules
 from agent.backends.base import CommitOrder
 from agent.backends.btrfs_adopt import Finder, Known
+from agent.backends.btrfs_debris import Debris
 from agent.backends.btrfs_layout import SubvolumeLayout, load_native, remove, save_native
 from agent.backends.btrfs_live import Tip, check_live, is_tip, refuse_irreplaceable, refuse_use
 from agent.backends.btrfs_stage import BtrfsStage, discard, is_received
@@ -88,6 +89,7 @@ class Tools:
     step: Callable[[str], None]
     preserved_max_count: int
     preserved_max_bytes: int
+    debris: Debris
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +337,7 @@ def _undo(tools: Tools, journal: Journal) -> None:
 def settle(tools: Tools) -> None:
     """Finishes or undoes a commit that was interrupted, and looks at what was set aside; nothing if there is none."""
     _finish(tools)
-    keeping.look_aside(tools.layout, tools.finder.load)
+    keeping.look_aside(tools.layout, tools.finder.load, tools.debris)
 
 
 def _finish(tools: Tools) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.backends.btrfs_layout import remove
-from resilver.errors import Refused
+from resilver.errors import Damaged, Refused, ResilverError
 
 TOLD_MAX: Final = 4
 _ENDS: Final = frozenset({errno.EPERM, errno.EBUSY})
@@ -41,15 +41,11 @@ class Debris:
         why = ""
         try:
             yield
-        except OSError as error:
-            if error.errno == errno.EROFS:
-                why = f"{path} is left over, and cannot be removed: {os.strerror(errno.EROFS).lower()}"
-            elif error.errno not in _ENDS:
+        except (OSError, ResilverError) as error:
+            found = _why(path, error)
+            if found is None:
                 raise
-        except Refused as error:
-            if error.reason != "NOT_SUPPORTED":
-                raise
-            why = error.message
+            why = found
         # Another one in its place: who looks in another thread goes through the one that he has.
         left = {one: said for one, said in self._left.items() if one != path and os.path.lexists(one)}
         self._left = {**left, path: why} if why else left
@@ -62,3 +58,14 @@ class Debris:
             *told[:TOLD_MAX],
             *((f"{more:,} more things that are left over cannot be removed",) if more > 0 else ()),
         )
+
+
+def _why(path: Path, error: BaseException) -> str | None:
+    """Why something is left over, empty if that ends by itself; None for an error that is not passed over."""
+    if isinstance(error, Damaged) and isinstance(error.__cause__, OSError):
+        error = error.__cause__  # which `disk_errors` has turned into one of ours
+    if isinstance(error, Refused) and error.reason == "NOT_SUPPORTED":
+        return error.message
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{path} is left over, and cannot be removed: {os.strerror(errno.EROFS).lower()}"
+    return "" if isinstance(error, OSError) and error.errno in _ENDS else None

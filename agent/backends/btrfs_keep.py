@@ -127,7 +127,7 @@ def _preserve(layout: SubvolumeLayout, path: Path, against: Tip | None, snapshot
     keep_file(layout, path, copy.id)
 
 
-def look_aside(layout: SubvolumeLayout, load: Callable[[], Known]) -> None:
+def look_aside(layout: SubvolumeLayout, load: Callable[[], Known], debris: Debris) -> None:
     """Of what was set aside long enough ago: preserves what was changed since, and removes what was not."""
     found = sorted(layout.root.glob(f"{_ASIDE}*"))
     for place, entry in enumerate(found):
@@ -140,13 +140,18 @@ def look_aside(layout: SubvolumeLayout, load: Callable[[], Known]) -> None:
             continue
         if users_of(entry):
             continue
-        btrfs.sync(entry)
-        if btrfs.info(entry).ctransid == int(parts[1]):
-            remove(entry)
-            continue
-        known = load()
-        tip = known.path(parts[2])
-        _preserve(layout, entry, Tip(parts[2], tip) if tip is not None else None, known.state.known.get(parts[2]))
+        with debris.passed_over(entry):
+            _end_aside(layout, entry, int(parts[1]), parts[2], load)
+
+
+def _end_aside(layout: SubvolumeLayout, entry: Path, change: int, equal_to: str, load: Callable[[], Known]) -> None:
+    btrfs.sync(entry)
+    if btrfs.info(entry).ctransid == change:
+        remove(entry)
+        return
+    known = load()
+    tip = known.path(equal_to)
+    _preserve(layout, entry, Tip(equal_to, tip) if tip is not None else None, known.state.known.get(equal_to))
 
 
 def _is(layout: SubvolumeLayout, path: Path, tip: Tip | None) -> bool:
@@ -159,15 +164,16 @@ def _is(layout: SubvolumeLayout, path: Path, tip: Tip | None) -> bool:
 
 
 def sweep(layout: SubvolumeLayout, debris: Debris) -> None:
-    """At start: finishes what was being preserved, and removes what is part of nothing."""
+    """At start: finishes what was being preserved, and removes what is part of nothing, as far as that can be done."""
     if not layout.root.is_dir():
         return
     for entry in sorted(layout.root.iterdir()):
         name = entry.name
         if name.startswith(".keep-") and (entry / "data").exists():
-            keep_directory(layout, entry, name.removeprefix(".keep-"))
+            with debris.passed_over(entry):
+                keep_directory(layout, entry, name.removeprefix(".keep-"))
         elif name.startswith((".keep-", ".new-")) or name == ".live" or fnmatch(name, ".*.tmp"):
-            remove(entry)
+            debris.remove(entry)
     empty_trash(layout, debris)
 
 

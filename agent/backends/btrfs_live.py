@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.backends import btrfs_send
+from agent.backends.btrfs_debris import Debris
 from agent.backends.btrfs_layout import SubvolumeLayout, is_untouched, remove, unused
 from agent.disk import btrfs
 from agent.disk.btrfs_use import users_of
@@ -131,11 +132,11 @@ def _frozen_copy(live: Path, layout: SubvolumeLayout) -> Iterator[Path]:
         remove(path)
 
 
-def sweep(layout: SubvolumeLayout) -> None:
+def sweep(layout: SubvolumeLayout, debris: Debris) -> None:
     """Removes what a comparison that was killed has left beside the live copy."""
     for entry in layout.live.parent.iterdir():
         if entry.name.startswith(f".{layout.live.name}.{COMPARED}"):
-            remove(entry)
+            debris.remove(entry)
 
 
 def own_bytes(live: Path, tip: Tip | None, layout: SubvolumeLayout, deadline_s: float) -> int | None:
