@@ -7,6 +7,7 @@ whole.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from pathlib import Path
@@ -23,7 +24,7 @@ SIZE_MAX_S: Final = 30.0
 
 
 def export(source: Path, path: Path, *, writable: bool) -> int:
-    """Its data in bytes, 0 if that takes long to count. Only on Btrfs can it be kept from being written."""
+    """Its data in bytes, 0 if that is not known, or takes long. Only on Btrfs can it be kept from being written."""
     if os.path.lexists(path):
         raise Invalid("INVALID_FIELD", f"{path} is there already; name a path that is not", field="path")
     if not path.parent.is_dir():
@@ -38,11 +39,11 @@ def export(source: Path, path: Path, *, writable: bool) -> int:
 
 
 def _size(path: Path) -> int:
-    """Only a read-only subvolume can be counted without being read."""
-    if not btrfs.is_subvolume(path) or not btrfs.info(path).read_only:
-        return 0
-    found = btrfs_send.measure(None, path, SIZE_MAX_S)
-    return found.data_bytes if found is not None else 0
+    """Only a read-only subvolume can be counted without being read. The export is there already: no error here."""
+    with contextlib.suppress(OSError):
+        if btrfs.is_subvolume(path) and btrfs.info(path).read_only:
+            return btrfs_send.estimate(None, path, SIZE_MAX_S) or 0
+    return 0
 
 
 def _copy(source: Path, path: Path, *, writable: bool) -> None:

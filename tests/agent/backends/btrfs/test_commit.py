@@ -262,6 +262,17 @@ def test_export_on_the_same_file_system(node, writable):
     assert refused(lambda: node.backend.export(made.id, path, writable=True)).metadata["field"] == "path"
 
 
+def test_an_export_whose_size_cannot_be_counted_is_made_all_the_same(node, tmp_path, monkeypatch):
+    """There is no `btrfs` command where the agent looks for one, which an export beside its source does not need."""
+    node.create()
+    made = node.snapshot()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = node.directory / "exported"
+    assert node.backend.export(made.id, path, writable=True) == 0
+    monkeypatch.undo()
+    same(node.data(made.id), path)
+
+
 @pytest.mark.parametrize("kind", ["ext4", "btrfs"])
 def test_export_elsewhere(node, kind):
     from tests.agent.backends.btrfs.test_transfer import fill
