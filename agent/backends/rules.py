@@ -79,9 +79,13 @@ def leaving(held: Held, order: CommitOrder, where: object, *, live: bool, adopte
 def check_bounds(
     volume: str, there: Sequence[PreservedCopy], more: Sequence[PreservedCopy], count_max: int, bytes_max: int
 ) -> None:
-    """Raises PRESERVED_FULL if `more` copies could not be kept beside those that are."""
+    """Raises PRESERVED_FULL if `more` copies could not be kept beside those that are.
+
+    One whose own bytes nobody has counted counts as a whole: that is the largest, as a rule. A subvolume has no size
+    (0) either, and then only the number of copies bounds it.
+    """
     count = len(there) + len(more)
-    kept = sum(copy.exclusive_bytes or 0 for copy in (*there, *more))
+    kept = sum(copy.size_bytes if copy.exclusive_bytes is None else copy.exclusive_bytes for copy in (*there, *more))
     if not more or (count <= count_max and (not bytes_max or kept <= bytes_max)):
         return
     bound = f"{count_max} copies" + (f" or {bytes_max} bytes" if bytes_max else "")
