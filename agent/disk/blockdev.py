@@ -91,20 +91,26 @@ def _looked_up(number: int, own_fd: int) -> Iterator[User]:
 
 
 def _processes(number: int, own_fd: int) -> Iterator[User]:
-    own = os.getpid()
-    for process in Path("/proc").glob("[0-9]*"):
-        for descriptor in proc.descriptors(process):
-            if int(process.name) == own and int(descriptor) == own_fd:
+    own = f"/proc/{os.getpid()}"
+    for process in proc.processes():
+        for bearer in proc.bearers(process):
+            for writes in _open_modes(bearer, number, own_fd if process == own else -1):
+                yield User(f"{proc.command_of(process)} pid {process.rpartition('/')[2]}", writes)
+
+
+def _open_modes(process: str, number: int, besides_fd: int) -> Iterator[bool]:
+    """For each descriptor of a process on the device, whether it may write."""
+    for descriptor in proc.descriptors(process):
+        if int(descriptor) == besides_fd:
+            continue
+        try:
+            # By its name first: a stat of a descriptor on a dead network mount could hang.
+            if not proc.target(process, f"fd/{descriptor}").startswith("/dev/"):
                 continue
-            try:
-                # By its name first: a stat of a descriptor on a dead network mount could hang.
-                if not proc.target(process, f"fd/{descriptor}").startswith("/dev/"):
-                    continue
-                if _is_device(f"{process}/fd/{descriptor}", number):
-                    writes = proc.may_write(proc.fields(process, descriptor))
-                    yield User(f"{proc.command_of(process)} pid {process.name}", writes)
-            except (OSError, ValueError, KeyError):
-                continue
+            if _is_device(f"{process}/fd/{descriptor}", number):
+                yield proc.may_write(proc.fields(process, descriptor))
+        except (OSError, ValueError, KeyError):
+            continue
 
 
 def _is_device(name: str, number: int) -> bool:

@@ -60,27 +60,16 @@ def users_of(path: Path, *, from_above: bool = True) -> list[User]:
 def _processes(subvolume: int, device: str) -> Iterator[User]:
     far_by_namespace: dict[str, frozenset[str]] = {}
     for process in proc.processes():
-        if _is_kernel(process):
+        if proc.is_kernel(process):
             continue
-        far = _far_mounts(process, far_by_namespace)
-        modes = [
-            *_open_modes(process, subvolume, far),
-            *(False for name in ("cwd", "root", "exe") if _is_on(f"{process}/{name}", subvolume)),
-            *_mapped_modes(process, subvolume, device),
-        ]
+        modes: list[bool] = []
+        for bearer in proc.bearers(process):
+            far = _far_mounts(bearer, far_by_namespace)
+            modes += _open_modes(bearer, subvolume, far)
+            modes += (False for name in ("cwd", "root", "exe") if _is_on(f"{bearer}/{name}", subvolume))
+            modes += _mapped_modes(bearer, subvolume, device)
         if modes:
             yield User(f"{proc.command_of(process)} pid {process.rpartition('/')[2]}", any(modes))
-
-
-def _is_kernel(process: str) -> bool:
-    """Whether it is a thread of the kernel, which has neither a program nor descriptors."""
-    try:
-        proc.target(process, "exe")
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _is_on(path: str, subvolume: int) -> bool:

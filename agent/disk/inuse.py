@@ -127,14 +127,17 @@ def _looked_up(stat: os.stat_result, besides_fd: int) -> Iterator[User]:
     for loop in loops.loops_on(stat):
         yield User(str(loop.path), not loop.read_only)
     own = os.getpid()
-    for process in Path("/proc").glob("[0-9]*"):
-        pid = int(process.name)
-        modes = [*_open_modes(process, stat, besides_fd if pid == own else -1), *_mapped_modes(process, stat)]
+    for process in proc.processes():
+        pid = int(process.rpartition("/")[2])
+        modes: list[bool] = []
+        for bearer in proc.bearers(process):
+            modes += _open_modes(bearer, stat, besides_fd if pid == own else -1)
+            modes += _mapped_modes(bearer, stat)
         if modes:
             yield User(f"{proc.command_of(process)} pid {pid}", any(modes))
 
 
-def _open_modes(process: Path, stat: os.stat_result, besides_fd: int) -> Iterator[bool]:
+def _open_modes(process: str, stat: os.stat_result, besides_fd: int) -> Iterator[bool]:
     """For each descriptor of a process on the inode, whether it may write.
 
     The inode is asked of fdinfo first: a stat of a descriptor on a dead network mount could hang.
@@ -149,19 +152,19 @@ def _open_modes(process: Path, stat: os.stat_result, besides_fd: int) -> Iterato
             fields = proc.fields(process, number)
             if "ino" in fields and int(fields["ino"]) != stat.st_ino:
                 continue
-            if os.path.samestat((process / "fd" / number).stat(), stat):
+            if os.path.samestat(Path(f"{process}/fd/{number}").stat(), stat):
                 yield proc.may_write(fields)
         except (OSError, ValueError, KeyError):
             continue
 
 
-def _mapped_modes(process: Path, stat: os.stat_result) -> Iterator[bool]:
+def _mapped_modes(process: str, stat: os.stat_result) -> Iterator[bool]:
     """For each mapping of the inode, whether it writes to the file.
 
     The device in maps is not that of stat on Btrfs: map_files tells, and where it may not be read, a match counts.
     """
     try:
-        raw = (process / "maps").read_bytes()
+        raw = Path(f"{process}/maps").read_bytes()
     except OSError:
         return
     inode = str(stat.st_ino).encode()
@@ -170,7 +173,7 @@ def _mapped_modes(process: Path, stat: os.stat_result) -> Iterator[bool]:
         if len(fields) < 5 or fields[4] != inode:
             continue
         try:
-            same = os.path.samestat((process / "map_files" / fields[0].decode()).stat(), stat)
+            same = os.path.samestat(Path(f"{process}/map_files/{fields[0].decode()}").stat(), stat)
         except OSError:
             same = True
         if same:

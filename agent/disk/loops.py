@@ -209,16 +209,17 @@ def all_mounts() -> Iterator[Mount]:
 
 def mounts_by_namespace() -> Iterator[tuple[Path, list[Mount]]]:
     """The mounts of every namespace, ours first, each with a path to the root of a process that lives in it."""
-    seen = {mount_namespace(Path("/proc/self"))}
+    seen = {mount_namespace("/proc/self")}
     yield Path("/"), own_mounts()
-    for process in Path("/proc").glob("[0-9]*"):
-        namespace = mount_namespace(process)
-        if namespace and namespace not in seen:
-            seen.add(namespace)
-            yield process / "root", _parse(process / "mountinfo", process / "root")
+    for process in proc.processes():
+        for bearer in map(Path, proc.bearers(process)):
+            namespace = mount_namespace(bearer)
+            if namespace and namespace not in seen:
+                seen.add(namespace)
+                yield bearer / "root", _parse(bearer / "mountinfo", bearer / "root")
 
 
-def mount_namespace(process: Path) -> str:
+def mount_namespace(process: proc.Process) -> str:
     """What tells a process' mount namespace from others; empty if it has ended or may not be looked at."""
     try:
         return proc.target(process, "ns/mnt")

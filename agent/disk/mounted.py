@@ -45,14 +45,15 @@ def places(source: str) -> list[Place]:
 
 
 def _all(source: str) -> Iterator[Place]:
-    own = mount_namespace(Path("/proc/self"))
+    own = mount_namespace("/proc/self")
     yield from _parse(Path("/proc/self/mountinfo"), source, own=True)
     known = {own}
-    for process in Path("/proc").glob("[0-9]*"):
-        namespace = mount_namespace(process)
-        if namespace and namespace not in known:
-            known.add(namespace)
-            yield from _parse(process / "mountinfo", source, own=False)
+    for process in proc.processes():
+        for bearer in proc.bearers(process):
+            namespace = mount_namespace(bearer)
+            if namespace and namespace not in known:
+                known.add(namespace)
+                yield from _parse(Path(bearer) / "mountinfo", source, own=False)
 
 
 def _parse(mountinfo: Path, source: str, *, own: bool) -> Iterator[Place]:
@@ -67,12 +68,17 @@ def users(where: Iterable[Place]) -> tuple[str, ...]:
     found = list(where)
     if not found:
         return ()
-    own = mount_namespace(Path("/proc/self"))
-    processes = [process for process in Path("/proc").glob("[0-9]*") if _uses(process, found, own)]
-    return (*sorted(f"{proc.command_of(process)} pid {process.name}" for process in processes), *_loops(found))
+    own = mount_namespace("/proc/self")
+    processes = [
+        process for process in proc.processes() if any(_uses(bearer, found, own) for bearer in proc.bearers(process))
+    ]
+    return (
+        *sorted(f"{proc.command_of(process)} pid {process.rpartition('/')[2]}" for process in processes),
+        *_loops(found),
+    )
 
 
-def _uses(process: Path, where: list[Place], own: str) -> bool:
+def _uses(process: str, where: list[Place], own: str) -> bool:
     """In our own namespace a descriptor's link says its path, which is quicker to ask for than its mount."""
     has_open = _has_open_below if mount_namespace(process) == own else _has_open_on
     return _stands_in(process, where) or has_open(process, where) or _has_mapped(process, where)
@@ -82,7 +88,7 @@ def _below(path: str, where: list[Place]) -> bool:
     return any(is_within(path, place.point) for place in where)
 
 
-def _stands_in(process: Path, where: list[Place]) -> bool:
+def _stands_in(process: str, where: list[Place]) -> bool:
     """Working directory, root or program. The link says the path, or that it cannot be reached from here."""
     for name in ("cwd", "root", "exe"):
         try:
@@ -94,7 +100,7 @@ def _stands_in(process: Path, where: list[Place]) -> bool:
     return False
 
 
-def _has_open_below(process: Path, where: list[Place]) -> bool:
+def _has_open_below(process: str, where: list[Place]) -> bool:
     for number in proc.descriptors(process):
         try:
             if _below(proc.target(process, f"fd/{number}"), where):
@@ -104,7 +110,7 @@ def _has_open_below(process: Path, where: list[Place]) -> bool:
     return False
 
 
-def _has_open_on(process: Path, where: list[Place]) -> bool:
+def _has_open_on(process: str, where: list[Place]) -> bool:
     ids = {place.mount_id for place in where}
     for number in proc.descriptors(process):
         try:
@@ -115,10 +121,10 @@ def _has_open_on(process: Path, where: list[Place]) -> bool:
     return False
 
 
-def _has_mapped(process: Path, where: list[Place]) -> bool:
+def _has_mapped(process: str, where: list[Place]) -> bool:
     devices = {tuple(map(int, place.device.split(":"))) for place in where}
     try:
-        raw = (process / "maps").read_bytes()
+        raw = Path(f"{process}/maps").read_bytes()
     except OSError:
         return False
     return any((int(major, 16), int(minor, 16)) in devices for major, minor in set(_HEX.findall(raw)))
