@@ -11,14 +11,15 @@ directory tree: these are looks, and somebody may come right after one. Whoever 
   system, also through another mount of that. What is written through these is open in no process.
 * Overlay mounts, in every mount namespace, that have a directory in it as a layer.
 
-A descriptor on a mount whose server may be away (anything but the usual local file systems) is not looked at: a dead
-one would hang us.
+What lies on a mount whose server may be away (anything but the usual local file systems) is not looked at: a dead one
+would hang us. Which mount that is, is asked of the mount's number in fdinfo, or of what a link says, and of no server.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ from agent.disk import btrfs, exports, ioctl, loops, overlays, proc
 from agent.disk.inuse import User
 
 _SWAPS: Final = Path("/proc/swaps")
+_OWN: Final = "/proc/thread-self"
 _NEAR: Final = frozenset(
     (
         *("bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "devtmpfs", "efivarfs", "fusectl", "hugetlbfs"),
@@ -33,6 +35,22 @@ _NEAR: Final = frozenset(
         *("btrfs", "ext2", "ext3", "ext4", "f2fs", "iso9660", "overlay", "squashfs", "vfat", "xfs", "zfs"),
     )
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Far:
+    """The mounts whose server may be away, by number; and all that there are, in their order, and whether it is one."""
+
+    ids: frozenset[str] = frozenset()
+    points: tuple[tuple[str, bool], ...] = ()
+
+    def holds(self, path: str) -> bool:
+        """Whether a path is reached through one of them: of the mounts at one place, the last counts."""
+        if not any(is_far and loops.is_within(path, point) for point, is_far in self.points):
+            return False
+        above = [(len(point), is_far) for point, is_far in self.points if loops.is_within(path, point)]
+        longest = max(length for length, _is_far in above)
+        return next(is_far for length, is_far in reversed(above) if length == longest)
 
 
 def users_of(path: Path, *, from_above: bool = True) -> list[User]:
@@ -58,15 +76,15 @@ def users_of(path: Path, *, from_above: bool = True) -> list[User]:
 
 
 def _processes(subvolume: int, device: str) -> Iterator[User]:
-    far_by_namespace: dict[str, frozenset[str]] = {}
+    known: dict[tuple[str, str], _Far] = {}
     for process in proc.processes():
         if proc.is_kernel(process):
             continue
         modes: list[bool] = []
         for bearer in proc.bearers(process):
-            far = _far_mounts(bearer, far_by_namespace)
+            far = _far_mounts(bearer, known)
             modes += _open_modes(bearer, subvolume, far)
-            modes += (False for name in ("cwd", "root", "exe") if _is_on(f"{bearer}/{name}", subvolume))
+            modes += [False] * _stands_in(bearer, subvolume, far)
             modes += _mapped_modes(bearer, subvolume, device)
         if modes:
             yield User(f"{proc.command_of(process)} pid {process.rpartition('/')[2]}", any(modes))
@@ -79,24 +97,45 @@ def _is_on(path: str, subvolume: int) -> bool:
         return False
 
 
-def _far_mounts(process: str, known: dict[str, frozenset[str]]) -> frozenset[str]:
-    """The numbers of the mounts of a process whose server may be away."""
+def _far_mounts(process: str, known: dict[tuple[str, str], _Far]) -> _Far:
+    """The mounts of a process whose server may be away.
+
+    A link says a path as it is seen from here, or of another namespace one from its topmost mount; its mountinfo says
+    one from the root of the process that it is asked of.
+    """
     try:
-        namespace = proc.target(process, "ns/mnt")
-        if namespace not in known:
-            # By new lines alone: whoever mounts in a namespace of his own chooses what else stands in a line.
-            with Path(f"{process}/mountinfo").open(errors="surrogateescape", newline="\n") as file:
-                known[namespace] = frozenset(line.split(" ", 1)[0] for line in file if not _is_near(line))
-        return known[namespace]
+        namespace, above = proc.target(process, "ns/mnt"), proc.target(process, "root")
+        if namespace == proc.target(_OWN, "ns/mnt"):
+            process, above = _OWN, "/"
+        key = (namespace, above)
+        if key not in known:
+            lines = list(loops.mount_lines(Path(f"{process}/mountinfo")))
+            known[key] = _Far(
+                frozenset(fields[0] for fields, tail in lines if tail[0] not in _NEAR),
+                tuple(
+                    ((above.rstrip("/") + loops.plain(fields[4])).rstrip("/") or "/", tail[0] not in _NEAR)
+                    for fields, tail in lines
+                ),
+            )
+        return known[key]
     except OSError:
-        return frozenset()
+        return _Far()
 
 
-def _is_near(mount: str) -> bool:
-    return mount.rpartition(" - ")[2].split(" ", 1)[0] in _NEAR
+def _stands_in(process: str, subvolume: int, far: _Far) -> bool:
+    """Whether its working directory, root or program is in the subvolume."""
+    for name in ("cwd", "root", "exe"):
+        try:
+            if far.ids and far.holds(proc.target(process, name)):
+                continue
+        except OSError:
+            continue
+        if _is_on(f"{process}/{name}", subvolume):
+            return True
+    return False
 
 
-def _open_modes(process: str, subvolume: int, far: frozenset[str]) -> Iterator[bool]:
+def _open_modes(process: str, subvolume: int, far: _Far) -> Iterator[bool]:
     """For each descriptor of a process on the subvolume, whether it may write."""
     for number in proc.descriptors(process):
         name = f"{process}/fd/{number}"
@@ -104,7 +143,7 @@ def _open_modes(process: str, subvolume: int, far: frozenset[str]) -> Iterator[b
             # Sockets, pipes and the like, which are most, have no path.
             if not proc.target(process, f"fd/{number}").startswith("/"):
                 continue
-            if far and proc.fields(process, number)["mnt_id"] in far:
+            if far.ids and proc.fields(process, number)["mnt_id"] in far.ids:
                 continue
             if _is_on(name, subvolume):
                 yield proc.may_write(proc.fields(process, number))

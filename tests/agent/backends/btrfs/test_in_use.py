@@ -18,6 +18,7 @@ from agent.disk.btrfs_use import users_of
 from resilver.lineage import Consistency
 from resilver.volume import LiveState
 from tests.agent.backends.btrfs.nodes import Node, pair, refused, same
+from tests.deadfuse import dead_mount
 from tests.loopfs import attached, run
 
 
@@ -387,3 +388,18 @@ def test_an_overlay_in_a_namespace_with_paths_of_its_own(node, tmp_path):
         assert f"overlay mount at {point}/merged" in [user.name for user in users_of(node.path)]
     finally:
         process.communicate(b"\n", timeout=30)
+
+
+@pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="no FUSE here")
+@pytest.mark.parametrize("how", ["", "namespace", "chroot"])
+def test_a_mount_of_others_that_answers_no_more_hangs_nobody(node, tmp_path, how):
+    """In a process of its own, which can be killed: in ours, what hangs would hang the tests."""
+    node.create()
+    point = tmp_path / "dead mount"
+    point.mkdir()
+    script = "import sys, pathlib, agent.disk.btrfs_use as it; print(len(it.users_of(pathlib.Path(sys.argv[1]))))"
+    with dead_mount(point, node.path / "d", how):
+        looked = subprocess.run(
+            [sys.executable, "-c", script, node.path], capture_output=True, text=True, check=False, timeout=20
+        )
+    assert (looked.stdout, looked.stderr) == ("1\n", ""), "the one that stands beside it is seen"
