@@ -115,7 +115,7 @@ class Finder:
         for pattern in self._patterns:
             for name in sorted(glob.glob(str(self._layout.live.parent / pattern))):  # noqa: PTH207 - it may be absolute
                 path = Path(name)
-                if self._is_ours(path) or path == self._layout.live or not btrfs.is_subvolume(path):
+                if _where(path) == _where(self._layout.live) or not btrfs.is_subvolume(path) or self._is_ours(path):
                     continue
                 count += 1
                 if count > MATCHES_MAX:
@@ -153,7 +153,9 @@ class Finder:
                     yield one.info.native_id, path
 
     def _is_ours(self, path: Path) -> bool:
-        return self._layout.root.resolve() in path.resolve().parents
+        """By places in the file system: the same may be reached through several mounts of it."""
+        ours, there = _where(self._layout.root), _where(path)
+        return ours[0] == there[0] and loops.is_within(there[1], ours[1])
 
     def _sound(self, one: _Seen) -> bool:
         key = (one.info.uuid, one.info.received_uuid, one.info.ctransid)
@@ -162,6 +164,12 @@ class Finder:
                 self._verdicts.clear()
             self._verdicts[key] = vouched(one.path, one.info)
         return self._verdicts[key]
+
+
+def _where(path: Path) -> tuple[str, str]:
+    """The file system that a path lies on, as mountinfo writes it, and the path from its top. Nothing need be there."""
+    place = btrfs.place_of(path)
+    return ("", str(path.resolve())) if place is None else (place[0].device, place[1])
 
 
 def _age(seen: Iterable[_Seen]) -> Callable[[_Seen], tuple[int, int]]:

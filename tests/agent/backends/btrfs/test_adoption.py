@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -324,3 +326,35 @@ def test_through_another_mount(places, tmp_path):
         assert pour(node, pair.native(3), opened.id, "btrfs-1", lambda _data: None) > 0
     finally:
         run("umount", tmp_path)
+
+
+@contextlib.contextmanager
+def later_mount(place: Path, point: Path) -> Iterator[Path]:
+    """A directory as a later mount of the whole file system shows it."""
+    mount, top = btrfs.place_of(place)
+    run("mount", "-o", "subvolid=5", mount.source, point)
+    try:
+        yield Path(f"{point}{top}")
+    finally:
+        run("umount", point)
+
+
+def test_our_own_under_a_later_mount_are_ours(places, tmp_path):
+    with later_mount(places[0], tmp_path) as place:
+        node = Node(place, adopt=(f"{places[0]}/.resilver/*/*/data", f"{places[0]}/vm*"))
+        node.create()
+        assert node.backend.examine().problems == ()
+        left = node.root / ".new-x"
+        left.mkdir(parents=True)
+        btrfs.snapshot(node.path, left / "data", read_only=True)
+        (node.root / "x").mkdir()
+        btrfs.snapshot(node.path, node.root / "x" / "data", read_only=True)
+        assert node.lineage.records == (), "what was begun and left is nobody's snapshot"
+        node.backend.recover()
+        opened = node.snapshot()
+        node.write("a", b"newer")
+        node.snapshot()
+        found = node.backend.examine()
+        assert found.others == ()
+        node.backend.drop(opened.id)
+        assert not node.data(opened.id).exists()
