@@ -3,13 +3,13 @@
 Another tool's snapshot is taken into the lineage by what its file system calls it (`Info.native_id`), without a CP.
 
 * Found by themselves: read-only snapshots of the live subvolume, and the read-only subvolumes that it descends from.
-  So are those of btrbk and snapper, wherever they keep them, if a mount shows the place.
+  So are those of btrbk and snapper, wherever they keep them.
 * Found by the patterns of `adopt`: received ones, whose live copy does not exist on this node.
 * Once a CP of ours is there, the adopted records below it are fixed in the log of ancestry, and their data is looked
   for among all read-only subvolumes of the file system. Any others are shown beside, and are never a tip.
 
 Nothing of theirs is ever renamed, removed or written to. One that is writable, or was changed since it came to be, is
-left out, and told.
+left out, and told; so is one that the mount of the live copy does not show, as no delta can be of it and of ours.
 """
 
 from __future__ import annotations
@@ -63,6 +63,56 @@ class _Seen:
     path: Path
 
 
+class _View:
+    """What the mount shows that the live copy's directory is reached through, and what only other mounts show."""
+
+    def __init__(self, layout: SubvolumeLayout) -> None:
+        self._mounts = btrfs.mounts_of(layout.live.parent)
+        self._live, self._ours = _where(layout.live), _where(layout.root)
+        self._hidden: dict[str, Path] = {}
+
+    def is_ours(self, path: Path) -> bool:
+        """By its place in the file system: the same may be reached through several mounts of that."""
+        where = _where(path)
+        return where == self._live or (where[0] == self._ours[0] and self.holds_ours(where[1]))
+
+    def holds_ours(self, top: str) -> bool:
+        """Whether a path from the top of the file system is the snapshot directory's, or below it."""
+        return loops.is_within(top, self._ours[1])
+
+    def reach(self, one: btrfs.Found) -> Path | None:
+        """A path to a subvolume through that mount; None if it does not show it."""
+        path = btrfs.reach(one, self._mounts[:1])
+        if path is None:
+            elsewhere = btrfs.reach(one, self._mounts[1:])
+            if elsewhere is not None:
+                self._hidden[one.info.uuid] = elsewhere
+        return path
+
+    def shown(self, path: Path, info: btrfs.Info) -> Path | None:
+        """The same as `reach`, of one that was found by a path."""
+        place = btrfs.place_of(path)
+        if place is None or not self._mounts or place[0] == self._mounts[0]:
+            return path
+        there = self.reach(btrfs.Found(info, place[1])) if place[0] in self._mounts else None
+        if there is None:
+            self._hidden[info.uuid] = path
+        return there
+
+    def told(self) -> tuple[str, ...]:
+        """What an operator should know of what is not shown."""
+        if not self._hidden:
+            return ()
+        first, more = min(self._hidden.values()), len(self._hidden) - 1
+        what = f"{first} and {more} more snapshots are" if more else f"{first} is"
+        said = (
+            f"{what} not shown by the mount at {self._mounts[0].point}, through which `path` is reached, and left out: "
+            "no delta can be of what lies under two mounts; name `path` by a mount that shows both, such as one of the "
+            "topmost subvolume (`-o subvolid=5`)"
+        )
+        return (said,)
+
+
 class Finder:
     """Finds them. What was looked at is remembered until it changes: not every heartbeat looks at every inode."""
 
@@ -79,11 +129,12 @@ class Finder:
         if not layout.live.parent.is_dir():
             return Known(layout, state, {})
         every = btrfs.subvolumes(layout.live.parent)
-        found = list(self._found(every, problems))
+        view = _View(layout)
+        found = list(self._found(every, view, problems))
         if not state.lineage.records:
-            return _only_adopted(layout, state, found, (*problems, *_mixed(found)))
+            return _only_adopted(layout, state, found, (*problems, *view.told(), *_mixed(found)))
         wanted = {record.id for record in state.lineage if record.origin is Origin.ADOPTED}
-        there = dict(self._among(every, wanted))
+        there = dict(self._among(every, wanted, view))
         there.update({seen.info.native_id: seen.path for seen in found if seen.info.native_id in wanted})
         present = {record.id for record in state.lineage if record.present} | set(there)
         beside = [seen for seen in reversed(found) if seen.info.native_id not in state.lineage.ids()]
@@ -92,15 +143,14 @@ class Finder:
             replace(state, lineage=state.lineage.with_presence(present)),
             there,
             tuple(_record(seen, "") for seen in beside),
-            tuple(problems),
+            (*problems, *view.told()),
             {seen.info.native_id: seen.path for seen in beside},
         )
 
-    def _found(self, every: list[btrfs.Found], problems: list[str]) -> Iterator[_Seen]:
+    def _found(self, every: list[btrfs.Found], view: _View, problems: list[str]) -> Iterator[_Seen]:
         """Other tools' snapshots, oldest first, each id once."""
-        mounts = btrfs.mounts_of(self._layout.live.parent)
-        seen = {one.info.tree: one for one in self._by_pattern(problems)}
-        for one in self._related(every, mounts):
+        seen = {one.info.tree: one for one in self._by_pattern(view, problems)}
+        for one in self._related(every, view):
             seen.setdefault(one.info.tree, one)
         ids = set()
         for one in sorted(seen.values(), key=_age(seen.values())):
@@ -110,24 +160,26 @@ class Finder:
             elif one.info.native_id not in ids:
                 problems.append(f"{one.path} was changed since it came to be: it is left out")
 
-    def _by_pattern(self, problems: list[str]) -> Iterator[_Seen]:
+    def _by_pattern(self, view: _View, problems: list[str]) -> Iterator[_Seen]:
         count = 0
         for pattern in self._patterns:
             for name in sorted(glob.glob(str(self._layout.live.parent / pattern))):  # noqa: PTH207 - it may be absolute
                 path = Path(name)
-                if _where(path) == _where(self._layout.live) or not btrfs.is_subvolume(path) or self._is_ours(path):
+                if not btrfs.is_subvolume(path) or view.is_ours(path):
                     continue
                 count += 1
                 if count > MATCHES_MAX:
                     raise Damaged("IO_ERROR", f"{pattern!r} matches more than {MATCHES_MAX:,} subvolumes")
                 info = btrfs.info(path)
                 if info.read_only:
-                    yield _Seen(info, path)
+                    shown = view.shown(path, info)
+                    if shown is not None:
+                        yield _Seen(info, shown)
                 else:
                     problems.append(f"{path} is writable: half received, or made writable since; it is left out")
 
-    def _related(self, every: list[btrfs.Found], mounts: list[loops.Mount]) -> Iterator[_Seen]:
-        """Snapshots of the live copy, and what it descends from, that a mount shows."""
+    def _related(self, every: list[btrfs.Found], view: _View) -> Iterator[_Seen]:
+        """Snapshots of the live copy, and what it descends from."""
         if not btrfs.is_subvolume(self._layout.live):
             return
         live = btrfs.info(self._layout.live)
@@ -138,24 +190,16 @@ class Finder:
             at = by_uuid[at].info.parent_uuid
         for one in every:
             if one.info.read_only and (one.info.parent_uuid == live.uuid or one.info.uuid in line):
-                path = btrfs.reach(one, mounts)
-                if path is not None and not self._is_ours(path):
+                path = view.reach(one) if not view.holds_ours(one.path) else None
+                if path is not None:
                     yield _Seen(one.info, path)
 
-    def _among(self, every: list[btrfs.Found], wanted: set[str]) -> Iterator[tuple[str, Path]]:
-        if not wanted:
-            return
-        mounts = btrfs.mounts_of(self._layout.live.parent)
+    def _among(self, every: list[btrfs.Found], wanted: set[str], view: _View) -> Iterator[tuple[str, Path]]:
         for one in every:
             if one.info.native_id in wanted and one.info.read_only:
-                path = btrfs.reach(one, mounts)
+                path = view.reach(one)
                 if path is not None and self._sound(_Seen(one.info, path)):
                     yield one.info.native_id, path
-
-    def _is_ours(self, path: Path) -> bool:
-        """By places in the file system: the same may be reached through several mounts of it."""
-        ours, there = _where(self._layout.root), _where(path)
-        return ours[0] == there[0] and loops.is_within(there[1], ours[1])
 
     def _sound(self, one: _Seen) -> bool:
         key = (one.info.uuid, one.info.received_uuid, one.info.ctransid)

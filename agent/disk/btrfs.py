@@ -334,20 +334,29 @@ def place_of(path: Path) -> tuple[loops.Mount, str] | None:
 
 
 def mounts_of(path: Path) -> list[loops.Mount]:
-    """Our mounts of the file system that a directory lies on."""
+    """Our mounts of the file system that a directory lies on; the one that it is reached through first.
+
+    `btrfs send` and `btrfs receive` want both ends of a delta under one mount.
+    """
     place = place_of(path)
-    return [mount for mount in loops.own_mounts() if place is not None and mount.device == place[0].device]
+    if place is None:
+        return []
+    return [place[0], *(mount for mount in loops.own_mounts() if mount.device == place[0].device and mount != place[0])]
 
 
 def reach(found: Found, mounts: list[loops.Mount]) -> Path | None:
-    """A path to a subvolume through one of the mounts, if one shows it and it is that subvolume.
+    """A path to a subvolume through the first of the mounts that shows it, if it is that subvolume.
 
+    A mount does not show what lies below another mount upon it: that one may.
     Tree numbers and paths are the same on two file systems of two replicas: the uuid is not.
     """
+    every = loops.own_mounts()
     for mount in mounts:
         root = mount.root.rstrip("/")
         if found.path and (found.path == root or found.path.startswith(f"{root}/")):
-            path = Path(mount.point + found.path[len(root) :])
+            path = Path(mount.point.rstrip("/") + found.path[len(root) :])
+            if loops.mount_above(str(path), every) != mount:
+                continue
             with contextlib.suppress(OSError):
                 there = info(path)
                 if (there.tree, there.uuid) == (found.info.tree, found.info.uuid):

@@ -358,3 +358,75 @@ def test_our_own_under_a_later_mount_are_ours(places, tmp_path):
         assert found.others == ()
         node.backend.drop(opened.id)
         assert not node.data(opened.id).exists()
+
+
+def snapshots_of(live: Path, into: Path, count: int = 3) -> None:
+    """What a tool takes, with a change between any two."""
+    into.mkdir()
+    for turn in range(count):
+        (live / "turn").write_bytes(os.urandom(50_000))
+        run("btrfs", "subvolume", "snapshot", "-r", live, into / f"vm1.{turn}")
+
+
+def goes_on(node: Node) -> None:
+    """What asks for deltas between all that is in the lineage."""
+    opened = node.snapshot()
+    assert node.backend.examine().live.state is LiveState.UNMODIFIED
+    for turn in range(2):
+        node.write("a", b"%d" % turn)
+        node.snapshot()
+    assert node.backend.prune(2, frozenset()) != ()
+    assert opened.id not in {record.id for record in node.lineage if record.present}
+
+
+def test_under_a_mount_that_came_later(places, tmp_path):
+    """As with snapper: what an earlier mount shows too is reached through the one of the live copy."""
+    with later_mount(places[0], tmp_path) as place:
+        node = Node(place)
+        node.create()
+        snapshots_of(node.path, place / "snaps")
+        found = node.backend.examine()
+        assert [record.note for record in found.lineage] == ["vm1.2", "vm1.1", "vm1.0"]
+        assert (found.live.state, found.problems) == (LiveState.UNMODIFIED, ())
+        node.write("a", b"newer")
+        assert node.backend.examine().live.state is LiveState.MODIFIED
+        goes_on(node)
+
+
+@pytest.mark.parametrize("how", ["beside", "upon", "upon itself"])
+@pytest.mark.parametrize("adopt", [(), ("{snaps}/vm1.*",)])
+def test_what_the_live_copys_mount_does_not_show_is_left_out_and_told(places, tmp_path, how, adopt):
+    """Also what another mount upon it shows. `btrfs send` makes no delta of these and of ours."""
+    above, snaps = places[0] / "above", places[0] / "snaps"
+    run("btrfs", "subvolume", "create", above)
+    mount, top = btrfs.place_of(above)
+    run("mount", "-o", f"subvol={top}", mount.source, tmp_path)
+    try:
+        node = Node(tmp_path)
+        node.create()
+        snapshots_of(node.path, tmp_path / "snaps" if how == "upon itself" else snaps)
+        if how == "upon":
+            (tmp_path / "snaps").mkdir()
+        if how == "upon itself":
+            snaps = tmp_path / "snaps"
+        if how != "beside":
+            run("mount", "--bind", snaps, tmp_path / "snaps")
+            snaps = tmp_path / "snaps"
+        node = Node(tmp_path, adopt=tuple(pattern.format(snaps=snaps) for pattern in adopt))
+        found = node.backend.examine()
+        assert (found.lineage.records, found.others) == ((), ())
+        [problem] = found.problems
+        assert "vm1.0 and 2 more snapshots are not shown by the mount at " in problem
+        goes_on(node)
+        assert node.backend.examine().problems == (problem,)
+    finally:
+        run("umount", "--recursive", tmp_path)
+
+
+def test_a_snapshot_on_another_file_system_is_left_out_and_told(places):
+    """A tree number and a place may be the same there."""
+    pair = Pair(places)
+    node = Node(places[0], adopt=(f"{pair.backups}/vm1.*",))
+    found = node.backend.examine()
+    assert [record.note for record in found.lineage] == ["vm1.5", "vm1.4", "vm1.3", "vm1.2", "vm1.1"]
+    assert str(pair.backups) in " ".join(found.problems)
