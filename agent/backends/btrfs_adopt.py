@@ -163,7 +163,8 @@ class Finder:
     def _by_pattern(self, view: _View, problems: list[str]) -> Iterator[_Seen]:
         count = 0
         for pattern in self._patterns:
-            for name in sorted(glob.glob(str(self._layout.live.parent / pattern))):  # noqa: PTH207 - it may be absolute
+            within = Path(glob.escape(str(self._layout.live.parent)), pattern)
+            for name in sorted(glob.glob(str(within))):  # noqa: PTH207 - it may be absolute
                 path = Path(name)
                 if not btrfs.is_subvolume(path) or view.is_ours(path):
                     continue

@@ -430,3 +430,13 @@ def test_a_snapshot_on_another_file_system_is_left_out_and_told(places):
     found = node.backend.examine()
     assert [record.note for record in found.lineage] == ["vm1.5", "vm1.4", "vm1.3", "vm1.2", "vm1.1"]
     assert str(pair.backups) in " ".join(found.problems)
+
+
+def test_a_pattern_below_a_directory_with_a_name_like_one(places):
+    """Only what the pattern itself says is one."""
+    for name in ("[a]*?", "ab"):
+        node = Node(places[0] / name, adopt=("snaps/vm1.[0-1]",))
+        node.create()
+        snapshots_of(node.path, node.directory / "snaps")
+        node.path.rename(node.directory / "moved")
+        assert [record.note for record in node.lineage] == ["vm1.1", "vm1.0"]
