@@ -2,7 +2,7 @@
 
 On the same Btrfs it is a snapshot, made in one step. On another one it is a subvolume with the same content, elsewhere
 a directory: copied by `cp`, with holes, hard links, ACLs and attributes, under another name, and renamed when it is
-whole.
+whole (`unfinished.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from agent.backends import btrfs_send
 from agent.backends.btrfs_layout import remove
 from agent.disk import btrfs, ioctl
 from agent.disk.durable import disk_errors
+from agent.disk.unfinished import unfinished
 from resilver.errors import Invalid
 
 COPY_MAX_S: Final = 7 * 86400.0
@@ -47,14 +48,9 @@ def _size(path: Path) -> int:
 
 
 def _copy(source: Path, path: Path, *, writable: bool) -> None:
-    temporary = path.with_name(f".{path.name}.resilver-{os.getpid()}")
-    remove(temporary)
     subvolume = btrfs.is_btrfs(path.parent)
-    try:
-        if subvolume:
-            btrfs.create(temporary)
-        else:
-            temporary.mkdir(mode=0o700)
+    make = btrfs.create if subvolume else _make_directory
+    with unfinished(path, make, remove) as (temporary, lock):
         # `/.` copies what is in it and its own attributes; reflinks between subvolumes would be no copies.
         done = subprocess.run(
             ["cp", "-a", "--sparse=always", "--", f"{source}/.", str(temporary)],
@@ -62,6 +58,7 @@ def _copy(source: Path, path: Path, *, writable: bool) -> None:
             timeout=COPY_MAX_S,
             check=False,
             env=btrfs_send.environment(),
+            pass_fds=(lock,),
         )
         if done.returncode:
             raise btrfs_send.failed("cp failed", done.stderr.decode(errors="replace")[-500:].strip(), path)
@@ -71,5 +68,7 @@ def _copy(source: Path, path: Path, *, writable: bool) -> None:
             ioctl.syncfs(fd)
             ioctl.rename_new(temporary, path)
             os.fsync(fd)
-    finally:
-        remove(temporary)
+
+
+def _make_directory(path: Path) -> None:
+    path.mkdir(mode=0o700)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from resilver.errors import ResilverError
 from resilver.volume import LiveState
 from tests.agent.backends.btrfs.nodes import Node, never, pair, refused, same
 from tests.loopfs import mounted, run
+
+ROOT = Path(__file__).parents[4]
 
 
 def test_a_live_copy_that_was_written_to_is_preserved(node, other):
@@ -290,6 +295,46 @@ def test_export_elsewhere(node, kind):
 
 
 # A full disk.
+
+
+@pytest.mark.parametrize("kind", ["ext4", "btrfs"])
+def test_what_an_export_that_was_killed_has_left_is_replaced_by_the_next(node, tmp_path, kind):
+    node.create()
+    made = node.snapshot()
+    stuck = tmp_path / "cp"  # it has copied half of it; its last argument is where to
+    stuck.write_text(
+        f'#!/bin/sh\nfor to; do :; done\necho half > "$to/half"\necho $$ > {tmp_path}/pid\nexec sleep 60\n'
+    )
+    stuck.chmod(0o755)
+    with mounted(kind, 256 << 20) as point:
+        path = point / "exported"
+        call = f"btrfs_export.export(Path({str(node.data(made.id))!r}), Path({str(path)!r}), writable=True)"
+        code = f"from pathlib import Path; from agent.backends import btrfs_export; {call}"
+        search = f"{tmp_path}:{os.environ['PATH']}"
+        child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PATH": search})
+        copier = int(until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+        child.kill()
+        child.wait()
+        try:
+            [left] = point.glob(".exported*")
+            assert refused(lambda: node.backend.export(made.id, path, writable=True)).reason == "IN_USE"
+            assert (left / "half").exists(), "what still copies into it is left alone"
+        finally:
+            os.kill(copier, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{copier}/fd/0").exists())
+        node.backend.export(made.id, path, writable=True)
+        same(node.data(made.id), path)
+        assert [entry.name for entry in point.iterdir() if entry.name != "lost+found"] == ["exported"]
+
+
+def until(found):
+    """What becomes true within 10 seconds."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        time.sleep(0.01)  # another process is waited for
+    raise AssertionError("it did not come")
 
 
 def test_a_full_disk_is_told_and_leaves_what_was_there(node, small):
