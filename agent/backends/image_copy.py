@@ -22,6 +22,7 @@ from agent.delta import DeltaMap
 from agent.disk import contents, extents, ioctl
 from agent.disk.durable import DIR_MODE, FILE_MODE, disk_errors
 from agent.disk.inuse import Lease
+from agent.disk.unfinished import unfinished
 from resilver.errors import Invalid, Refused
 
 NO_MAPS: Final = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL})
@@ -303,15 +304,13 @@ def _tolerated(call: Callable[..., None], fd: int, name: str, *rest: bytes) -> N
 
 def export_file(source: Path, target: Path, *, writable: bool) -> int:
     """Copies a file to a new name, anywhere: cloned where that works, else sparsely; whole or not at all."""
-    temporary = target.with_name(f".{target.name}.resilver-{os.getpid()}")
     if os.path.lexists(target):
         raise Invalid("INVALID_FIELD", f"{target} is there already; name a path that is not", field="path")
     if not target.parent.is_dir():
         raise Invalid("INVALID_FIELD", f"{target.parent} is no directory; create it first", field="path")
     with disk_errors(target):
-        remove_tree(temporary)
-        try:
-            with opened(source) as source_fd, opened(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL) as target_fd:
+        with unfinished(target, _make_file, remove_tree) as (temporary, _lock):
+            with opened(source) as source_fd, opened(temporary, os.O_RDWR | os.O_NOFOLLOW) as target_fd:
                 try:
                     ioctl.copy_nocow(source_fd, target_fd)
                     ioctl.clone(target_fd, source_fd)
@@ -323,8 +322,11 @@ def export_file(source: Path, target: Path, *, writable: bool) -> int:
                 os.fsync(target_fd)
                 size = os.fstat(target_fd).st_size
             ioctl.rename_new(temporary, target)
-        finally:
-            remove_tree(temporary)
         with opened(target.parent, os.O_DIRECTORY) as parent_fd:
             os.fsync(parent_fd)
     return size
+
+
+def _make_file(path: Path) -> None:
+    with opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL):
+        pass

@@ -6,6 +6,7 @@ What every backend must give is in `conformance/`.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -246,6 +247,26 @@ def test_a_written_live_copy_is_preserved(replica, other, place):
     assert other.backend.commit(stage, other.order(replica.lineage, expected_tip=first.id)) == (kept,)
     assert other.backend.drop(kept.id) > 0
     assert other.backend.examine().preserved == ()
+
+
+def test_what_an_export_that_was_killed_has_left_is_replaced_by_the_next(replica, place, tmp_path):
+    replica.create()
+    taken = replica.snapshot()
+    data, out = replica.backend.examine().live.path, tmp_path / "out.img"
+    # It is killed by itself where it would copy the first block, or share it.
+    code = f"""
+import os, signal
+from pathlib import Path
+from agent.backends import image_copy
+image_copy.ioctl.copy_nocow = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+image_copy.export_file(Path({str(data)!r}), Path({str(out)!r}), writable=True)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    assert replica.backend.export(taken.id, out, writable=True) == SIZE
+    assert digest(out) == digest(replica.path)
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_export_of_a_snapshot(replica, place):
