@@ -65,12 +65,15 @@ class Examiner:
         self._outline: tuple[object, object] = _NOTHING_SEEN
         self._seen: object = None
         self._broken: str | None = "the volume has not been recovered since the agent started"
+        self._recovered_on = ""
 
     def recover(self) -> None:
-        """At start; a backend that cannot is tried again before each look, and its words are a problem till then."""
+        """At start; a backend that cannot is tried again before each look, and its words are a problem till then. A
+        disk that comes later is recovered by the look that finds it.
+        """
         try:
             with disk_errors(self._volume):
-                self._backend.recover()
+                self._recovered_on = self._backend.recover()
         except ResilverError as error:
             self._broken = f"{error.reason}: {error.message}"
             raise
@@ -98,14 +101,20 @@ class Examiner:
         """What there is; raises what the disk says if it cannot be looked at."""
         if self._broken is not None:
             self.recover()
-        with disk_errors(self._volume):
-            examined = self._backend.examine(compare_live=compare_live)
+        examined = self._look(compare_live=compare_live)
+        if examined.file_system_id not in {"", self._recovered_on}:
+            self.recover()
+            examined = self._look(compare_live=compare_live)
         live, rest = _outline(examined)
         # A change of the live copy that was not compared is left for the next look to find.
         self._outline = (live if compare_live or live == self._outline[0] else None, rest)
         self._seen = None
         self.last = self._report(examined, compared=compare_live)
         return self.last
+
+    def _look(self, *, compare_live: bool) -> Examined:
+        with disk_errors(self._volume):
+            return self._backend.examine(compare_live=compare_live)
 
     def examine_surely(self) -> ReplicaReport:
         """As `examine`, comparing; what cannot be looked at is LOST."""
@@ -123,8 +132,7 @@ class Examiner:
             return False
         before, self._seen = self._outline, None
         try:
-            with disk_errors(self._volume):
-                self._outline = _outline(self._backend.examine(compare_live=False))
+            self._outline = _outline(self._look(compare_live=False))
         except ResilverError as error:
             said = f"{error.reason}: {error.message}"
             return self.last is None or said not in self.last.problems

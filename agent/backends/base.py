@@ -243,8 +243,12 @@ class ReplicaBackend(Protocol):
     def set_reserve(self, ratio: float, min_bytes: int) -> None:
         """What must stay free of the file system, the larger of the two, from the next look at the space on."""
 
-    def recover(self) -> None:
-        """At start: thaws what was left frozen, finishes or undoes an interrupted commit, sweeps debris."""
+    def recover(self) -> str:
+        """At start: thaws what was left frozen, finishes or undoes an interrupted commit, sweeps debris.
+
+        Answers where: the `Examined.file_system_id` of what was there when it began, empty if nothing was. Whoever sees
+        another one later calls it again, because what came since is as it was left.
+        """
 
     def examine(self, *, compare_live: bool = True) -> Examined:
         """Looks. Without `compare_live` the live copy's state may be UNKNOWN (cheap, for heartbeats)."""

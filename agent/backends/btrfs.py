@@ -100,18 +100,20 @@ class BtrfsBackend:
         """Another reserve, from the next look at the space on."""
         self._reserve = (ratio, min_bytes)
 
-    def recover(self) -> None:
+    def recover(self) -> str:
         layout = self._layout
         with disk_errors(layout.root), self._claim.held():
             if not self._on_btrfs():
-                return
+                return ""
+            where = ioctl.fs_id(layout.live.parent)
             btrfs_live.sweep(layout, self._debris)
             if not layout.root.is_dir():
-                return
+                return where
             btrfs_commit.settle(self._tools)
             btrfs_keep.sweep(layout, self._debris)
             with self._debris.passed_over(layout.stage):
                 self._sweep_stage()
+        return where
 
     def _sweep_stage(self) -> None:
         if not (self._layout.stage / "stage.json").exists():

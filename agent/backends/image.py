@@ -99,17 +99,19 @@ class ImageBackend:
         """Another reserve, from the next look at the space on."""
         self._reserve = (ratio, min_bytes)
 
-    def recover(self) -> None:
+    def recover(self) -> str:
         layout = self._layout
         with disk_errors(layout.root), self._claim.held():
+            where = ioctl.fs_id(layout.live.parent) if layout.live.parent.is_dir() else ""
             if not layout.root.is_dir():
-                return
+                return where
             quiesce.thaw_recorded(layout.frozen)
             image_finish.settle(self._tools)
             image_keep.sweep(layout, self._copier, load_state(layout))
             self._compactor.recover(load_state(layout))
             if layout.stage.exists() and not (layout.tree / "data").exists():
                 image_stage.discard(layout)
+        return where
 
     def examine(self, *, compare_live: bool = True) -> Examined:
         layout = self._layout

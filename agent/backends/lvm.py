@@ -102,15 +102,16 @@ class LvmBackend:
         """Another reserve, from the next look at the space on."""
         self._reserve = (ratio, min_bytes)
 
-    def recover(self) -> None:
+    def recover(self) -> str:
         view = self._place.look()
         if view is None or view.records is None:
-            return
+            return view.group.uuid if view is not None else ""
         with self._alone():
             thin.release_left(self._place.pool(self._place.surely()))
             lvm_commit.settle(self._tools)
             lvm_live.bring_back(self._tools)
             lvm_keep.sweep(self._tools)
+        return view.group.uuid
 
     def examine(self, *, compare_live: bool = True) -> Examined:
         view = self._place.look()

@@ -100,11 +100,14 @@ class ZfsBackend:
         """Another reserve, from the next look at the space on."""
         self._reserve = (ratio, min_bytes)
 
-    def recover(self) -> None:
+    def recover(self) -> str:
         layout = self._layout
+        with self._errors():
+            around = zfs.looks(layout.pool, layout.parent)
+        where = around[layout.pool].guid if around.keys() >= {layout.pool, layout.parent} else ""
         with self._alone() as there:
             if not there:
-                return
+                return where
             zfs_finish.settle_unless_used(layout, self._step)
             state = load_state(layout, there=True)
             zfs_keep.sweep(layout, state)
@@ -112,6 +115,7 @@ class ZfsBackend:
             # Of no use any more: its target is here, or its dataset is not.
             if plan is None or plan.target in state.where or (plan.whole and zfs.look(layout.stage) is None):
                 zfs_stage.discard(layout)
+        return where
 
     def examine(self, *, compare_live: bool = True) -> Examined:
         layout = self._layout

@@ -115,8 +115,8 @@ class Disk:
 
     # What the agent asks.
 
-    def recover(self) -> None:
-        return
+    def recover(self) -> str:
+        return f"fs-{self.node}" if self.mounted else ""
 
     def examine(self, *, compare_live: bool = True) -> Examined:
         there = self.mounted and (bool(self.records) or self.live is not None)

@@ -15,8 +15,10 @@ import pytest
 from agent.backends import lvm_commit, lvm_snapshot
 from agent.backends.lvm import STEPS
 from agent.disk import dm, lvm, thin
+from agent.examiner import Examiner, ReplicaSettings
+from agent.identity import Identity
 from resilver.errors import Refused, ResilverError
-from resilver.volume import LiveState, VolumeRecord
+from resilver.volume import LiveState, Presence, VolumeRecord
 from tests.vm.inside.node import CHUNK, GROUP, SIZE, VOLUME_ID, Node, killed, make_pool, noise, run
 
 DECIDES = lvm_commit.STEPS.index("commit.exchanged")
@@ -182,6 +184,31 @@ def test_killed_in_a_commit(node, other):
         assert len(preserved) == pair.kept + 1, step
         assert pair.target.read(preserved[-1].id) == pair.old, step
         pair.diverge()
+
+
+def test_a_group_that_comes_after_the_agent_has_started(node, other, tmp_path):
+    """What a killed agent has left in it is finished by the first look that finds it, which tells nothing untrue."""
+    pair = Pair(node, other)
+    pair.diverge()
+    identity = Identity(tmp_path, "prod", "b")
+    looks = Examiner("vm1", "b", other.backend, identity, ReplicaSettings())
+    assert looks.examine(compare_live=True).presence is Presence.PRESENT
+    assert killed(pair.commit, "commit.exchanged")
+    run("umount", other.root)
+    run("vgrename", GROUP, "away")
+    looks = Examiner("vm1", "b", Node(other.name).backend, identity, ReplicaSettings())
+    looks.recover()
+    assert looks.examine_surely().presence is Presence.LOST
+    run("vgrename", "away", GROUP)
+    assert looks.changed()
+    found = looks.examine_surely()
+    assert (found.presence, found.live.state) == (Presence.PRESENT, LiveState.UNMODIFIED)
+    assert other.device.exists()
+    assert (other.content, len(found.preserved)) == (pair.new, 1)
+    assert other.read(found.preserved[0].id) == pair.old
+    identity.close()
+    other.backend.discard_stage()
+    whole(other)
 
 
 def test_killed_in_a_stage_a_prune_and_a_drop(node, other):

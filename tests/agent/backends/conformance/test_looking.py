@@ -82,7 +82,7 @@ def test_a_disk_that_is_not_there(place):
             missing.backend.save_record(VolumeRecord("vm1"))
         with pytest.raises(ResilverError):
             missing.snapshot()
-        missing.backend.recover()
+        assert missing.backend.recover() == ""
 
 
 def test_the_file_system_is_told_from_another(place):
@@ -90,6 +90,8 @@ def test_the_file_system_is_told_from_another(place):
     one.create()
     again.create()
     ids = {replica.backend.examine().file_system_id for replica in (one, again, one.again())}
+    two = place.replica("a", "vm3")
+    ids |= {replica.backend.recover() for replica in (one.again(), again, two)}
     assert len(ids) == 1, "one file system, one name, whatever is on it"
 
 

@@ -253,10 +253,17 @@ def test_a_pool_that_is_not_imported(service, tmp_path):
     found = missing.examine()
     assert (found.presence, found.file_system_id) == (Presence.EMPTY, "")
     assert found.problems == ("pool nowhere is not imported",)
-    missing.recover()
+    assert missing.recover() == ""
     with pytest.raises(Invalid) as invalid:
         missing.save_record(VolumeRecord("vm1"))
     assert invalid.value.metadata["field"] == "path"
+
+
+def test_recovered_is_what_is_below_a_dataset_that_is_there(replica, tmp_path):
+    late = ZfsBackend("vm1", Path(f"{replica.pool}/later/vm1"), tmp_path / "late")
+    assert late.recover() == ""
+    zfs("create", f"{replica.pool}/later")
+    assert late.recover() == late.examine().file_system_id != ""
 
 
 def test_datasets_of_others_are_not_taken_over(replica):
