@@ -46,6 +46,7 @@ _RECORDS_MAX_BYTES: Final = 512 << 20
 _RECORDS_SHARE: Final = 64
 _MKFS: Final = ("mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard,lazy_itable_init=0", "-L", "resilver")
 _FROZEN: Final = re.compile("suspend ioctl .*[Bb]usy")
+_CHANGING: Final = frozenset({"lvchange", "lvcreate", "lvremove", "lvrename", "lvresize"})
 _MOUNT: Final = "noatime,nodev,nosuid,noexec"
 
 
@@ -116,8 +117,12 @@ class Place:
         return f"{self.group_name}/{self.name}"
 
     def concerns(self, program: str, arguments: list[str]) -> bool:
-        """Whether an LVM command is about this group; those that only look hold its lock, and end soon."""
-        return program == "lvm" and any(word.partition("/")[0] == self.group_name for word in arguments)
+        """Whether it is an LVM command that an agent changes this group with. Others, such as the `lvpoll` of an
+        operator's `pvmove`, may run for hours, and undo nothing of ours.
+        """
+        if program != "lvm" or not arguments or arguments[0] not in _CHANGING:
+            return False
+        return any(word.partition("/")[0] == self.group_name for word in arguments)
 
     def new_name(self) -> str:
         return f"{self.name}.r-{secrets.token_hex(4)}"

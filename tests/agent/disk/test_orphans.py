@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.backends.image_layout import Layout as Files
+from agent.backends.lvm_place import Place
 from agent.backends.zfs_layout import Layout
 from agent.disk import orphans
 from agent.disk.zfs_mounts import MOUNT_AND_UNMOUNT
@@ -86,6 +87,27 @@ def test_which_commands_change_a_replica(words, ours):
     layout = Layout("vm", "tank/vm", Files("vm", Path("/x"), Path("/y")))
     program, *arguments = words.split()
     assert layout.concerns(program, arguments) is ours
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        ("lvm lvrename vg vm1 vm1.r-00000001", True),
+        ("lvm lvchange -ay -K vg/vm1", True),
+        ("lvm lvcreate -y -s -n vm1.r-00000001 vg/vm1", True),
+        ("lvm lvremove -y vg/vm1.r-00000001", True),
+        ("lvm lvresize -y -f -L 8388608b vg/vm1.r-00000001", True),
+        ("lvm lvchange -ay vg2/vm1", False),
+        ("lvm lvpoll --polloperation pvmove --interval 15 vg/pvmove0", False),
+        ("lvm lvs -a vg", False),
+        ("lvm", False),
+        ("lvrename vg vm1 vm2", False),
+    ],
+)
+def test_which_commands_change_a_thin_volume(words, ours):
+    place = Place("vm", Path("vg/vm1"), Path("/x"), lambda _step: None)
+    program, *arguments = words.split()
+    assert place.concerns(program, arguments) is ours
 
 
 def test_a_mount_for_a_moment_changes_a_replica():
