@@ -152,9 +152,12 @@ def _sealed(tools: Tools, found: Found, stage: LvmStage, plan: _Plan) -> Lv:
 
 def _make_next(tools: Tools, view: View, target: Lv) -> Lv:
     """The next live copy, with the tags that others gave the present one."""
-    keeping.forget_next(tools)
-    name = tools.place.new_name()
     path = tools.layout.root / "next.json"
+    if not keeping.forget_next(tools):
+        left = load_ref(path)
+        said = f"{view.group.name}/{left.name if left else ''}, of a commit that was given up, is open: close it"
+        raise Refused("IN_USE", said)
+    name = tools.place.new_name()
     save_ref(path, Ref(name))
     theirs = view.live.tags if view.live is not None else frozenset()
     tags = tuple(sorted(tag for tag in theirs if not tag.startswith("resilver.")))

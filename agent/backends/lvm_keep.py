@@ -12,6 +12,8 @@ import uuid
 from fnmatch import fnmatch
 from pathlib import Path
 
+import structlog
+
 from agent.backends.image_copy import remove_tree
 from agent.backends.image_keep import keep_directory, now_ms, overlap
 from agent.backends.image_layout import append_records, load_preserved, save_preserved
@@ -26,6 +28,7 @@ from resilver.errors import Refused
 from resilver.lineage import NO_CP, Snapshot
 from resilver.volume import PreservedCopy
 
+_log = structlog.get_logger(__name__)
 STEPS = ("prune.logged", "prune.renamed", "prune.removed", "drop.renamed")
 
 
@@ -97,12 +100,19 @@ def throw_away(tools: Tools, directory: Path) -> None:
 
 
 def sweep(tools: Tools) -> None:
-    """At start: finishes what was being preserved, and removes what is part of nothing."""
+    """At start: finishes what was being preserved, and removes what is part of nothing. A logical volume of those that
+    somebody has open waits for the next start: it keeps nobody from the replica.
+    """
     layout = tools.layout
     for entry in sorted(layout.root.iterdir()):
         name = entry.name
         if name.startswith((".new-", ".trash-")):
-            throw_away(tools, entry)
+            try:
+                throw_away(tools, entry)
+            except Refused as error:
+                if error.reason != "IN_USE":
+                    raise
+                _log.warning("not removed yet", volume=layout.volume, reason=error.reason, message=error.message)
         elif name.startswith(".keep-") or fnmatch(name, ".*.tmp"):
             remove_tree(entry)
     forget_next(tools)
@@ -110,17 +120,20 @@ def sweep(tools: Tools) -> None:
         remove_tree(layout.stage)
 
 
-def forget_next(tools: Tools) -> None:
-    """Removes the next live copy of a commit that never came to its intention."""
+def forget_next(tools: Tools) -> bool:
+    """Removes the next live copy of a commit that never came to its intention; False if somebody has it open, and its
+    name stays written down.
+    """
     path = tools.layout.root / "next.json"
     ref = load_ref(path)
     if ref is None:
-        return
+        return True
     view = tools.place.surely()
     lv = view.find(ref)
-    if lv is not None and view.tag in lv.tags and lv.name != tools.place.name:
-        lvm.remove(lv)
+    if lv is not None and view.tag in lv.tags and lv.name != tools.place.name and not lvm.remove(lv):
+        return False
     remove_file(path)
+    return True
 
 
 def drop_preserved(tools: Tools, found: Found, pid: str) -> int:

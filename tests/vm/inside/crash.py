@@ -6,19 +6,23 @@ pair of replicas goes through all of it, each kill from the state that the one b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agent.backends import lvm_commit, lvm_snapshot
 from agent.backends.lvm import STEPS
+from agent.backends.lvm_place import load_ref
 from agent.disk import dm, lvm, thin
 from agent.examiner import Examiner, ReplicaSettings
 from agent.identity import Identity
 from resilver.errors import Refused, ResilverError
 from resilver.volume import LiveState, Presence, VolumeRecord
+from tests.vm.inside.backend import names_with
 from tests.vm.inside.node import CHUNK, GROUP, SIZE, VOLUME_ID, Node, killed, make_pool, noise, run
 
 DECIDES = lvm_commit.STEPS.index("commit.exchanged")
@@ -209,6 +213,39 @@ def test_a_group_that_comes_after_the_agent_has_started(node, other, tmp_path):
     identity.close()
     other.backend.discard_stage()
     whole(other)
+
+
+def test_what_is_to_be_removed_and_is_open_waits(node, other):
+    """Somebody who reads a logical volume that is part of nothing any more keeps nobody from the replica."""
+    pair = Pair(node, other)
+    pair.diverge()
+    assert killed(pair.commit, "commit.cloned")
+    left = load_ref(other.root / "next.json").name
+    with opened(left):
+        again = fresh(other)
+        assert load_ref(other.root / "next.json").name == left
+        assert again.backend.examine().live.state is LiveState.MODIFIED
+        with pytest.raises(Refused, match=f"{left}, of a commit that was given up") as refused:
+            pair.commit()
+        assert refused.value.reason == "IN_USE"
+        assert left in other.lvs()
+    pair.commit()
+    whole(fresh(other))
+
+    tag = f"resilver.id={node.lineage.records[-1].id}"
+    (name,) = (lv for lv in names_with(tag) if f"/{node.name}." in lv)
+    assert killed(lambda at: Node(node.name, step=at).backend.prune(1, frozenset()), "prune.renamed")
+    with opened(name.partition("/")[2]):
+        assert fresh(node).backend.examine().live.state is LiveState.UNMODIFIED
+        assert name.partition("/")[2] in node.lvs()
+    whole(fresh(node))
+
+
+@contextlib.contextmanager
+def opened(name: str) -> Iterator[None]:
+    run("lvchange", "-ay", "-K", f"{GROUP}/{name}")
+    with Path(f"/dev/{GROUP}/{name}").open("rb"):
+        yield
 
 
 def test_killed_in_a_stage_a_prune_and_a_drop(node, other):
