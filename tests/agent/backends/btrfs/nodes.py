@@ -165,3 +165,7 @@ def pair(node: Node, other: Node) -> str:
     node.write("a", b"newer")
     node.snapshot()
     return base.id
+
+
+def reason(work) -> str:
+    return refused(work).reason
