@@ -230,7 +230,9 @@ class ZfsBackend:
         with self._errors():
             state = self._state()
             below = find(self._layout, state, base, "BASE_GONE").name if base else ""
-            return zfs_send.estimate(below, find(self._layout, state, target, "TARGET_GONE").name)
+            above = find(self._layout, state, target, "TARGET_GONE").name
+            # Of a replica that goes back to its own tip nothing is sent, and OpenZFS knows no stream of it.
+            return 0 if below == above else zfs_send.estimate(below, above)
 
     def native_id(self, snapshot_id: str) -> str:
         with self._errors():

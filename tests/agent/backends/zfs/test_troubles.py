@@ -124,6 +124,12 @@ def test_what_shares_nothing_is_replaced_by_name_only(replica, other):
     assert not [name for name in other.traces() if "/kept-" in name]
 
 
+def test_the_delta_of_a_replica_that_goes_back_to_its_tip_is_nothing(replica):
+    replica.create()
+    tip = replica.snapshot()
+    assert replica.backend.delta_bytes(tip.id, tip.id) == 0
+
+
 def test_exports(replica, tmp_path):
     replica.create()
     with pytest.raises(NotFound):
