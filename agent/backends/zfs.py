@@ -4,6 +4,7 @@ This file is the door: it checks space, calls what does the work, and turns erro
 
 =====================  ============================================================================
 `zfs_layout.py`        where everything stands, how a snapshot is known for ours, how the tip is found
+`zfs_records.py`       the dataset of the records beside it: made, mounted, another agent's
 `zfs_snapshot.py`      taking a consistency point
 `zfs_live.py`          the live copy as it is found: in use by whom, modified or not
 `zfs_send.py`          what `zfs send` writes, and whether a resume token is of what was asked for
