@@ -165,6 +165,7 @@ def opened(layout: Layout, name: str) -> Iterator[Path]:
 
 
 def check_export(path: Path) -> None:
+    """INVALID_FIELD if nothing can be exported there."""
     if not path.is_absolute() or not path.parent.is_dir():
         raise Invalid("INVALID_FIELD", f"{path.parent} is no directory: an export needs an existing one", field="path")
     if os.path.lexists(path):

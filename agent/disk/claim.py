@@ -26,6 +26,21 @@ from resilver.errors import Damaged, Refused, ResilverError
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
 
 
+def may_lock(fd: int) -> bool:
+    """Locks a file or directory, without waiting: False if another one has. Where there are no locks, nobody has.
+
+    OSError of the disk.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
 class Claim:
     """On one directory, by the agent with that state_dir; without one nothing is written, and only the lock is left."""
 
@@ -56,13 +71,8 @@ class Claim:
     def _locked(self, *, takes: bool) -> Iterator[None]:
         fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise self._refused("another agent at this moment") from None
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
+            if not may_lock(fd):
+                raise self._refused("another agent at this moment")
             try:
                 self._take(_place(fd), takes=takes)
                 yield

@@ -8,18 +8,16 @@ with that the lock, because such a command goes on when its agent is killed.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from agent.disk.claim import may_lock
 from resilver.errors import Refused
 
 SUFFIX: Final = ".resilver-export"
-# EBADF: what NFS says of the lock of a directory. There an export is only kept from what one before it has left.
-_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
 
 
 @contextlib.contextmanager
@@ -50,13 +48,8 @@ def unfinished(path: Path, make: Callable[[Path], None], remove: Callable[[Path]
 def _locked(temporary: Path, path: Path) -> Iterator[int]:
     fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _in_use(path) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+        if not may_lock(fd):
+            raise _in_use(path)
         found, there = os.fstat(fd), temporary.lstat()
         if (found.st_dev, found.st_ino) != (there.st_dev, there.st_ino):
             raise _in_use(path)
